@@ -1,0 +1,213 @@
+"""Every setting once: frozen dataclasses are the schema, the defaults and the documentation.
+
+A YAML file holds differences from the defaults, `section.key=value` on the command line has the last word, and the
+resolved configuration is written into the run directory with the origin of every value. Cross-field rules are checked
+here, before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from modules.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = ""  # directory below `dir`; empty: the config file's stem
+    dir: str = "runs"  # parent of run directories
+    seed: int = 0  # >= 0; every random draw is a function of it and of what is drawn
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | fp32 | fp16 | bf16: the encoder's autocast type; auto is fp32 on a CPU, bf16 on a GPU
+    threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    kernels: str = "auto"  # auto | torch | triton: which implementation of each op in kernels/ runs
+    log_every: int = 10  # steps between metric rows
+    checkpoint_every: int = 50  # steps between checkpoints
+    keep_checkpoints: int = 2  # valid checkpoints kept while the run goes on, >= 1
+    cache_dir: str = ""  # token cache shared by runs; empty: <run.dir>/cache
+
+
+@dataclass(frozen=True)
+class Data:
+    root: str = "embedded:parts64"  # class folders, a CSV file, a zip pack, an MVIP tree, or embedded:<pack>
+    image_size: int = 64  # pixels a side at which real and generated images are stored and learned from
+    shots_per_class: int = 0  # train images a class, drawn from the seed, spread over groups first; 0: all
+    val_fraction: float = 0.2  # (0, 1): share of train groups that become val where the set has no val split
+    near_ood_classes: tuple[str, ...] = ()  # classes held out as near-OOD, where the set declares no roles
+    near_ood_val_fraction: float = 0.34  # (0, 1): share of the held-out classes kept for choosing settings
+    far_ood_root: str = ""  # another image set whose test images are far-OOD; empty: none
+    on_bad_image: str = "fail"  # fail | skip
+    max_pixels: int = 50_000_000  # header size above which a file is refused before it is decoded
+    crop_to_mask: bool = False  # crop each image to its object mask
+    crop_margin: float = 0.1  # >= 0: margin round the object, share of the object's longer side
+    background: str = "keep"  # keep | grey: what stands outside the object mask
+    super_class: str = ""  # MVIP: take the ID classes from this super class; empty: all
+    num_classes: int = 0  # MVIP: how many ID classes, drawn from class_seed after sorting by name; 0: all
+    class_seed: int = 0  # MVIP: seed of that draw
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    path: str = "embedded"  # diffusers folder, single .safetensors file, or embedded
+    weights: str = "file"  # file | random: random builds the exact SD 1.5 shape, for timing where no weights are
+    family: str = "auto"  # auto | sd1 | sd2 | turbo | lcm
+    prediction_type: str = ""  # epsilon | v_prediction, for a single file that does not say; empty: read it
+    lora: str = ""  # .safetensors file of a LoRA for the UNet
+    vae: str = ""  # folder of another AutoencoderKL or an AutoencoderTiny (TAESD)
+    resolution: int = 0  # pixels a side at which images are generated; 0: the UNet's own
+    dtype: str = "auto"  # auto | fp32 | fp16 | bf16; auto is fp32 on a CPU, fp16 on a GPU
+    attention: str = "auto"  # auto | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | xformers
+    compile: str = "auto"  # auto | off | on: torch.compile and graph capture of the tick; auto is on for a GPU
+    preset: str = "exact"  # exact | fast | faster | turbo
+    allow_download: bool = False  # let huggingface-hub fetch pipeline.path; nothing is fetched otherwise
+
+
+@dataclass(frozen=True)
+class Inversion:
+    images_per_class: int = 200  # training images seen a class (DA-Fusion: 4,000)
+    batch_size: int = 20  # rows a step, drawn from several classes
+    num_vectors: int = 1  # token vectors a class
+    initializer: str = "object"  # word whose trained row starts every class vector
+    lr: float = 2e-3  # Adam, per class, constant after warm-up
+    flip: float = 0.5  # probability of a horizontal flip
+    class_agnostic: bool = False  # no learned tokens: every prompt uses the initializer (Real Guidance control)
+
+
+@dataclass(frozen=True)
+class Generation:
+    images_per_step: float = 2.0  # diffusion images finished an optimizer step: what generation costs
+    synthetic_fraction: float = 0.4  # [0, 1): share of generated rows in a batch: what a batch is made of
+    near_ood_fraction: float = 0.5  # [0, 1]: share of near-OOD images among the generated ones
+    slots: int = 16  # images in flight, the rows of one UNet call (twice that with guidance)
+    solver: str = "ddim"  # ddim | euler | dpmpp_2m | lcm
+    num_inference_steps: int = 20  # T_n, steps of the whole time grid
+    guidance_scale: float = 3.0  # w in eps_u + w (eps_c - eps_u); 1 switches guidance off
+    strengths: dict = field(default_factory=lambda: {0.4: 1.0})  # positives: strength -> weight
+    conditions: dict = field(default_factory=lambda: {"": 1.0})  # condition word -> weight ("" is none)
+    templates: tuple[str, ...] = ("a photo of a {}",)  # prompt templates of generation
+    max_uses: int = 8  # batches a generated image may serve in
+    max_age: int = 0  # optimizer steps a generated image may live; 0: no bound
+    ring_size: int = 8  # images kept for each (class, role)
+    prefill: float = 0.5  # [0, 1]: share of every ring filled before step 0
+    decode_batch: int = 8  # finished latents decoded at once
+    mode: str = "auto"  # auto | sequential | stream: how generation and training share the device
+    mask_edit: str = "none"  # none | object | background: what a masked positive may change
+    mask_dilation_px: int = 1  # pixels at generation resolution by which the object mask grows
+    roundtrip_fraction: float = 0.0  # [0, 1]: share of real rows that pass through encode and decode
+    kv_cache_gib: float = 2.0  # bound of the cross-attention K/V cache
+
+
+@dataclass(frozen=True)
+class NearOOD:
+    recipes: dict = field(default_factory=lambda: {"strength": 1.0, "token_mix": 1.0})  # recipe -> weight
+    strength: float = 0.75  # of every diffusion recipe
+    mix: tuple[float, float] = (0.35, 0.65)  # token_mix: range of the partner's weight
+    noise: float = 1.0  # token_noise: sigma in units of the token's norm / sqrt(width)
+    negative_guidance: float = -1.0  # negative_guidance: w <= 0
+    jigsaw_grid: int = 4  # jigsaw: patches a side
+    outlier_quantile: float = 0.02  # embedding_outlier: density quantile below which a token is drawn
+
+
+@dataclass(frozen=True)
+class Gate:
+    enabled: bool = False
+    start_step: int = 50  # optimizer step from which images are judged
+    refresh_every: int = 25  # steps between refreshes of the class statistics
+    quantile: float = 0.05  # leave-one-out similarity quantile of the class
+    far_floor: float = -0.2  # cosine to the nearest class below which a near-OOD image is too far
+    retries: int = 2  # draws again before falling back
+
+
+@dataclass(frozen=True)
+class Controller:
+    enabled: bool = False
+    target_low: float = 0.55  # band of the mean similarity of positives to their class
+    target_high: float = 0.85
+    gain: float = 0.05  # change of strength an update
+    update_every: int = 25  # steps
+
+
+@dataclass(frozen=True)
+class Encoder:
+    arch: str = "auto"  # auto | small_resnet | resnet18 | resnet50; auto chooses by data.image_size
+    width: int = 32  # channels of small_resnet's first stage
+    head_dim: int = 128  # E, width of the projection
+    separate_batchnorm: bool = False  # own BatchNorm statistics for generated rows
+    channels_last: bool = True
+
+
+@dataclass(frozen=True)
+class Learning:
+    method: str = "supcon"  # supcon | cross_entropy | simclr
+    steps: int = 300  # optimizer steps
+    classes_per_batch: int = 16  # P
+    rows_per_class: int = 3  # K; P x K real rows a batch
+    extra_real_rows: int = 0  # further real rows, for arms without generated ones
+    temperature: float = 0.1  # tau
+    ood_columns: str = "global"  # none | global | own_class | foreign_class: which near-OOD rows an anchor sees
+    ood_variant: str = "none"  # none | ood_instance | prototype_push
+    ood_weight: float = 1.0  # lambda
+    hardness: float = 0.0  # beta of hard-negative reweighting; 0 is plain SupCon
+    outlier_exposure: float = 0.0  # cross_entropy: weight of the uniform target on near-OOD rows
+    augment: str = "standard"  # standard | strong (TrivialAugmentWide + RandomErasing)
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # random-resized-crop, share of the area
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    optimizer: str = "sgd"  # sgd | adamw | sgd8bit | adamw8bit
+    lr: float = 0.1  # at 256 rows a batch; scaled linearly with the batch
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = 20
+    ema_decay: float = 0.0  # [0, 1): 0 switches the averaged encoder off
+    max_grad_norm: float = 0.0  # 0: no clipping
+
+
+@dataclass(frozen=True)
+class Probe:
+    lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)  # trained at once, chosen on val
+    epochs: int = 100
+    batch_size: int = 256
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    score: str = "knn"  # headline OOD score, fixed before the run
+    bootstrap: int = 1000  # resamples of groups
+    confidence: float = 0.95
+    batch_size: int = 256
+    knn_every: int = 0  # steps between kNN accuracies on val while training; 0: at the end only
+    tsne_points: int = 800  # points of the embedding map
+
+
+@dataclass(frozen=True)
+class Tune:
+    grid: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)  # images_per_step tried
+    steps: int = 12  # timed steps a grid point
+    max_hours: float = 0.0  # bound on the run; 0: none
+    max_slowdown: float = 2.0  # bound on step time relative to no generation; 0: none
+    max_reuse: float = 0.0  # bound on reuse; 0: none
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    inversion: Inversion = field(default_factory=Inversion)
+    generation: Generation = field(default_factory=Generation)
+    near_ood: NearOOD = field(default_factory=NearOOD)
+    gate: Gate = field(default_factory=Gate)
+    controller: Controller = field(default_factory=Controller)
+    encoder: Encoder = field(default_factory=Encoder)
+    learning: Learning = field(default_factory=Learning)
+    probe: Probe = field(default_factory=Probe)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    tune: Tune = field(default_factory=Tune)

@@ -1,0 +1,47 @@
+"""What a user can mend: one exception per exit code, each carrying one clear message.
+
+The message says what is wrong, where (setting or file), what it was, and what would do. `trainer.main` prints it on
+one line and exits with `code`; every other exception is a bug and stays a traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of everything a user can mend; `code` is the exit code of the process."""
+
+    code = 2
+
+
+class ConfigError(UserError):
+    """A setting is unknown, mistyped, out of range, or contradicts another one (exit code 2)."""
+
+    code = 2
+
+
+class DataError(UserError):
+    """A file of the image set, pipeline or token cache is missing, broken or inconsistent (exit code 3)."""
+
+    code = 3
+
+
+class OutOfMemory(UserError):
+    """A part does not fit; the message names the part and the knobs (exit code 4)."""
+
+    code = 4
+
+
+class NonFinite(UserError):
+    """Loss, gradient or pixels are not finite; a capture for replay was written (exit code 5)."""
+
+    code = 5
+
+
+class StorageError(UserError):
+    """The run directory cannot be written, is locked, or the last checkpoint could not be saved (exit code 6)."""
+
+    code = 6
+
+
+class Terminated(UserError):
+    """SIGTERM arrived; the state was checkpointed first (exit code 143)."""
+
+    code = 143
