@@ -1,0 +1,146 @@
+"""Checkpoints: a tree of tensors and plain values, written so that a kill at any moment loses nothing.
+
+A checkpoint is a directory `step-00000120` with `tensors.safetensors`, `tree.json` and, written last, `manifest.json`
+with the sizes and hashes of both. It is built under a temporary name, fsynced and renamed; the newest directory whose
+manifest agrees is the state. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from modules.errors import StorageError
+
+PREFIX = "step-"
+
+
+def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
+    """Write `tree` (nested dicts and lists of tensors and plain values) as the state at `step`; purge old states.
+
+    Raises:
+        StorageError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    folder = Path(folder)
+    final = folder / f"{PREFIX}{step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors: dict[str, torch.Tensor] = {}
+        structure = _pack(tree, tensors)
+        save_file(tensors, temporary / "tensors.safetensors")
+        (temporary / "tree.json").write_text(json.dumps(structure))
+        manifest = {"step": step, "files": {p.name: _digest(p) for p in sorted(temporary.iterdir())}}
+        for path in temporary.iterdir():
+            _fsync(path)
+        (temporary / "manifest.json").write_text(json.dumps(manifest))
+        _fsync(temporary / "manifest.json")
+        _fsync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _fsync(folder)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as a RuntimeError of its own kind
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(
+            f"{folder}: the checkpoint of step {step} could not be written ({error}); free some disk space or set "
+            "run.dir to another disk, then start the same command again: it goes on from the older checkpoint"
+        ) from error
+    purge(folder, keep)
+    return final
+
+
+def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
+    """The newest valid state below `folder` as (step, tree, complaints about newer invalid ones); None without any."""
+    complaints = []
+    for path in sorted(Path(folder).glob(f"{PREFIX}*"), reverse=True):
+        reason = _invalid(path)
+        if reason is None:
+            tensors = load_file(path / "tensors.safetensors")
+            tree = _unpack(json.loads((path / "tree.json").read_text()), tensors)
+            return int(path.name.removeprefix(PREFIX)), tree, complaints
+        complaints.append(f"{path}: {reason}; an older checkpoint is used")
+    if complaints:
+        raise StorageError(
+            "; ".join(c.replace("; an older checkpoint is used", "") for c in complaints)
+            + "; no valid checkpoint is left: delete the checkpoints folder to start from the beginning"
+        )
+    return None
+
+
+def purge(folder: Path, keep: int) -> None:
+    """Delete temporary directories of dead writers and all but the newest `keep` checkpoints."""
+    folder = Path(folder)
+    for path in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(folder.glob(f"{PREFIX}*"))[: -keep or None]:
+        shutil.rmtree(path)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: temporary name, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        _fsync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: could not be written ({error}); free some disk space or set run.dir") from error
+
+
+def _pack(node, tensors: dict[str, torch.Tensor]):
+    """JSON image of a tree; its tensors move to `tensors` under running names."""
+    if isinstance(node, torch.Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(node, dict):  # as pairs, because keys may be integers (optimizer states)
+        return {"dict": [[key, _pack(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return {"list": [_pack(value, tensors) for value in node]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"a checkpoint holds tensors, dicts, lists and plain values, not {type(node).__name__}")
+
+
+def _unpack(node, tensors: dict[str, torch.Tensor]):
+    if not isinstance(node, dict):
+        return node
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "dict" in node:
+        return {key: _unpack(value, tensors) for key, value in node["dict"]}
+    return [_unpack(value, tensors) for value in node["list"]]
+
+
+def _invalid(path: Path) -> str | None:
+    """Why a checkpoint directory cannot be used, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, digest in manifest["files"].items():
+            if _digest(path / name) != digest:
+                return f"{name} does not match its manifest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"no valid manifest ({error})"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
