@@ -8,7 +8,6 @@ here, before any device is touched.
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from modules.errors import ConfigError
+from modules.rules import check_rules
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Run:
     dir: str = "runs"  # parent of run directories
     seed: int = 0  # >= 0; every random draw is a function of it and of what is drawn
     device: str = "auto"  # auto | cpu | cuda
-    precision: str = "auto"  # auto | fp32 | fp16 | bf16: the encoder's autocast type; auto is fp32 on a CPU, bf16 on a GPU
+    precision: str = (
+        "auto"  # auto | fp32 | fp16 | bf16: the encoder's autocast type; auto is fp32 on a CPU, bf16 on a GPU
+    )
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
     kernels: str = "auto"  # auto | torch | triton: which implementation of each op in kernels/ runs
     log_every: int = 10  # steps between metric rows
@@ -81,7 +83,7 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Generation:
-    images_per_step: float = 2.0  # diffusion images finished an optimizer step: what generation costs
+    images_per_step: float = 4.0  # diffusion images finished an optimizer step: what generation costs
     synthetic_fraction: float = 0.4  # [0, 1): share of generated rows in a batch: what a batch is made of
     near_ood_fraction: float = 0.5  # [0, 1]: share of near-OOD images among the generated ones
     slots: int = 16  # images in flight, the rows of one UNet call (twice that with guidance)
@@ -211,3 +213,157 @@ class Config:
     probe: Probe = field(default_factory=Probe)
     evaluation: Evaluation = field(default_factory=Evaluation)
     tune: Tune = field(default_factory=Tune)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> tuple[Config, dict[str, str]]:
+    """The resolved configuration of a YAML file and `section.key=value` overrides, and the origin of every value.
+
+    Returns:
+        (config, origins): origins maps "section.key" to "default", the file's path or "command line".
+
+    Raises:
+        ConfigError: unknown key (with a suggestion), wrong type, value out of range, or settings that contradict.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the config file cannot be read ({error.strerror}); name an existing .yaml"
+        ) from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `learning:`, found {type(tree).__name__}")
+    values: dict[str, dict] = {}
+    origins: dict[str, str] = {}
+    for section, content in tree.items():
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: section `{section}` must hold key: value lines, found {content!r}")
+        for key, value in content.items():
+            _put(values, origins, f"{section}.{key}", value, str(path))
+    for override in overrides:
+        name, separator, raw = override.partition("=")
+        if not separator:
+            raise ConfigError(f"command line: {override!r} is not section.key=value")
+        try:
+            value = yaml.safe_load(raw) if raw else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: {override!r}: the value is not valid YAML") from error
+        _put(values, origins, name.strip(), value, "command line")
+    if not values.get("run", {}).get("name"):
+        _put(values, origins, "run.name", path.stem, str(path))
+    config = Config(**{s.name: s.type(**values.get(s.name, {})) for s in dataclasses.fields(Config)})
+    for name in flatten(config):
+        origins.setdefault(name, "default")
+    check_rules(config)
+    return config, origins
+
+
+def with_settings(config: Config, settings: dict[str, object]) -> Config:
+    """A copy of `config` with "section.key" settings replaced and every rule checked again."""
+    values = {s.name: dataclasses.asdict(getattr(config, s.name)) for s in dataclasses.fields(Config)}
+    for name, value in settings.items():
+        _put(values, {}, name, value, "here")
+    changed = Config(**{s.name: s.type(**values[s.name]) for s in dataclasses.fields(Config)})
+    check_rules(changed)
+    return changed
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """{"section.key": value} of every setting, in the order of the schema."""
+    return {
+        f"{section.name}.{key.name}": getattr(getattr(config, section.name), key.name)
+        for section in dataclasses.fields(config)
+        for key in dataclasses.fields(section.type)
+    }
+
+
+def to_yaml(config: Config, origins: dict[str, str]) -> str:
+    """The resolved configuration as YAML, the origin of every value beside it."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"{section.name}:")
+        for key in dataclasses.fields(section.type):
+            value = getattr(getattr(config, section.name), key.name)
+            value = list(value) if isinstance(value, tuple) else value
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+            lines.append(f"  {key.name}: {text}  # {origins.get(f'{section.name}.{key.name}', 'default')}")
+    return "\n".join(lines) + "\n"
+
+
+def _put(values: dict, origins: dict, name: str, value, origin: str) -> None:
+    section_name, _, key = name.partition(".")
+    sections = {s.name: s.type for s in dataclasses.fields(Config)}
+    if section_name not in sections:
+        raise ConfigError(f"{origin}: unknown section `{section_name}`{_did_you_mean(section_name, sections)}")
+    fields = {f.name: f for f in dataclasses.fields(sections[section_name])}
+    if key not in fields:
+        known = [f"{section_name}.{k}" for k in fields]
+        hint = _did_you_mean(name, known) or _did_you_mean(key, _all_keys())
+        raise ConfigError(f"{origin}: unknown setting `{name}`{hint}")
+    values.setdefault(section_name, {})[key] = _coerce(value, fields[key].type, name, origin)
+    origins[name] = origin
+
+
+def _all_keys() -> dict[str, str]:
+    return {k.name: f"{s.name}.{k.name}" for s in dataclasses.fields(Config) for k in dataclasses.fields(s.type)}
+
+
+def _did_you_mean(word: str, known) -> str:
+    """A suggestion for a mistyped word; `known` lists words or maps them to their full names."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if not close:
+        return ""
+    full = known[close[0]] if isinstance(known, dict) and isinstance(known[close[0]], str) else close[0]
+    return f"; did you mean `{full}`?"
+
+
+def _coerce(value, kind, name: str, origin: str):
+    """`value` as the annotated type; YAML's "1e-3" is a string to PyYAML and is accepted for a float."""
+    try:
+        return _coerced(value, kind)
+    except (TypeError, ValueError):
+        shown = getattr(kind, "__name__", str(kind)) if not typing.get_origin(kind) else str(kind)
+        raise ConfigError(f"{origin}: `{name}` is {value!r}; expected {shown}") from None
+
+
+def _coerced(value, kind):
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise TypeError
+        if inner[-1] is Ellipsis:
+            return tuple(_coerced(v, inner[0]) for v in value)
+        if len(value) != len(inner):
+            raise ValueError
+        return tuple(_coerced(v, k) for v, k in zip(value, inner, strict=True))
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise TypeError
+        return {k: _coerced(v, float) for k, v in value.items()}
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind is float:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    if kind is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise TypeError
+        return int(value)
+    if kind is str:
+        if value is None:
+            return ""
+        if isinstance(value, dict | list):
+            raise TypeError
+        return str(value)
+    raise TypeError

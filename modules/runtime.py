@@ -5,13 +5,33 @@ machine, whatever was drawn before. Nothing in this project draws from torch's g
 """
 
 import hashlib
+import importlib.metadata
+import logging
 import os
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from modules.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "xformers",
+    "bitsandbytes",
+    "triton",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,59 @@ class Choice:
 
     value: object
     reason: str
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which number formats a run computes."""
+
+    device: Choice  # torch.device
+    precision: Choice  # torch.dtype of the encoder's autocast; float32: no autocast
+    pipeline_dtype: Choice  # torch.dtype of the diffusion pipeline
+    threads: Choice  # CPU threads of torch
+
+
+def resolve_runtime(run, pipeline) -> Runtime:
+    """The runtime of config sections `run` and `pipeline`, every choice with its reason.
+
+    Raises:
+        ConfigError: a GPU is demanded and there is none, or fp16 autocast is asked for on a CPU.
+    """
+    quiet_libraries()
+    gpu = torch.cuda.is_available()
+    if run.device == "cuda" and not gpu:
+        raise ConfigError(
+            f"run.device is cuda, but torch {torch.__version__} sees no CUDA GPU here; install a driver that fits, "
+            "or set run.device=cpu"
+        )
+    if run.device == "cpu" or not gpu:
+        device = Choice(torch.device("cpu"), "run.device is cpu" if run.device == "cpu" else "no CUDA GPU found")
+    else:
+        device = Choice(torch.device("cuda"), torch.cuda.get_device_name())
+    on_gpu = device.value.type == "cuda"
+    if run.precision == "fp16" and not on_gpu:
+        raise ConfigError("run.precision fp16 trains on a GPU only; use fp32 or bf16 on a CPU")
+    if run.precision == "auto":
+        precision = Choice(torch.bfloat16 if on_gpu else torch.float32, "auto: bf16 on a GPU, fp32 on a CPU")
+    else:
+        precision = Choice(DTYPES[run.precision], "run.precision")
+    if pipeline.dtype == "auto":
+        pipeline_dtype = Choice(torch.float16 if on_gpu else torch.float32, "auto: fp16 on a GPU, fp32 on a CPU")
+    else:
+        pipeline_dtype = Choice(DTYPES[pipeline.dtype], "pipeline.dtype")
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    threads = Choice(
+        torch.get_num_threads(), "run.threads" if run.threads else f"torch's choice, {os.cpu_count()} cores"
+    )
+    return Runtime(device, precision, pipeline_dtype, threads)
+
+
+def quiet_libraries() -> None:
+    """Silence import-time chatter that says nothing about a run (our folder `kernels` shadows an optional package)."""
+    for name in ("bitsandbytes", "transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def stream(seed: int, name: str, *identity: int | str) -> torch.Generator:
@@ -36,3 +109,44 @@ def stream_seed(seed: int, name: str, *identity: int | str) -> int:
     """The 63-bit seed of a named stream: blake2b over the parts, joined unambiguously."""
     text = "\x1f".join(str(part) for part in (seed, name, *identity))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def environment() -> dict:
+    """What a result depends on beside the config: versions, device, commit."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" if it was changed; "" outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        run = lambda *words: subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+        return run("git", "rev-parse", "--short=10", "HEAD") + (
+            "+" if run("git", "status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,11 +13,9 @@ Shapes: B rows, T tokens, N images, h w the latent grid.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -119,7 +117,9 @@ def build_vae(shape: Shape, seed: int) -> AutoencoderKL:
         )
 
 
-def build_text_and_unet(shape: Shape, tokenizer: CLIPTokenizer, seed: int) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+def build_text_and_unet(
+    shape: Shape, tokenizer: CLIPTokenizer, seed: int
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """An untrained text encoder and a UNet with cross-attention below the highest resolution."""
     bos, eos = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
     with seeded(seed, "text and unet"):
@@ -263,7 +263,9 @@ def latent_statistics(vae: AutoencoderKL, pixels_NHWC: torch.Tensor, batch: int 
 class Captions:
     """Draws a wording for a row: template, noun, "object" or the object's own token, or nothing."""
 
-    def __init__(self, captions: list[str], nouns: list[str], objects: list[str], tokenizer: CLIPTokenizer, recipe: Recipe):
+    def __init__(
+        self, captions: list[str], nouns: list[str], objects: list[str], tokenizer: CLIPTokenizer, recipe: Recipe
+    ):
         self.recipe, self.tokenizer = recipe, tokenizer
         self.phrases = [phrase_of(caption) for caption in captions]
         self.nouns = nouns
@@ -305,7 +307,9 @@ def unet_stage(shape: Shape, recipe: Recipe, tokenizer: CLIPTokenizer, num_objec
     return Stage(modules, [torch.nn.Parameter(table)], recipe.unet_steps, recipe.unet_lr, recipe)
 
 
-def unet_step(stage: Stage, moments_M8hw: torch.Tensor, scaling: float, captions: Captions, alphas: torch.Tensor) -> float:
+def unet_step(
+    stage: Stage, moments_M8hw: torch.Tensor, scaling: float, captions: Captions, alphas: torch.Tensor
+) -> float:
     """One step of noise prediction with min-SNR weights; rows and their mirror images are drawn alike; returns the loss.
 
     Source: min-SNR weighting, 2303.09556 eq. 9: w(t) = min(SNR, gamma) / SNR for a predicted noise.
@@ -347,7 +351,10 @@ def text_with_rows(text: CLIPTextModel, ids_BT, mark: int, own_B, table: torch.T
 def alphas_cumprod(scheduler: dict) -> torch.Tensor:
     """abar_t of the scaled-linear schedule, float32 [T]."""
     betas = torch.linspace(
-        scheduler["beta_start"] ** 0.5, scheduler["beta_end"] ** 0.5, scheduler["num_train_timesteps"], dtype=torch.float32
+        scheduler["beta_start"] ** 0.5,
+        scheduler["beta_end"] ** 0.5,
+        scheduler["num_train_timesteps"],
+        dtype=torch.float32,
     )
     return torch.cumprod(1 - betas**2, 0)
 

@@ -1,0 +1,109 @@
+"""Time of each phase of a step, without a host sync; the only room that reads clocks.
+
+On a CPU a phase is timed by the wall clock. On a GPU a pair of events brackets it, and events are read when they have
+happened, by polling: the step never waits for its own measurement.
+"""
+
+import time
+from collections import defaultdict, deque
+from contextlib import contextmanager
+
+import torch
+
+STEP_PHASES = ("generate", "mix", "augment", "encode", "loss", "backward", "optimize")
+STAGES = ("data", "tokens", "contrastive", "probe", "evaluate", "report")
+
+
+class Meter:
+    """Seconds by phase over the whole run and over the current interval.
+
+    State: `seconds` and `counts` by phase (whole run), the same since the last `interval()`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self._interval: dict[str, float] = defaultdict(float)
+        self._interval_start = time.perf_counter()
+        self._pending: deque = deque()
+
+    @contextmanager
+    def phase(self, name: str):
+        """Attribute what runs inside to `name`."""
+        with torch.profiler.record_function(name):
+            if self.on_gpu:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                yield
+                end.record()
+                self._pending.append((name, start, end))
+                self._poll()
+            else:
+                start = time.perf_counter()
+                yield
+                self._add(name, time.perf_counter() - start)
+
+    @contextmanager
+    def stage(self, name: str):
+        """Attribute a whole stage, host time included."""
+        start = time.perf_counter()
+        yield
+        self._add(f"stage.{name}", time.perf_counter() - start)
+
+    def interval(self, steps: int) -> dict[str, float]:
+        """Milliseconds a step of each phase since the last call, and the wall time a step; starts a new interval."""
+        self._poll()
+        now = time.perf_counter()
+        row = {
+            f"{name}_ms": 1e3 * self._interval[name] / max(1, steps) for name in STEP_PHASES if name in self._interval
+        }
+        row["step_ms"] = 1e3 * (now - self._interval_start) / max(1, steps)
+        self._interval.clear()
+        self._interval_start = now
+        return row
+
+    def restart_interval(self) -> None:
+        """Begin the interval here: what happened since the last one belongs to no step."""
+        self._poll()
+        self._interval.clear()
+        self._interval_start = time.perf_counter()
+
+    def state_dict(self) -> dict:
+        self._poll()
+        return {"seconds": dict(self.seconds), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds.update(state["seconds"])
+        self.counts.update(state["counts"])
+
+    def _poll(self) -> None:
+        while self._pending and self._pending[0][2].query():
+            name, start, end = self._pending.popleft()
+            self._add(name, start.elapsed_time(end) / 1e3)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] += seconds
+        self.counts[name] += 1
+        self._interval[name] += seconds
+
+
+def timer(device: torch.device | str):
+    """A function f(work, repeats) -> median milliseconds of work(), for tuners that may not read clocks themselves."""
+
+    def measure(work, repeats: int = 10, warmup: int = 3) -> float:
+        on_gpu = torch.device(device).type == "cuda"
+        for _ in range(warmup):
+            work()
+        times = []
+        for _ in range(repeats):
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times)[len(times) // 2]
+
+    return measure

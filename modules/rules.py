@@ -1,0 +1,229 @@
+"""Rules that settings must keep, alone and together; checked before any device is touched.
+
+Each rule names the setting, what it was and what would do.
+"""
+
+from modules.errors import ConfigError
+
+CHOICES = {
+    "run.device": ("auto", "cpu", "cuda"),
+    "run.precision": ("auto", "fp32", "fp16", "bf16"),
+    "run.kernels": ("auto", "torch", "triton"),
+    "data.on_bad_image": ("fail", "skip"),
+    "data.background": ("keep", "grey"),
+    "pipeline.weights": ("file", "random"),
+    "pipeline.family": ("auto", "sd1", "sd2", "turbo", "lcm"),
+    "pipeline.prediction_type": ("", "epsilon", "v_prediction"),
+    "pipeline.dtype": ("auto", "fp32", "fp16", "bf16"),
+    "pipeline.attention": ("auto", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers"),
+    "pipeline.compile": ("auto", "off", "on"),
+    "pipeline.preset": ("exact", "fast", "faster", "turbo"),
+    "generation.solver": ("ddim", "euler", "dpmpp_2m", "lcm"),
+    "generation.mode": ("auto", "sequential", "stream"),
+    "generation.mask_edit": ("none", "object", "background"),
+    "encoder.arch": ("auto", "small_resnet", "resnet18", "resnet50"),
+    "learning.method": ("supcon", "cross_entropy", "simclr"),
+    "learning.ood_columns": ("none", "global", "own_class", "foreign_class"),
+    "learning.ood_variant": ("none", "ood_instance", "prototype_push"),
+    "learning.augment": ("standard", "strong"),
+    "learning.optimizer": ("sgd", "adamw", "sgd8bit", "adamw8bit"),
+    "evaluation.score": (
+        "msp",
+        "max_logit",
+        "energy",
+        "knn",
+        "mahalanobis",
+        "relative_mahalanobis",
+        "max_cosine",
+        "binary_head",
+    ),
+}
+RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
+    "run.seed": (0, None, ""),
+    "run.threads": (0, None, ""),
+    "run.log_every": (1, None, ""),
+    "run.checkpoint_every": (1, None, ""),
+    "run.keep_checkpoints": (1, None, ""),
+    "data.image_size": (16, 2048, ""),
+    "data.shots_per_class": (0, None, ""),
+    "data.val_fraction": (0, 1, "()"),
+    "data.near_ood_val_fraction": (0, 1, "()"),
+    "data.max_pixels": (1, None, ""),
+    "data.crop_margin": (0, None, ""),
+    "inversion.images_per_class": (1, None, ""),
+    "inversion.batch_size": (1, None, ""),
+    "inversion.num_vectors": (1, 32, ""),
+    "inversion.lr": (0, None, "("),
+    "inversion.flip": (0, 1, ""),
+    "generation.images_per_step": (0, None, ""),
+    "generation.synthetic_fraction": (0, 1, ")"),
+    "generation.near_ood_fraction": (0, 1, ""),
+    "generation.slots": (1, 4096, ""),
+    "generation.num_inference_steps": (1, 1000, ""),
+    "generation.max_uses": (1, None, ""),
+    "generation.max_age": (0, None, ""),
+    "generation.ring_size": (1, None, ""),
+    "generation.prefill": (0, 1, ""),
+    "generation.decode_batch": (1, None, ""),
+    "generation.mask_dilation_px": (0, None, ""),
+    "generation.roundtrip_fraction": (0, 1, ""),
+    "generation.kv_cache_gib": (0, None, ""),
+    "near_ood.strength": (0, 1, "("),
+    "near_ood.noise": (0, None, ""),
+    "near_ood.negative_guidance": (None, 0, ""),
+    "near_ood.jigsaw_grid": (2, 32, ""),
+    "near_ood.outlier_quantile": (0, 1, "()"),
+    "gate.quantile": (0, 1, "()"),
+    "gate.retries": (0, None, ""),
+    "encoder.width": (8, None, ""),
+    "encoder.head_dim": (2, None, ""),
+    "learning.steps": (1, None, ""),
+    "learning.classes_per_batch": (1, None, ""),
+    "learning.rows_per_class": (1, None, ""),
+    "learning.extra_real_rows": (0, None, ""),
+    "learning.temperature": (0, None, "("),
+    "learning.ood_weight": (0, None, ""),
+    "learning.hardness": (0, None, ""),
+    "learning.outlier_exposure": (0, None, ""),
+    "learning.jitter_p": (0, 1, ""),
+    "learning.grey_p": (0, 1, ""),
+    "learning.lr": (0, None, "("),
+    "learning.momentum": (0, 1, ")"),
+    "learning.weight_decay": (0, None, ""),
+    "learning.warmup_steps": (0, None, ""),
+    "learning.ema_decay": (0, 1, ")"),
+    "learning.max_grad_norm": (0, None, ""),
+    "probe.epochs": (1, None, ""),
+    "probe.batch_size": (1, None, ""),
+    "evaluation.bootstrap": (1, None, ""),
+    "evaluation.confidence": (0, 1, "()"),
+    "evaluation.batch_size": (1, None, ""),
+    "tune.steps": (1, None, ""),
+}
+DIFFUSION_RECIPES = (
+    "strength",
+    "token_noise",
+    "token_mix",
+    "foreign",
+    "negative_guidance",
+    "mask_split",
+    "embedding_outlier",
+)
+FREE_RECIPES = ("jigsaw", "jigsaw_roundtrip")  # no UNet call
+
+
+def check_rules(config) -> None:
+    """Raise ConfigError at the first setting, alone or with others, that cannot be run."""
+    for name, known in CHOICES.items():
+        value = _get(config, name)
+        if value not in known:
+            raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(k or chr(39) * 2 for k in known)}")
+    for name, (low, high, ends) in RANGES.items():
+        _check_range(name, _get(config, name), low, high, ends)
+    _check_recipes(config)
+    if generates(config):
+        _check_strengths(config)
+        _check_feeding(config)
+    _check_learning(config)
+
+
+def generates(config) -> bool:
+    """Whether this run mixes generated rows into its batches."""
+    return config.generation.synthetic_fraction > 0
+
+
+def generated_rows(config) -> float:
+    """g: generated rows a batch needs on average, so that they are synthetic_fraction of it."""
+    fraction = config.generation.synthetic_fraction
+    return config.learning.classes_per_batch * config.learning.rows_per_class * fraction / (1 - fraction)
+
+
+def _get(config, name: str):
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _check_range(name: str, value, low, high, ends: str) -> None:
+    too_low = low is not None and (value < low or (value == low and "(" in ends))
+    too_high = high is not None and (value > high or (value == high and ")" in ends))
+    if too_low or too_high:
+        left = "(-inf" if low is None else f"{'(' if '(' in ends else '['}{low}"
+        right = "inf)" if high is None else f"{high}{')' if ')' in ends else ']'}"
+        raise ConfigError(f"`{name}` is {value}; it must lie in {left}, {right}")
+
+
+def _check_weights(name: str, weights: dict) -> None:
+    if not weights or any(w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
+        raise ConfigError(f"`{name}` is {weights}; it needs at least one weight above 0 and none below")
+
+
+def _check_recipes(config) -> None:
+    _check_weights("near_ood.recipes", config.near_ood.recipes)
+    _check_weights("generation.strengths", config.generation.strengths)
+    _check_weights("generation.conditions", config.generation.conditions)
+    for recipe in config.near_ood.recipes:
+        if recipe not in DIFFUSION_RECIPES + FREE_RECIPES:
+            raise ConfigError(
+                f"`near_ood.recipes` names {recipe!r}; choose from {', '.join(DIFFUSION_RECIPES + FREE_RECIPES)}"
+            )
+    low, high = config.near_ood.mix
+    if not 0 < low <= high < 1:
+        raise ConfigError(f"`near_ood.mix` is [{low}, {high}]; it must be a rising pair inside (0, 1)")
+    for template in config.generation.templates:
+        if template.count("{}") != 1:
+            raise ConfigError(f"`generation.templates` holds {template!r}; each template needs exactly one {{}}")
+    if not config.generation.templates:
+        raise ConfigError("`generation.templates` is empty; name at least one, such as 'a photo of a {}'")
+    if config.near_ood.jigsaw_grid and config.data.image_size % config.near_ood.jigsaw_grid:
+        raise ConfigError(
+            f"`near_ood.jigsaw_grid` is {config.near_ood.jigsaw_grid}, which does not divide data.image_size "
+            f"{config.data.image_size}"
+        )
+
+
+def _check_strengths(config) -> None:
+    steps = config.generation.num_inference_steps
+    strengths = [("generation.strengths", s) for s, w in config.generation.strengths.items() if w > 0]
+    if any(w > 0 and r in DIFFUSION_RECIPES for r, w in config.near_ood.recipes.items()):
+        strengths.append(("near_ood.strength", config.near_ood.strength))
+    for name, strength in strengths:
+        if not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ConfigError(f"`{name}` holds {strength!r}; a strength lies in (0, 1]")
+        if int(steps * strength) == 0:
+            raise ConfigError(
+                f"`{name}` {strength} of generation.num_inference_steps {steps} is int({steps} x {strength}) = 0 "
+                f"denoising steps, which returns the source image; use a strength of at least {1 / steps:.3g}"
+            )
+
+
+def _check_feeding(config) -> None:
+    needed = generated_rows(config)
+    rate, uses = config.generation.images_per_step, config.generation.max_uses
+    if rate * uses < needed - 1e-9:
+        raise ConfigError(
+            f"generation.synthetic_fraction {config.generation.synthetic_fraction} needs {needed:.3g} generated rows a "
+            f"step, but generation.images_per_step {rate:g} x generation.max_uses {uses} feeds only {rate * uses:g}; "
+            f"raise images_per_step to {needed / uses:.3g} or max_uses to {needed / max(rate, 1e-9):.0f}, or lower the "
+            "fraction"
+        )
+
+
+def _check_learning(config) -> None:
+    learning, generation = config.learning, config.generation
+    if learning.crop_scale[0] <= 0 or learning.crop_scale[0] > learning.crop_scale[1] or learning.crop_scale[1] > 1:
+        raise ConfigError(f"`learning.crop_scale` is {list(learning.crop_scale)}; it must be a rising pair in (0, 1]")
+    has_ood = generates(config) and generation.near_ood_fraction > 0
+    if learning.method == "cross_entropy" and has_ood and learning.outlier_exposure == 0:
+        raise ConfigError(
+            "learning.method cross_entropy with near-OOD rows needs learning.outlier_exposure > 0 (a uniform target "
+            "on them); set it, or set generation.near_ood_fraction to 0"
+        )
+    if learning.method == "supcon" and learning.classes_per_batch * learning.rows_per_class < 2:
+        raise ConfigError("learning.classes_per_batch x learning.rows_per_class is 1; SupCon needs two rows or more")
+    if learning.warmup_steps >= learning.steps and learning.steps > 1:
+        raise ConfigError(
+            f"learning.warmup_steps {learning.warmup_steps} does not end before learning.steps {learning.steps}; "
+            "lower it"
+        )
+    if learning.method == "simclr" and learning.ood_variant != "none":
+        raise ConfigError("learning.ood_variant belongs to supcon; set learning.method supcon or leave it at none")

@@ -1,0 +1,120 @@
+"""One run's directory: what was asked, where it ran, what it read, what it measured.
+
+The directory is a function of the config (`run.dir`/`run.name`), locked while in use, safe to call again: the same
+command goes on from the newest checkpoint, and a finished run shows its result.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+from modules import state
+from modules.config import Config, flatten, to_yaml
+from modules.errors import ConfigError, StorageError
+
+MAY_CHANGE = {  # settings that do not change results
+    "run.dir",
+    "run.name",
+    "run.threads",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.cache_dir",
+    "run.kernels",
+}
+MAY_CHANGE_SECTIONS = ("tune.",)
+
+
+class Workdir:
+    """The directory of one run; holds its lock until closed.
+
+    Raises:
+        StorageError: not writable, or locked by another process.
+        ConfigError: the directory holds a run of other settings.
+    """
+
+    def __init__(self, config: Config, origins: dict[str, str]):
+        self.path = Path(config.run.dir) / config.run.name
+        self._lock_file = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115: held as long as the run
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: the run directory cannot be written ({error.strerror}); set run.dir to a place that can"
+            ) from error
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.seek(0)
+            owner = self._lock_file.read().strip() or "unknown"
+            self._lock_file.close()
+            raise StorageError(
+                f"{self.path}: in use by process {owner}; wait for it, or set run.name to start another run beside it"
+            ) from None
+        self._lock_file.truncate(0)
+        self._lock_file.write(str(os.getpid()))
+        self._lock_file.flush()
+        self._refuse_other_settings(config)
+        state.write_atomic(self.path / "config.yaml", to_yaml(config, origins))
+
+    def close(self) -> None:
+        """Release the lock."""
+        if not self._lock_file.closed:
+            self._lock_file.truncate(0)
+            self._lock_file.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def results(self) -> dict | None:
+        """The results of a finished run, or None."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_json(self, name: str, value) -> None:
+        state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
+
+    def log(self, row: dict) -> None:
+        """Append one metric row."""
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.path}/metrics.jsonl: cannot be written ({error.strerror})") from error
+
+    def rows(self) -> list[dict]:
+        """Every metric row so far; a half-written last line (power loss) is dropped."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def cut_rows(self, step: int) -> None:
+        """Drop metric rows beyond `step`: the steps after it are made again."""
+        rows = [row for row in self.rows() if row["step"] <= step]
+        state.write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _refuse_other_settings(self, config: Config) -> None:
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        old = yaml.safe_load(path.read_text())
+        changed = []
+        for name, value in flatten(config).items():
+            section, key = name.split(".")
+            before = old.get(section, {}).get(key)
+            value = list(value) if isinstance(value, tuple) else value
+            if before != value and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS):
+                changed.append(f"{name} was {before!r}, now {value!r}")
+        if changed:
+            self.close()
+            raise ConfigError(
+                f"{self.path}: holds a run of other settings ({'; '.join(changed)}); set run.name to start another "
+                "run, or restore the settings to go on with this one"
+            )
