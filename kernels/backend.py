@@ -1,0 +1,114 @@
+"""Which implementation of an op runs, and why.
+
+Every op in this folder has a definition in plain torch and a Triton kernel. A kernel that has not beaten the compiled
+definition on a GPU is only a promise, so `auto` takes it once `JUDGED` names the benchmark row that says so, and the
+definition until then. A setting forces either. This is the one place in kernels/ that asks what hardware and libraries
+there are; Triton itself is imported from here, so that the definitions also run where it cannot be installed.
+"""
+
+import importlib.util
+import os
+import types
+from typing import NamedTuple
+
+import torch
+
+if importlib.util.find_spec("triton") is None:  # torch's wheels for macOS and Windows bring no Triton
+    triton = None
+    tl = types.SimpleNamespace(constexpr=int)  # annotations of the kernels, which then never run
+else:
+    import triton
+
+    tl = triton.language
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+OPS = ("views", "supcon", "guided_step", "group_norm", "pixels")
+
+# op -> the GPU row of benchmarks/results/kernels_gpu.csv on which its kernel earned its place (issue rule: >= 1.05x
+# torch.compile in time, or >= 2x better in memory at equal time). Empty: no kernel has been timed on a GPU yet.
+JUDGED: dict[str, str] = {}
+
+_default = "auto"
+
+
+class Choice(NamedTuple):
+    """The implementation that runs ("torch" or "triton") and the reason that is printed for it."""
+
+    name: str
+    reason: str
+
+
+def set_default(implementation: str) -> None:
+    """Set what `implementation="auto"` means from here on: the setting run.kernels.
+
+    Raises ValueError if `implementation` is not one of auto, torch, triton.
+    """
+    global _default
+    _check(implementation)
+    _default = implementation
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 when kernels/ was imported)."""
+    return triton is not None and _INTERPRET
+
+
+def choose(op: str, implementation: str = "auto", device: torch.device | str = "cpu") -> Choice:
+    """The implementation of `op` on `device`, with the reason.
+
+    Raises ValueError for an unknown op or implementation, and where Triton is demanded but cannot run.
+    """
+    _check(implementation)
+    if op not in OPS:
+        raise ValueError(f"op={op!r} is unknown; expected one of {', '.join(OPS)}")
+    asked = implementation if implementation != "auto" else _default
+    by = "asked for" if implementation != "auto" else "set by run.kernels"
+    kind = torch.device(device).type
+    if asked == "torch":
+        return Choice("torch", by)
+    obstacle = _obstacle(kind)
+    if asked == "triton":
+        if obstacle:
+            raise ValueError(f"implementation='triton' of {op}: {obstacle}; use 'auto' or 'torch'")
+        return Choice("triton", by)
+    if kind == "cpu":
+        return Choice("torch", "the definition in plain torch is the CPU path")
+    if obstacle:
+        return Choice("torch", obstacle)
+    if op in JUDGED:
+        return Choice("triton", JUDGED[op])
+    return Choice("torch", "the kernel passes in the interpreter but has no GPU benchmark row yet, so it is off")
+
+
+def explain(device: torch.device | str, implementation: str = "auto") -> dict[str, Choice]:
+    """op -> its choice on `device`, for the run card."""
+    return {op: choose(op, implementation, device) for op in OPS}
+
+
+def jit(function):
+    """`triton.jit`, or `function` itself where there is no Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n, as Triton's block shapes must be."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _obstacle(kind: str) -> str:
+    """Why Triton cannot run on a device of this kind; empty if it can."""
+    if triton is None:
+        return "Triton is not installed"
+    if interpreted():
+        return "" if kind == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+    if kind != "cuda":
+        return f"Triton kernels need a CUDA GPU, the tensors are on {kind!r} (TRITON_INTERPRET=1 at start interprets)"
+    return ""
+
+
+def _check(implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")

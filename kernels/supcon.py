@@ -1,0 +1,159 @@
+"""Supervised contrastive loss with near-OOD rows, which belong to no class.
+
+The definition builds the R x R similarity matrix; the kernel (below it) streams over column blocks and keeps O(R)
+numbers, so that large batches and banks of negatives fit. Legend: R = V*B rows, view-major, E embedding width.
+"""
+
+import math
+
+import torch
+
+from kernels import backend
+from kernels.checks import check_choice, check_number, check_tensor
+
+OOD_COLUMNS = ("none", "global", "own_class", "foreign_class")
+
+
+def supcon(
+    z_RE: torch.Tensor,
+    labels_R: torch.Tensor,
+    is_ood_R: torch.Tensor,
+    *,
+    num_views: int = 2,
+    temperature: float = 0.1,
+    ood_columns: str = "global",
+    ood_weight: float = 1.0,
+    hardness: float = 0.0,
+    ood_anchors: bool = False,
+    check_values: bool | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Mean contrastive loss (scalar, fp32; fp64 for fp64 input) of unit embeddings, differentiable in `z_RE`.
+
+    I are the ID rows, O the near-OOD rows, s_ij = z_i.z_j / temperature, P(i) = {p in I\\{i}: y_p = y_i}, N(i) all
+    other columns of i, O_i the columns of O it sees, I+ the anchors with P(i) not empty:
+
+        L    = 1/|I+| sum_{i in I+} [ log D_i - 1/|P(i)| sum_{p in P(i)} s_ip ]
+        D_i  = sum_{j in P(i)} e^{s_ij} + sum_{j in N(i)} c_j w_ij e^{s_ij}
+        c_j  = 1 for j in I, ood_weight for j in O_i, 0 for the rest
+        w_ij = e^{hardness s_ij} sum_{n in N(i)} c_n / sum_{n in N(i)} c_n e^{hardness s_in},  not differentiated
+
+    O_i is empty (`none`), all of O (`global`), its rows of i's source class (`own_class`) or of the other classes
+    (`foreign_class`). Rows of O are never anchors; with `ood_anchors` they are, their other views the one positive.
+    Anchors without a positive leave the mean; if none has one, the loss is 0. With hardness 0 every w is 1.
+
+    Gradient, with q_ij = c_j w_ij e^{s_ij} / D_i (c = w = 1 on positives) and G_ij = [q_ij - 1{j in P(i)}/|P(i)|]/|I+|
+    on the rows of I+, zero elsewhere:
+
+        dL/dz = (G + G^T) z / temperature
+
+    z_RE: fp16, bf16, fp32 or fp64, unit rows; similarities and sums are fp32 (fp64 for fp64). labels_R: int64 source
+    class >= 0, of OOD rows too. is_ood_R: bool. R is view-major, a multiple of num_views. `check_values` also checks
+    labels and finiteness, None on CPU tensors only: on a GPU it waits for the device.
+
+    Raises ValueError for a wrong shape, dtype, device, label or setting, for non-finite embeddings, and for one view
+    of rows of which no two share a class. Source: Khosla et al. 2020 (2004.11362) eq. 2; Robinson et al. 2021
+    (2010.04592) eq. 4; near-OOD columns as in OPSupCon (2310.01942).
+    """
+    _check(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness)
+    if check_values or (check_values is None and z_RE.device.type == "cpu"):
+        _check_values(z_RE, labels_R, is_ood_R, num_views)
+    seen = ood_columns if ood_weight > 0 else "none"
+    settings = (num_views, float(temperature), seen, float(ood_weight), float(hardness), ood_anchors)
+    backend.choose("supcon", implementation, z_RE.device)
+    with torch.autocast(z_RE.device.type, enabled=False):  # autocast would round the similarities to half precision
+        return supcon_reference(z_RE, labels_R, is_ood_R, *settings)
+
+
+def supcon_reference(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness, ood_anchors):
+    """The loss of `supcon` by its formula, with the whole similarity matrix."""
+    z_RE = z_RE if z_RE.dtype == torch.float64 else z_RE.float()
+    positive_RR, negative_RR, ood_negative_RR = masks(labels_R, is_ood_R, num_views, ood_columns, ood_anchors)
+    count_R = positive_RR.sum(1)
+    anchor_R = count_R > 0
+    logits_RR = z_RE @ z_RE.T / temperature
+
+    log_weight_RR = torch.zeros_like(logits_RR)
+    if ood_weight > 0:  # at weight 0 the caller passes ood_columns "none"
+        log_weight_RR.masked_fill_(ood_negative_RR, math.log(ood_weight))
+    if hardness > 0:
+        reweighted_RR = (log_weight_RR + hardness * logits_RR.detach()).masked_fill(~negative_RR, -math.inf)
+        log_count_R1 = log_weight_RR.masked_fill(~negative_RR, -math.inf).logsumexp(1, keepdim=True)
+        hard_RR = reweighted_RR - reweighted_RR.logsumexp(1, keepdim=True) + log_count_R1
+        log_weight_RR = torch.where(negative_RR, hard_RR, log_weight_RR)
+    log_weight_RR = log_weight_RR.masked_fill(~(positive_RR | negative_RR), -math.inf)
+
+    # Rows that are no anchors may have no column at all: a constant row keeps logsumexp and its gradient finite.
+    denominator_RR = (logits_RR + log_weight_RR).masked_fill(~anchor_R[:, None], 0.0)
+    mean_positive_R = (logits_RR * positive_RR).sum(1) / count_R.clamp(min=1)
+    loss_R = (denominator_RR.logsumexp(1) - mean_positive_R) * anchor_R
+    return loss_R.sum() / anchor_R.sum().clamp(min=1)
+
+
+def masks(labels_R, is_ood_R, num_views: int, ood_columns: str, ood_anchors: bool = False):
+    """Which columns j of each anchor i are positives, negatives, and negatives from O: three bool R x R tensors.
+
+    Rows that are no anchors are False throughout. The sum over a row of the first two counts its denominator's terms.
+    """
+    R = labels_R.shape[0]
+    id_R, row_R = ~is_ood_R, torch.arange(R, device=labels_R.device)
+    other_RR = row_R[:, None] != row_R
+    same_class_RR = labels_R[:, None] == labels_R
+    positive_RR = same_class_RR & other_RR & id_R[:, None] & id_R
+    anchor_R = id_R
+    if ood_anchors:
+        image_R = row_R % (R // num_views)
+        positive_RR |= (image_R[:, None] == image_R) & other_RR & is_ood_R[:, None] & is_ood_R
+        anchor_R = torch.ones_like(is_ood_R)
+    seen_RR = {
+        "none": torch.zeros_like(other_RR),
+        "global": torch.ones_like(other_RR),
+        "own_class": same_class_RR,
+        "foreign_class": ~same_class_RR,
+    }[ood_columns]
+    candidate_RR = other_RR & ~positive_RR & anchor_R[:, None]
+    ood_negative_RR = candidate_RR & is_ood_R & seen_RR
+    return positive_RR, (candidate_RR & id_R) | ood_negative_RR, ood_negative_RR
+
+
+def reference_level(
+    labels_R, is_ood_R, *, num_views: int = 2, ood_columns: str = "global", ood_weight: float = 1.0
+) -> torch.Tensor:
+    """The loss when all embeddings coincide: mean over I+ of log(|I| - 1 + ood_weight |O_i|), fp32, for any hardness."""
+    positive_RR, negative_RR, ood_negative_RR = masks(labels_R, is_ood_R, num_views, ood_columns)
+    anchor_R = positive_RR.any(1)
+    ood_R = ood_negative_RR.sum(1)
+    terms_R = positive_RR.sum(1) + negative_RR.sum(1) - ood_R + ood_weight * ood_R
+    return (terms_R.clamp(min=1).log() * anchor_R).sum() / anchor_R.sum().clamp(min=1)
+
+
+def _check(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness):
+    check_tensor("z_RE", z_RE, shape=(None, None), dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.float64))
+    R = z_RE.shape[0]
+    check_tensor("labels_R", labels_R, shape=(R,), dtypes=(torch.int64,), device=z_RE.device)
+    check_tensor("is_ood_R", is_ood_R, shape=(R,), dtypes=(torch.bool,), device=z_RE.device)
+    if num_views < 1 or R == 0 or R % num_views:
+        raise ValueError(f"z_RE has {R} rows; expected a positive multiple of num_views = {num_views}")
+    check_number("temperature", temperature, 0, open_low=True)
+    check_choice("ood_columns", ood_columns, OOD_COLUMNS)
+    check_number("ood_weight", ood_weight, 0)
+    check_number("hardness", hardness, 0)
+
+
+def _check_values(z_RE, labels_R, is_ood_R, num_views):
+    shape = list(z_RE.shape)
+    finite_R = torch.isfinite(z_RE.detach()).all(1)
+    if not finite_R.all():
+        row = int(finite_R.logical_not().nonzero()[0])
+        raise ValueError(
+            f"z_RE {shape} is not finite in {int((~finite_R).sum())} rows, first {row}; expected unit rows"
+        )
+    if labels_R.min() < 0:
+        row = int((labels_R < 0).nonzero()[0])
+        raise ValueError(f"labels_R [{shape[0]}] is {int(labels_R[row])} in row {row}; expected source classes >= 0")
+    id_labels = labels_R[~is_ood_R]
+    if num_views == 1 and len(id_labels) and len(id_labels.unique()) == len(id_labels):
+        raise ValueError(
+            f"labels_R [{shape[0]}] has no two ID rows of one class and num_views is 1, so no anchor has a positive; "
+            "expected two rows of some class, or two views"
+        )
