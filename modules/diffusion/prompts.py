@@ -1,11 +1,21 @@
-"""Prompt templates, condition words and placeholder names: their only owner.
+"""Prompt templates, condition words, initializers and placeholder names: their only owner.
 
 The 27 object templates follow the list of Textual Inversion (2208.01618), less its "clean" and "dirty" lines: here
 those words are conditions that a caption may contradict.
+
+A small text encoder knows the words of its captions and no others: an unknown word is split into byte pairs that were
+never trained together and moves the picture at random. A pipeline that lists its words (`training.json`, key
+"trained_words") has every word of a prompt checked against the list; one that does not (Stable Diffusion) is trusted.
 """
 
+import difflib
 import hashlib
+import json
 import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from modules.errors import ConfigError, DataError
 
 OBJECT_TEMPLATES = (
     "a photo of a {}",
@@ -61,3 +71,95 @@ def placeholder(label: str) -> str:
 def vector_names(token: str, num_vectors: int) -> list[str]:
     """The vocabulary entries of a class token of n vectors: <t>, <t>_1, <t>_2, as diffusers names them."""
     return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a prompt in lower case, slots and punctuation aside: "a close-up of the {}" -> a, close, up, of, the."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def trained_words(folder: str | Path) -> frozenset[str] | None:
+    """The words a pipeline's text encoder was trained on, or None for a pipeline that does not list them.
+
+    Raises: DataError for a training.json that is not JSON or whose "trained_words" is not a list of words.
+    """
+    path = Path(folder) / "training.json"
+    if not path.is_file():
+        return None
+    try:
+        words = json.loads(path.read_text(encoding="utf-8")).get("trained_words")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a JSON object ({error}); restore the file or remove it") from error
+    if words is None:
+        return None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise DataError(f"{path}: trained_words is {type(words).__name__}, expected a list of words")
+    return frozenset(part for word in words for part in words_of(word))
+
+
+def refuse_untrained(text: str, trained: frozenset[str] | None, setting: str) -> None:
+    """Let a prompt, condition or word through if every word of it was trained; `trained` None knows them all.
+
+    Raises: ConfigError naming the setting, the word and the closest trained words.
+    """
+    if trained is None:
+        return
+    for word in words_of(text):
+        if word not in trained:
+            near = difflib.get_close_matches(word, sorted(trained), 3) or sorted(trained)[:3]
+            raise ConfigError(
+                f"{setting}: {word!r} in {text!r} was never seen by this pipeline's text encoder; "
+                f"words it knows, for instance: {', '.join(near)}"
+            )
+
+
+def check_templates(templates: Iterable[str], setting: str) -> None:
+    """Let templates through that hold one slot {} each.
+
+    Raises: ConfigError naming the setting and the template.
+    """
+    templates = tuple(templates)
+    if not templates:
+        raise ConfigError(f"{setting}: no template; 'a photo of a {{}}' would do")
+    for template in templates:
+        if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "")):
+            raise ConfigError(f"{setting}: {template!r} needs one slot {{}}, as in 'a photo of a {{}}'")
+
+
+def check_prompts(
+    templates: Iterable[str], conditions: Iterable[str], trained: frozenset[str] | None, section: str = "generation"
+) -> None:
+    """Let the templates and condition words of a section through if the pipeline can make something of them.
+
+    Raises: ConfigError for a template without its slot, and for a word the text encoder was not trained on.
+    """
+    check_templates(templates, f"{section}.templates")
+    for template in templates:
+        refuse_untrained(template, trained, f"{section}.templates")
+    for condition in conditions:
+        refuse_untrained(condition, trained, f"{section}.conditions")
+
+
+def initializer_id(word: str, tokenizer, trained: frozenset[str] | None, setting: str = "inversion.initializer") -> int:
+    """The vocabulary row of the word that starts every class vector.
+
+    Raises: ConfigError for an empty or untrained word, and for one the tokenizer splits (its parts are no word's row).
+    """
+    if len(words_of(word)) != 1:
+        raise ConfigError(f"{setting}: {word!r} is not one word; a known noun such as 'object' would do")
+    refuse_untrained(word, trained, setting)
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        pieces = " + ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise ConfigError(
+            f"{setting}: {word!r} is not one token of this pipeline's vocabulary (it splits into {pieces}), so no trained "
+            f"row could start a class vector; {_single_word_like(word, tokenizer, trained)!r} would do"
+        )
+    return ids[0]
+
+
+def _single_word_like(word: str, tokenizer, trained: frozenset[str] | None) -> str:
+    """The word closest in spelling that has a row of its own; "object" where none is close."""
+    whole = {entry.removesuffix("</w>") for entry in tokenizer.get_vocab() if entry.endswith("</w>")}
+    candidates = sorted(w for w in (whole if trained is None else whole & trained) if w.isalpha())
+    return (difflib.get_close_matches(word.lower(), candidates, 1, 0.75) or ["object"])[0]

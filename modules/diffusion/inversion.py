@@ -1,0 +1,289 @@
+"""Textual inversion of all classes together: a few vectors a class, learned by denoising the class's training images.
+
+V_y* = argmin over V_y of E ||target - model(z_t, t, c(template(V_y)))||^2, target eps, or v = sqrt(abar) eps -
+sqrt(1-abar) z_0 where the scheduler says v_prediction. UNet, VAE and text encoder stay frozen; the new rows are a
+parameter of their own, so no other row of the vocabulary can move. Source: Textual Inversion, 2208.01618, eq. 2.
+
+One process learns every class, because a step's cost is its rows, not its classes: a batch visits several classes with
+about ROWS_PER_VISIT images each, under one template, so that the text encoder runs once a class and step. A class that
+a batch does not visit keeps its vectors and its Adam state to the bit. Within a visit the timesteps are stratified
+(2107.00630, app. I.1): the marginal stays uniform, the gradient's variance falls.
+
+The ancestors' learning rate, 5e-4 scaled by a batch of 4, is `inversion.lr` = 2e-3 at 4 rows of a class; other row
+counts scale it by the square root, the rule for Adam (2205.10287).
+
+Shapes: F flips (the image, its mirror image), D images, B rows, C classes, P classes of a batch, K vectors a token,
+E embedding width, h w the latent grid, T tokens.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+
+from modules.config import Inversion as Settings
+from modules.diffusion.prompts import OBJECT_TEMPLATES, fill
+from modules.diffusion.tokens import Tokens
+from modules.errors import DataError, NonFinite, OutOfMemory
+from modules.runtime import stream
+
+ALGORITHM = 1  # part of the cache key; raised when the same settings would learn other vectors
+ROWS_PER_VISIT = 4  # images of a class in a batch, the ancestors' batch
+WARMUP_VISITS = 5  # visits of a class over which its learning rate rises
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+HALF_PRECISION_SCALE = 256.0  # of the loss, so that gradients of a mean over 16,384 latents survive fp16
+
+Progress = Callable[[int, int, str], None]
+
+
+def token_cache_key(pipeline, image_digests: Sequence[str], labels: Sequence[str], settings: Settings, seed: int) -> str:
+    """The sha256 of everything learned vectors depend on; equal keys mean equal tokens.
+
+    `image_digests` are those of the training images in the order they are handed to inversion, `labels` their class
+    names. Changing the seed, the shots, an image, a label, the pipeline or a setting changes the key.
+    """
+    parts = {
+        "algorithm": ALGORITHM,
+        "pipeline": [pipeline.digest, pipeline.resolution, str(pipeline.dtype)],
+        "images": list(zip(image_digests, labels, strict=True)),
+        "settings": asdict(settings),
+        "templates": OBJECT_TEMPLATES,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def schedule(labels_D: Sequence[int], classes: Sequence[str], images_per_class: int, seed: int) -> list[int]:
+    """Every training row of the whole run in order: C x images_per_class rows, each class exactly its budget.
+
+    Rounds visit every class once, in a drawn order, with ROWS_PER_VISIT images; a class's images come in drawn orders,
+    all of them before any comes again.
+
+    Raises: DataError for a class without a training image.
+    """
+    streams = []
+    for label, name in enumerate(classes):
+        own = torch.tensor([row for row, other in enumerate(labels_D) if other == label], dtype=torch.long)
+        if not len(own):
+            raise DataError(f"class {name!r} has no training image to learn its token from; add some or drop the class")
+        draw = stream(seed, "inversion images", name)
+        cycles = [own[torch.randperm(len(own), generator=draw)] for _ in range(math.ceil(images_per_class / len(own)))]
+        streams.append(torch.cat(cycles)[:images_per_class].tolist())
+    rows = []
+    for start in range(0, images_per_class, ROWS_PER_VISIT):
+        for label in torch.randperm(len(classes), generator=stream(seed, "inversion round", start)).tolist():
+            rows += streams[label][start : start + ROWS_PER_VISIT]
+    return rows
+
+
+class Inversion:
+    """The vectors of all classes while they are learned: `step` until `done` equals `steps`, then `tokens`.
+
+    `moments_FD8hw` are the VAE moments of the training images and, where `settings.flip` > 0, of their mirror images;
+    every use draws a fresh latent from them. `initializer_id` is the vocabulary row that starts every vector.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        moments_FD8hw: torch.Tensor,
+        labels_D: Sequence[int],
+        classes: Sequence[str],
+        settings: Settings,
+        seed: int,
+        initializer_id: int,
+        templates: Sequence[str] = OBJECT_TEMPLATES,
+    ):
+        if settings.flip > 0 and len(moments_FD8hw) < 2:
+            raise ValueError(f"moments_FD8hw: {tuple(moments_FD8hw.shape)} lacks the mirror images inversion.flip asks for")
+        self.pipeline, self.moments_FD8hw, self.labels_D = pipeline, moments_FD8hw, list(labels_D)
+        self.classes, self.settings, self.seed, self.templates = tuple(classes), settings, seed, tuple(templates)
+        self.order = schedule(self.labels_D, self.classes, settings.images_per_class, seed)
+        self.steps = math.ceil(len(self.order) / settings.batch_size)
+        self.micro_batch = settings.batch_size
+        self.done = 0
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False).eval()
+        row_E = pipeline.text_encoder.get_input_embeddings().weight[initializer_id].detach().float()
+        self.vectors_CKE = row_E.repeat(len(classes), settings.num_vectors, 1)
+        self.exp_avg_CKE = torch.zeros_like(self.vectors_CKE)
+        self.exp_avg_sq_CKE = torch.zeros_like(self.vectors_CKE)
+        self.visits_C = [0] * len(classes)
+        self.finite = torch.ones((), dtype=torch.bool, device=row_E.device)
+
+    def step(self) -> torch.Tensor:
+        """Learn from the next batch; returns its mean denoising loss, float32 [], on the device.
+
+        Nothing here waits for the device: a loss or gradient that is not finite leaves the vectors as they were and is
+        raised by the next `check_finite`.
+
+        Raises: OutOfMemory if not even one row fits.
+        """
+        rows = self.order[self.done * self.settings.batch_size :][: self.settings.batch_size]
+        labels_B = [self.labels_D[row] for row in rows]
+        present = sorted(set(labels_B))
+        counts = [labels_B.count(label) for label in present]
+        draw = stream(self.seed, "inversion", self.done)
+        template = self.templates[torch.randint(len(self.templates), (), generator=draw)]
+        z_B4hw, target_B4hw, t_B = self._noised(rows, stratified(labels_B, draw), draw)
+
+        index_P = self._device(present)
+        vectors_PKE = self.vectors_CKE.index_select(0, index_P).requires_grad_()
+        context_PTE = self.pipeline.embed_vectors([fill(template, "*")] * len(present), vectors_PKE)
+        position_B = self._device([present.index(label) for label in labels_B])
+        weight_B = self._device([1 / counts[present.index(label)] for label in labels_B])
+        gradient_PTE, loss_B = self._denoise(z_B4hw, target_B4hw, t_B, context_PTE.detach(), position_B, weight_B)
+        (gradient_PKE,) = torch.autograd.grad(context_PTE, vectors_PKE, gradient_PTE)
+        self._update(present, index_P, gradient_PKE, counts)
+        self.finite &= loss_B.isfinite().all()
+        self.done += 1
+        return loss_B.mean()
+
+    def _noised(self, rows: list[int], u_B: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """z_t, the target float32 and t of a batch: sqrt(abar) z_0 + sqrt(1 - abar) eps at t = floor(u T)."""
+        flips = (torch.rand(len(rows), generator=draw) < self.settings.flip).long().tolist()
+        moments_B8hw = self.moments_FD8hw[flips, rows].to(self.pipeline.device, non_blocking=True)
+        shape = (len(rows), moments_B8hw.shape[1] // 2, *moments_B8hw.shape[2:])
+        latent_noise, eps = self._device(torch.randn(2, *shape, generator=draw))
+        z_0 = self.pipeline.sample_latents(moments_B8hw, latent_noise).float()
+        return noised(self.pipeline, z_0, eps, self._device(u_B))
+
+    def _denoise(self, z, target, t, context_PTE, position_B, weight_B) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of sum_B weight_B loss_B with respect to context_PTE, and loss_B, in chunks of rows that fit."""
+        while True:
+            try:
+                return self._chunks(z, target, t, context_PTE, position_B, weight_B)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            if self.micro_batch == 1:
+                raise OutOfMemory(
+                    "textual inversion does not fit with a single row at "
+                    f"{self.pipeline.resolution} px; lower pipeline.resolution or choose pipeline.dtype fp16 ({reason})"
+                )
+            self.micro_batch = math.ceil(self.micro_batch / 2)
+            torch.cuda.empty_cache()
+
+    def _chunks(self, z, target, t, context_PTE, position_B, weight_B) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = HALF_PRECISION_SCALE if context_PTE.dtype == torch.float16 else 1.0
+        context_PTE.requires_grad_()
+        gradient_PTE, losses = torch.zeros_like(context_PTE, dtype=torch.float32), []
+        for chunk in torch.arange(len(z)).split(self.micro_batch):
+            part = slice(chunk[0], chunk[-1] + 1)
+            predicted = self.pipeline.unet(z[part], t[part], context_PTE.index_select(0, position_B[part])).sample
+            loss = (predicted.float() - target[part]).square().mean((1, 2, 3))
+            (gradient,) = torch.autograd.grad((loss * weight_B[part]).sum() * scale, context_PTE)
+            gradient_PTE += gradient.float()
+            losses.append(loss.detach())
+        return gradient_PTE.to(context_PTE.dtype), torch.cat(losses)
+
+    def _update(self, present: list[int], index_P: torch.Tensor, gradient_PKE: torch.Tensor, counts: list[int]) -> None:
+        """Adam on the rows of the classes present, each with its own step count; no row moves on a non-finite gradient.
+
+        m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2; V <- V - lr m / (1-b1^n) / (sqrt(v / (1-b2^n)) + eps)
+        Source: 1412.6980, algorithm 1. The loss scale of half precision cancels in m / sqrt(v).
+        """
+        for label in present:
+            self.visits_C[label] += 1
+        visits = [self.visits_C[label] for label in present]
+        rate = [
+            self.settings.lr * math.sqrt(count / ROWS_PER_VISIT) * min(1.0, n / WARMUP_VISITS) / (1 - BETAS[0] ** n)
+            for count, n in zip(counts, visits, strict=True)
+        ]
+        rate_P11 = self._device(rate)[:, None, None]
+        correction_P11 = self._device([1 - BETAS[1] ** n for n in visits])[:, None, None]
+        gradient_PKE = gradient_PKE.float()
+        exp_avg = self.exp_avg_CKE[index_P].lerp(gradient_PKE, 1 - BETAS[0])
+        exp_avg_sq = self.exp_avg_sq_CKE[index_P].lerp(gradient_PKE.square(), 1 - BETAS[1])
+        vectors = self.vectors_CKE[index_P] - rate_P11 * exp_avg / ((exp_avg_sq / correction_P11).sqrt() + EPSILON)
+        self.finite &= gradient_PKE.isfinite().all()
+        for old, new in (
+            (self.vectors_CKE, vectors),
+            (self.exp_avg_CKE, exp_avg),
+            (self.exp_avg_sq_CKE, exp_avg_sq),
+        ):
+            old[index_P] = torch.where(self.finite, new, old[index_P])
+
+    def _device(self, values) -> torch.Tensor:
+        """Host values on the device, without waiting for it."""
+        return torch.as_tensor(values).to(self.pipeline.device, non_blocking=True)
+
+    def check_finite(self) -> None:
+        """Wait for the device and let finite vectors through.
+
+        Raises: NonFinite if a loss or gradient was not finite in any step so far.
+        """
+        if not bool(self.finite):
+            raise NonFinite(
+                f"textual inversion: a loss or gradient was not finite within the first {self.done} steps "
+                f"({self.pipeline.dtype}); choose pipeline.dtype fp32 or bf16, or a lower inversion.lr"
+            )
+
+    def tokens(self) -> Tokens:
+        """The learned vectors with what they were made from; raises NonFinite rather than hand out broken ones."""
+        self.check_finite()
+        return Tokens(
+            classes=self.classes,
+            vectors_CKE=self.vectors_CKE.detach().cpu().clone(),
+            base_model=self.pipeline.digest,
+            initializer=self.settings.initializer,
+            images_seen=min(self.settings.images_per_class, self.done * self.settings.batch_size // len(self.classes)),
+            seed=self.seed,
+        )
+
+    def state_dict(self) -> dict:
+        """Everything a later step reads; a run resumed from it equals one that never stopped, bit for bit on a CPU."""
+        self.check_finite()
+        return {
+            "done": self.done,
+            "micro_batch": self.micro_batch,
+            "visits": list(self.visits_C),
+            "vectors": self.vectors_CKE.clone(),
+            "exp_avg": self.exp_avg_CKE.clone(),
+            "exp_avg_sq": self.exp_avg_sq_CKE.clone(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`; raises DataError for the state of other classes or vectors."""
+        if state["vectors"].shape != self.vectors_CKE.shape:
+            raise DataError(
+                f"inversion state of shape {tuple(state['vectors'].shape)} for vectors {tuple(self.vectors_CKE.shape)}; "
+                "it belongs to other settings"
+            )
+        self.done, self.micro_batch, self.visits_C = state["done"], state["micro_batch"], list(state["visits"])
+        self.vectors_CKE.copy_(state["vectors"])
+        self.exp_avg_CKE.copy_(state["exp_avg"])
+        self.exp_avg_sq_CKE.copy_(state["exp_avg_sq"])
+
+
+def stratified(labels_B: Sequence[int], draw: torch.Generator) -> torch.Tensor:
+    """u in [0, 1) float32 [B], uniform each; the n rows of a class lie 1/n apart: u_i = (u_0 + i/n) mod 1."""
+    starts = torch.rand(max(labels_B) + 1, generator=draw)
+    seen = [labels_B[:row].count(label) / labels_B.count(label) for row, label in enumerate(labels_B)]
+    return (starts[torch.tensor(labels_B)] + torch.tensor(seen)) % 1.0
+
+
+def noised(pipeline, z_0: torch.Tensor, eps: torch.Tensor, u_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(z_t in the pipeline's dtype, target float32, t int64) at t = floor(u T), z_0 and eps float32 [B, 4, h, w]."""
+    abar_T = pipeline.scheduler.alphas_cumprod.to(pipeline.device, torch.float32)
+    t_B = (u_B * len(abar_T)).long().clamp(max=len(abar_T) - 1)
+    alpha, sigma = (abar_T[t_B].sqrt()[:, None, None, None], (1 - abar_T[t_B]).sqrt()[:, None, None, None])
+    z_t = (alpha * z_0 + sigma * eps).to(pipeline.dtype, memory_format=torch.channels_last)
+    velocity = pipeline.scheduler.prediction_type == "v_prediction"
+    return z_t, alpha * eps - sigma * z_0 if velocity else eps, t_B
+
+
+def learn(inversion: Inversion, progress: Progress | None = None, log_every: int = 10) -> Tokens:
+    """Run an inversion to its end from wherever it stands; returns the tokens.
+
+    Raises: NonFinite at the next log after a loss or gradient was not finite.
+    """
+    while inversion.done < inversion.steps:
+        loss = inversion.step()
+        if inversion.done % log_every == 0 or inversion.done == inversion.steps:
+            inversion.check_finite()
+            if progress:
+                progress(inversion.done, inversion.steps, f"denoising loss {loss.item():.4f}")
+    return inversion.tokens()

@@ -1,0 +1,113 @@
+"""What each learned token did: its norm, its way from the initializer, its denoising loss against the initializer's.
+
+"The token has no effect" is the commonest complaint about textual inversion, and the training loss does not show it:
+the timestep moves that loss far more than the token does. So both losses are taken on images inversion never saw, from
+the same latents, noise and timesteps, and their difference is given with its standard error.
+
+Shapes: D images, C classes, N draws, K vectors a token, E embedding width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from modules.diffusion.inversion import noised
+from modules.diffusion.prompts import fill
+from modules.diffusion.tokens import Tokens, vocabulary_norms
+from modules.runtime import stream
+
+TEMPLATE = "a photo of a {}"
+UNMOVED = 0.05  # relative distance to the initializer below which a token is called unmoved
+
+
+@torch.no_grad()
+def token_report(
+    pipeline,
+    tokens: Tokens,
+    moments_D8hw: torch.Tensor,
+    labels_D: Sequence[int],
+    initializer_id: int,
+    *,
+    draws: int = 8,
+    batch_size: int = 32,
+    vocabulary: Sequence[int] | None = None,
+) -> list[dict]:
+    """One row a class: class, placeholder, norm, vocabulary_norm, cosine, held-out losses, gain and a note.
+
+    norm                mean over the K vectors of ||V_y||
+    vocabulary_norm     median of ||row|| over `vocabulary` (row ids; None: all rows of the text encoder)
+    cosine              mean over the K vectors of their cosine to the initializer's row
+    moved               mean over the K vectors of ||V_y - initializer|| / ||initializer||
+    loss_token          held-out denoising loss with the token, mean over `draws` (images in turn, t spread evenly)
+    loss_initializer    the same latents, noise and t with the initializer word
+    gain, gain_se       1 - loss_token / loss_initializer, and its standard error from the paired differences
+    images              held-out images used; 0 leaves the losses None
+    note                "" or what looks wrong
+
+    `moments_D8hw` are VAE moments of images inversion was not handed (val), `labels_D` their class ids.
+    """
+    vocabulary_norm = vocabulary_norms(pipeline.text_encoder, vocabulary).median().item()
+    initial_E = pipeline.text_encoder.get_input_embeddings().weight[initializer_id].float().cpu()
+    own = [[row for row, label in enumerate(labels_D) if label == c] for c in range(len(tokens.classes))]
+    losses = _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size)
+    table = []
+    for c, (name, token) in enumerate(zip(tokens.classes, tokens.placeholders, strict=True)):
+        vectors_KE = tokens.vectors_CKE[c].cpu()
+        row = {
+            "class": name,
+            "placeholder": token,
+            "norm": vectors_KE.norm(dim=1).mean().item(),
+            "vocabulary_norm": vocabulary_norm,
+            "cosine": F.cosine_similarity(vectors_KE, initial_E[None]).mean().item(),
+            "moved": ((vectors_KE - initial_E).norm(dim=1).mean() / initial_E.norm()).item(),
+            "loss_token": None,
+            "loss_initializer": None,
+            "gain": None,
+            "gain_se": None,
+            "images": min(draws, len(own[c])),
+        }
+        if c in losses:
+            token_N, initializer_N = losses[c]
+            base = initializer_N.mean().item()
+            row |= {
+                "loss_token": token_N.mean().item(),
+                "loss_initializer": base,
+                "gain": 1 - token_N.mean().item() / base,
+                "gain_se": (token_N - initializer_N).std().item() / len(token_N) ** 0.5 / base,
+            }
+        table.append(row | {"note": _note(row)})
+    return table
+
+
+def _note(row: dict) -> str:
+    """What a person should look at, or nothing."""
+    if row["moved"] < UNMOVED:
+        return "did not move from the initializer; raise inversion.images_per_class or inversion.lr"
+    if row["images"] == 0:
+        return "no held-out image of this class, its effect is unknown"
+    if row["gain"] <= 0:
+        return "no better than the initializer word on held-out images"
+    return ""
+
+
+def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Class -> (loss_N with the token, loss_N with the initializer), of the same N draws, float32 on the CPU."""
+    token_context = pipeline.embed_vectors([fill(TEMPLATE, "*")] * len(own), tokens.vectors_CKE.to(pipeline.device))
+    word_context = pipeline.embed([fill(TEMPLATE, tokens.initializer)])
+    plan = [(c, rows[n % len(rows)], n) for c, rows in enumerate(own) if rows for n in range(draws)]
+    pairs = []
+    for start in range(0, len(plan), batch_size):
+        part = plan[start : start + batch_size]
+        moments = moments_D8hw[[row for _, row, _ in part]].to(pipeline.device)
+        shape = (2, moments.shape[1] // 2, *moments.shape[2:])
+        noises = [torch.randn(shape, generator=stream(tokens.seed, "token report", tokens.classes[c], n)) for c, _, n in part]
+        latent_noise, eps = torch.stack(noises, 1).to(pipeline.device)
+        u = torch.tensor([(n + 0.5) / draws for _, _, n in part], device=pipeline.device)
+        z_t, target, t = noised(pipeline, pipeline.sample_latents(moments, latent_noise).float(), eps, u)
+        contexts = (token_context[[c for c, _, _ in part]], word_context.expand(len(part), -1, -1))
+        error = [(pipeline.unet(z_t, t, c).sample.float() - target).square().mean((1, 2, 3)) for c in contexts]
+        pairs.append(torch.stack(error, 1).cpu())
+    losses = torch.cat(pairs) if pairs else torch.empty(0, 2)
+    where = {c: [i for i, (label, _, _) in enumerate(plan) if label == c] for c, rows in enumerate(own) if rows}
+    return {c: (losses[rows, 0], losses[rows, 1]) for c, rows in where.items()}

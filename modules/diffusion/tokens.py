@@ -1,0 +1,210 @@
+"""Class tokens: vectors learned by textual inversion, their files, and the prompts made of them in a bounded bank.
+
+A token's commonest fault elsewhere is that it was never loaded, or was learned on another model, and nobody noticed:
+here a missing file and a foreign base model are errors. Files have the form diffusers' `load_textual_inversion` reads,
+so that a run's tokens serve any other tool.
+
+Shapes: C classes, K vectors a token, E embedding width, N prompts, T tokens of a prompt.
+"""
+
+import hashlib
+import os
+import re
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from modules.diffusion.prompts import fill, placeholder, vector_names
+from modules.errors import DataError
+
+FILE = "learned_embeds.safetensors"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The vectors of every class, in the order of `classes`, and what they were made from."""
+
+    classes: tuple[str, ...]
+    vectors_CKE: torch.Tensor  # float32
+    base_model: str  # digest of the pipeline they were learned on
+    initializer: str
+    images_seen: int  # training images a class
+    seed: int
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return tuple(placeholder(label) for label in self.classes)
+
+
+def safe_name(label: str) -> str:
+    """A directory name for a class label: slug plus hash, the same on every file system, never a path of its own."""
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")[:40]
+    return f"{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
+    """One `<directory>/<class>/learned_embeds.safetensors` a class; each file appears whole or not at all.
+
+    A file holds exactly one key, the placeholder, float32 [K, E], and as metadata the base model's digest, the class,
+    the initializer, the images seen and the seed.
+    """
+    paths = []
+    for label, name, vectors_KE in zip(tokens.classes, tokens.placeholders, tokens.vectors_CKE, strict=True):
+        path = Path(directory) / safe_name(label) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "base_model": tokens.base_model,
+            "class": label,
+            "initializer": tokens.initializer,
+            "images_seen": str(tokens.images_seen),
+            "seed": str(tokens.seed),
+        }
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+        save_file({name: vectors_KE.detach().to("cpu", torch.float32).contiguous()}, partial, metadata)
+        os.replace(partial, path)
+        paths.append(path)
+    return paths
+
+
+def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str) -> Tokens:
+    """The saved tokens of `classes`, as `save_tokens` wrote them.
+
+    Raises: DataError for a class without a file, a file that is broken or of another class, width or number of
+    vectors, and a token learned on another base model (both digests are named).
+    """
+    vectors, metadata = [], {}
+    for label in classes:
+        path = Path(directory) / safe_name(label) / FILE
+        if not path.is_file():
+            raise DataError(f"no token of class {label!r}: {path} is missing; learn the tokens of this run again")
+        vectors_KE, metadata = _read(path, label)
+        if metadata["base_model"] != base_model:
+            raise DataError(
+                f"{path}: the token of {label!r} was learned on base model {metadata['base_model'][:16]}, "
+                f"this pipeline is {base_model[:16]}; point pipeline.path to the former or learn the token again"
+            )
+        if vectors and vectors_KE.shape != vectors[0].shape:
+            raise DataError(f"{path}: shape {tuple(vectors_KE.shape)} where other classes have {tuple(vectors[0].shape)}")
+        vectors.append(vectors_KE)
+    if not vectors:
+        raise DataError(f"{directory}: asked for the tokens of no class at all")
+    return Tokens(
+        classes=tuple(classes),
+        vectors_CKE=torch.stack(vectors),
+        base_model=base_model,
+        initializer=metadata["initializer"],
+        images_seen=int(metadata["images_seen"]),
+        seed=int(metadata["seed"]),
+    )
+
+
+def _read(path: Path, label: str) -> tuple[torch.Tensor, dict[str, str]]:
+    """The vectors [K, E] and metadata of one file.
+
+    Raises: DataError for anything `save_tokens` would not have written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            keys = list(file.keys())
+            vectors_KE = file.get_tensor(keys[0]) if len(keys) == 1 else None
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error}); remove it and learn the token again") from error
+    missing = {"base_model", "class", "initializer", "images_seen", "seed"} - metadata.keys()
+    if missing:
+        raise DataError(f"{path}: metadata lacks {', '.join(sorted(missing))}; learn the token again")
+    if keys != [placeholder(label)] or metadata["class"] != label:
+        raise DataError(f"{path}: holds {keys} of class {metadata['class']!r}, expected {[placeholder(label)]}")
+    if vectors_KE.ndim != 2 or vectors_KE.dtype != torch.float32 or not vectors_KE.isfinite().all():
+        raise DataError(
+            f"{path}: {tuple(vectors_KE.shape)} {vectors_KE.dtype}, expected finite float32 vectors [number, width]"
+        )
+    return vectors_KE, metadata
+
+
+def add_tokens(tokens: Tokens, tokenizer, text_encoder) -> list[str]:
+    """Add every placeholder and its vectors to a tokenizer and a text encoder, in place; returns the entries added.
+
+    For proofs and for export: the engine itself never changes the encoder (see `PromptBank`). The other rows stay as
+    they are to the bit, and torch's global generator is left alone (resizing draws rows of its own).
+
+    Raises: DataError if an entry exists already or the width is another one.
+    """
+    entries = [n for name in tokens.placeholders for n in vector_names(name, tokens.vectors_CKE.shape[1])]
+    taken = tokenizer.get_vocab().keys() & set(entries)
+    width = text_encoder.get_input_embeddings().embedding_dim
+    if taken:
+        raise DataError(f"the vocabulary holds {', '.join(sorted(taken))} already")
+    if tokens.vectors_CKE.shape[2] != width:
+        raise DataError(f"class vectors of width {tokens.vectors_CKE.shape[2]} for a text encoder of width {width}")
+    tokenizer.add_tokens(entries)
+    devices = [text_encoder.device] if text_encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        rows[tokenizer.convert_tokens_to_ids(entries)] = tokens.vectors_CKE.flatten(0, 1).to(rows)
+    return entries
+
+
+def vocabulary_norms(text_encoder, row_ids: list[int] | None = None) -> torch.Tensor:
+    """||row|| of the token embedding, float32 [vocabulary] or, of the rows named, [len(row_ids)]."""
+    rows = text_encoder.get_input_embeddings().weight.detach()
+    return (rows if row_ids is None else rows[row_ids]).float().norm(dim=1)
+
+
+class PromptBank:
+    """Prompt embeddings on the device: fixed prompts are encoded once and kept, the last used longest.
+
+    A fixed prompt is (template, condition, class); its embedding takes T x E x 2 bytes in fp16 (118 kB in SD 1.5), so
+    that 27 templates x 20 classes x 7 conditions stay under .5 GB. The bank is bounded by entries, and an entry that
+    was dropped is simply encoded again. Mixed and noised tokens are encoded when they are asked for and not kept.
+
+    With `tokens` None every prompt shows the initializer word (class-agnostic prompts, the control of Real Guidance).
+    """
+
+    def __init__(self, pipeline, tokens: Tokens | None, initializer: str = "object", capacity: int = 1024):
+        if tokens is not None and tokens.base_model != pipeline.digest:
+            raise DataError(
+                f"class tokens of base model {tokens.base_model[:16]} in a pipeline that is {pipeline.digest[:16]}; "
+                "learn the tokens again"
+            )
+        self.pipeline, self.tokens, self.initializer, self.capacity = pipeline, tokens, initializer, capacity
+        self.vectors_CKE = None if tokens is None else tokens.vectors_CKE.to(pipeline.device, torch.float32)
+        self.kept: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self.encoded = 0  # prompts that went through the text encoder so far
+
+    def fixed(self, template: str, condition: str, label: int) -> torch.Tensor:
+        """The embedding [T, E] of a template in a condition with the class's own token."""
+        return self._keep((template, condition, label if self.tokens else -1))
+
+    def empty(self) -> torch.Tensor:
+        """The embedding [T, E] of the empty prompt, the unconditional side of guidance."""
+        return self._keep(("", "", -1))
+
+    def mixed(self, template: str, condition: str, vectors_KE: torch.Tensor) -> torch.Tensor:
+        """The embedding [T, E] of a template in a condition with any vectors in the token's place; not kept."""
+        self.encoded += 1
+        with torch.no_grad():
+            return self.pipeline.embed_vectors([fill(template, "*", condition)], vectors_KE[None])[0]
+
+    @torch.no_grad()
+    def _keep(self, key: tuple[str, str, int]) -> torch.Tensor:
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        template, condition, label = key
+        if label >= 0:
+            context_TE = self.mixed(template, condition, self.vectors_CKE[label])
+        else:
+            self.encoded += 1
+            context_TE = self.pipeline.embed([fill(template, self.initializer, condition)] if template else [""])[0]
+        self.kept[key] = context_TE
+        if len(self.kept) > self.capacity:
+            self.kept.popitem(last=False)
+        return context_TE
