@@ -1,0 +1,325 @@
+"""Frozen features of all sets in, every number of a run out.
+
+The order is the protocol: the readout and every threshold are settled on train and val, then test is read once. Images
+of held-out classes come as near-OOD, another image set as far-OOD; neither is ever an image of the generator that made
+the training negatives.
+
+Shapes: D images, C classes, F feature width, Q bootstrap resamples.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules import config
+from modules.errors import DataError
+from modules.evaluation import metrics
+from modules.evaluation.features import Progress, alignment, knn_predict, uniformity
+from modules.evaluation.intervals import check_groups, group_weights, percentile_interval
+from modules.evaluation.ood import Fitting, acceptance_threshold, apply_scores, check_score_name, fit_scores
+from modules.evaluation.probe import Probe, train_binary_head, train_probe
+from modules.evaluation.replicates import macro_accuracy_replicates, mean_replicates, ood_replicates
+from modules.evaluation.stored import ROLES, Detector, Predictions
+from modules.runtime import stream
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Frozen features of one set of images and who they are."""
+
+    features_DF: Tensor  # float32, CPU, raw
+    labels_D: Tensor  # int64; class id, -1 for OOD images
+    paths: tuple[str, ...]
+    groups: tuple[str, ...]  # model or sample; the path where an image has none
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything an evaluation found."""
+
+    results: dict[str, float | int | str]  # flat keys for results.json
+    detector: Detector  # for export/
+    predictions: Predictions | None  # for predictions.safetensors; None where no test set was handed in
+    class_rows: list[dict]  # metrics.class_table of test, or of val without test
+    confusion_CC: np.ndarray  # counts of the same set
+
+
+def feature_set(items: Sequence, features_DF: Tensor, classes: tuple[str, ...]) -> FeatureSet:
+    """FeatureSet of index items (path, label, group) in the order of their features; -1 where no class is meant.
+
+    Raises ValueError where items and features differ in number.
+    """
+    if len(items) != len(features_DF):
+        raise ValueError(f"items: {len(items)} for features of shape {tuple(features_DF.shape)}, expected one a row")
+    number = {name: index for index, name in enumerate(classes)}
+    labels_D = torch.tensor([number.get(item.label, -1) for item in items], dtype=torch.int64)
+    return FeatureSet(
+        features_DF, labels_D, tuple(item.path for item in items), tuple(item.group or item.path for item in items)
+    )
+
+
+def evaluate(
+    *,
+    train: FeatureSet,
+    val: FeatureSet,
+    test: FeatureSet | None,
+    near_ood_val: FeatureSet | None = None,
+    near_ood_test: FeatureSet | None = None,
+    far_ood_test: FeatureSet | None = None,
+    generated_near_ood_DF: Tensor | None = None,
+    generated_id_DF: Tensor | None = None,
+    classes: tuple[str, ...],
+    probe: config.Probe,
+    evaluation: config.Evaluation,
+    seed: int,
+    classifier: Probe | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Outcome of the whole protocol; without `test` only val is looked at (sweeps).
+
+    The readout is a linear probe on train, chosen on val, or `classifier` (an affine map the encoder already has).
+    `generated_near_ood_DF` are features of generated negatives for the binary head, `generated_id_DF` of generated
+    positives on its ID side; without them the head is trained on half of the near-OOD val groups.
+
+    Keys of results: `val.` and `test.` + accuracy, macro_accuracy, ece, mean_max_softmax_id, knn_accuracy, alignment,
+    uniformity, images, groups; `<split>.near_ood.` and `test.far_ood.` + images, groups, mean_max_softmax and
+    `<score>.<metric>` for metrics.OOD_METRICS; `threshold.<score>`; probe.lr, readout, headline.score. Where
+    evaluation.bootstrap > 0, accuracies, mean_max_softmax and OOD metrics of test also have `_low` and `_high`.
+
+    Raises DataError (empty val, too few groups, class without train image), ConfigError (score), NonFinite (probe).
+    """
+    if len(val) == 0:
+        raise DataError(
+            "the val split holds no image: settings are chosen on it; give val images or raise data.val_fraction"
+        )
+    report = progress or (lambda done, total, note: None)
+    ood_tests = {"near_ood": near_ood_test, "far_ood": far_ood_test}
+    ood_tests = {
+        name: given for name, given in ood_tests.items() if test is not None and given is not None and len(given)
+    }
+    tests = ({"test": test} if test is not None else {}) | {f"test {name}": given for name, given in ood_tests.items()}
+    check_groups({name: given.groups for name, given in tests.items()}, evaluation.bootstrap)
+    near_ood_val = near_ood_val if near_ood_val is not None and len(near_ood_val) else None
+    with_head = generated_near_ood_DF is not None or near_ood_val is not None
+    check_score_name(evaluation.score, with_head)
+
+    report(0, 4, "probe")
+    readout = classifier or train_probe(
+        train.features_DF,
+        train.labels_D,
+        val.features_DF,
+        val.labels_D,
+        num_classes=len(classes),
+        settings=probe,
+        seed=seed,
+    )
+    results: dict[str, float | int | str] = {
+        "readout": "probe" if classifier is None else "classifier",
+        "headline.score": evaluation.score,
+        "classes": len(classes),
+    }
+    if classifier is None:
+        results["probe.lr"] = readout.lr
+        results |= {f"probe.val_accuracy.lr_{lr:g}": accuracy for lr, accuracy in readout.val_accuracy.items()}
+
+    report(1, 4, "OOD scores")
+    head, source = _binary_head(train, val, near_ood_val, generated_near_ood_DF, generated_id_DF, probe, seed)
+    results["binary_head.trained_on"] = source
+    states = fit_scores(Fitting(train.features_DF, train.labels_D, head))
+    judge = _Judge(train, readout, states, len(classes))
+    val_logits_DC, val_scores = judge.read(val)
+    thresholds = {name: acceptance_threshold(values_D) for name, values_D in val_scores.items()}
+    results |= {f"threshold.{name}": value for name, value in thresholds.items()}
+    results |= _prefixed("val.", judge.classification(val, val_logits_DC))
+    if near_ood_val is not None:
+        near_scores = judge.read(near_ood_val)[1]
+        # half of these images trained the head: its figures on them would flatter
+        flattered = {"binary"} if source == "near_ood_val" else set()
+        results |= _ood_results("val.near_ood.", val_scores, near_scores, flattered)
+        results |= {"val.near_ood.images": len(near_ood_val), "val.near_ood.groups": len(set(near_ood_val.groups))}
+    detector = Detector(classes, readout, states, thresholds, evaluation.score)
+    if test is None:
+        predicted_D = val_logits_DC.argmax(dim=1)
+        rows = metrics.class_table(val.labels_D, predicted_D, val.groups, classes)
+        return Outcome(
+            _plain(results), detector, None, rows, metrics.confusion(val.labels_D, predicted_D, len(classes))
+        )
+
+    report(2, 4, "test")
+    logits_DC, scores = judge.read(test)
+    results |= _prefixed("test.", judge.classification(test, logits_DC))
+    parts = [(test, logits_DC, scores, "id")]
+    for name, given in ood_tests.items():
+        ood_logits_DC, ood_scores = judge.read(given)
+        parts.append((given, ood_logits_DC, ood_scores, name))
+        results |= _ood_results(f"test.{name}.", scores, ood_scores, set())
+        results |= {
+            f"test.{name}.images": len(given),
+            f"test.{name}.groups": len(set(given.groups)),
+            f"test.{name}.mean_max_softmax": metrics.mean_max_softmax(ood_logits_DC),
+        }
+    if "near_ood" in ood_tests:
+        results["test.mean_max_softmax_ood"] = results["test.near_ood.mean_max_softmax"]
+    predictions = _predictions(classes, parts, judge)
+
+    report(3, 4, "intervals")
+    if evaluation.bootstrap > 0:
+        results |= bootstrap_intervals(predictions, results, evaluation, seed)
+    report(4, 4, "done")
+    predicted_D = logits_DC.argmax(dim=1)
+    rows = metrics.class_table(test.labels_D, predicted_D, test.groups, classes)
+    return Outcome(
+        _plain(results), detector, predictions, rows, metrics.confusion(test.labels_D, predicted_D, len(classes))
+    )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Reads a set of features through the settled readout and scores."""
+
+    train: FeatureSet
+    readout: Probe
+    states: dict
+    num_classes: int
+
+    def read(self, given: FeatureSet) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_DC = self.readout.logits(given.features_DF)
+        return logits_DC, apply_scores(self.states, given.features_DF, logits_DC)
+
+    def neighbors(self, given: FeatureSet) -> Tensor:
+        return knn_predict(self.train.features_DF, self.train.labels_D, given.features_DF, self.num_classes)
+
+    def classification(self, given: FeatureSet, logits_DC: Tensor) -> dict[str, float | int]:
+        found = metrics.classification_metrics(logits_DC, given.labels_D)
+        found["mean_max_softmax_id"] = found.pop("mean_max_softmax")
+        return found | {
+            "knn_accuracy": float((self.neighbors(given) == given.labels_D).double().mean()),
+            "alignment": alignment(given.features_DF, given.labels_D),
+            "uniformity": uniformity(given.features_DF),
+            "images": len(given),
+            "groups": len(set(given.groups)),
+        }
+
+
+def bootstrap_intervals(
+    predictions: Predictions, results: dict, evaluation: config.Evaluation, seed: int
+) -> dict[str, float]:
+    """`_low` and `_high` of every test metric that is a function of per-image rows, by group bootstrap.
+
+    ID and OOD groups are resampled independently of each other; one resample serves all metrics.
+    """
+    weights = {
+        role: group_weights(
+            [predictions.groups[row] for row in rows_D.tolist()], evaluation.bootstrap, seed=seed, name=role
+        )
+        for role in ROLES
+        if len(rows_D := predictions.rows(role))
+    }
+    found: dict[str, float] = {}
+
+    def add(key: str, replicates_Q: Tensor) -> None:
+        interval = percentile_interval(results[key], replicates_Q, evaluation.confidence, groups=0)
+        found[f"{key}_low"], found[f"{key}_high"] = interval.low, interval.high
+
+    id_D = predictions.rows("id")
+    logits_DC, labels_D = predictions.logits_DC[id_D], predictions.labels_D[id_D]
+    correct_D = logits_DC.argmax(dim=1) == labels_D
+    add("test.accuracy", mean_replicates(correct_D, weights["id"]))
+    add("test.macro_accuracy", macro_accuracy_replicates(correct_D, labels_D, logits_DC.shape[1], weights["id"]))
+    add("test.knn_accuracy", mean_replicates(predictions.knn_D[id_D] == labels_D, weights["id"]))
+    add("test.mean_max_softmax_id", mean_replicates(logits_DC.double().softmax(dim=1).amax(dim=1), weights["id"]))
+    for role in ("near_ood", "far_ood"):
+        if role not in weights:
+            continue
+        rows_D = predictions.rows(role)
+        confidence_D = predictions.logits_DC[rows_D].double().softmax(dim=1).amax(dim=1)
+        add(f"test.{role}.mean_max_softmax", mean_replicates(confidence_D, weights[role]))
+        for name, values_D in predictions.scores.items():
+            replicates = ood_replicates(values_D[id_D], values_D[rows_D], weights["id"], weights[role])
+            for metric, replicates_Q in replicates.items():
+                add(f"test.{role}.{name}.{metric}", replicates_Q)
+    return found
+
+
+def _binary_head(
+    train: FeatureSet,
+    val: FeatureSet,
+    near_ood_val: FeatureSet | None,
+    generated_near_ood_DF: Tensor | None,
+    generated_id_DF: Tensor | None,
+    settings: config.Probe,
+    seed: int,
+) -> tuple[Probe | None, str]:
+    """The ID/OOD head and what its OOD rows were: generated, near_ood_val, or none (and then no head)."""
+    if generated_near_ood_DF is None and near_ood_val is None:
+        return None, "none"
+    # the binary head is a softmax over two classes, so probe.lrs hold for it too
+    id_DF = train.features_DF
+    if generated_near_ood_DF is not None:
+        if generated_id_DF is not None:
+            id_DF = torch.cat([id_DF, generated_id_DF])
+        if near_ood_val is not None:
+            fit_DF, choose_DF = generated_near_ood_DF, near_ood_val.features_DF
+        else:
+            fit_DF, choose_DF = _halves(generated_near_ood_DF, range(len(generated_near_ood_DF)), seed)
+        source = "generated"
+    else:
+        fit_DF, choose_DF = _halves(near_ood_val.features_DF, near_ood_val.groups, seed)
+        source = "near_ood_val"
+    head = train_binary_head(id_DF, fit_DF, val.features_DF, choose_DF, settings=settings, seed=seed)
+    return head, source
+
+
+def _halves(features_DF: Tensor, groups: Sequence, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of a drawn half of the groups, and the others."""
+    names = sorted(set(groups))
+    if len(names) < 2:
+        raise DataError("the binary ID/OOD head needs near-OOD val images of at least two groups, there is one")
+    order = torch.randperm(len(names), generator=stream(seed, "binary head", "halves")).tolist()
+    first = {names[position] for position in order[: math.ceil(len(names) / 2)]}
+    in_first_D = torch.tensor([group in first for group in groups])
+    return features_DF[in_first_D], features_DF[~in_first_D]
+
+
+def _ood_results(
+    prefix: str, id_scores: dict[str, Tensor], ood_scores: dict[str, Tensor], left_out: set[str]
+) -> dict[str, float]:
+    return {
+        f"{prefix}{name}.{metric}": value
+        for name in id_scores
+        if name not in left_out
+        for metric, value in metrics.ood_metrics(id_scores[name], ood_scores[name]).items()
+    }
+
+
+def _predictions(classes: tuple[str, ...], parts: list[tuple], judge: _Judge) -> Predictions:
+    return Predictions(
+        classes=classes,
+        paths=tuple(path for given, _, _, _ in parts for path in given.paths),
+        groups=tuple(group for given, _, _, _ in parts for group in given.groups),
+        roles_D=torch.cat(
+            [torch.full((len(given),), ROLES.index(role), dtype=torch.uint8) for given, _, _, role in parts]
+        ),
+        labels_D=torch.cat(
+            [given.labels_D if role == "id" else torch.full((len(given),), -1) for given, _, _, role in parts]
+        ),
+        logits_DC=torch.cat([logits_DC for _, logits_DC, _, _ in parts]),
+        knn_D=torch.cat([judge.neighbors(given) for given, _, _, _ in parts]),
+        scores={name: torch.cat([scores[name] for _, _, scores, _ in parts]) for name in parts[0][2]},
+    )
+
+
+def _prefixed(prefix: str, values: dict) -> dict:
+    return {prefix + key: value for key, value in values.items()}
+
+
+def _plain(results: dict) -> dict:
+    """Results that JSON can hold: a metric that does not exist for this set (nan) is left out."""
+    return {key: value for key, value in results.items() if not (isinstance(value, float) and math.isnan(value))}

@@ -1,0 +1,103 @@
+"""The metrics again, on all bootstrap resamples at once.
+
+A resample repeats row i of the test set w_i times, so each metric is a function of integer row weights, and sorting a
+score once serves every resample. One interval needs 1,000 resamples of five metrics for each of eight scores: through
+scikit-learn that is 40,000 calls and about a minute on a CPU core; here it is cumulative sums, a few seconds in all.
+Each function is tested to equal scikit-learn on the physically repeated rows.
+
+Shapes: Q resamples, D images, C classes, T thresholds.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+RESAMPLE_BLOCK = 128  # resamples whose curves are held at once: 128 x 10,000 float64 is 10 MB an array
+
+
+def mean_replicates(values_D: Tensor, weights_QD: Tensor) -> Tensor:
+    """Weighted mean of values_D under each resample, float64 [Q]: accuracy from hits, mean confidence, and so on."""
+    weights_QD = weights_QD.double()
+    return weights_QD @ values_D.double() / weights_QD.sum(dim=1)
+
+
+def macro_accuracy_replicates(correct_D: Tensor, labels_D: Tensor, num_classes: int, weights_QD: Tensor) -> Tensor:
+    """Mean over the classes a resample holds of their accuracy in it, float64 [Q]."""
+    member_DC = one_hot(labels_D, num_classes).double()
+    weights_QD = weights_QD.double()
+    total_QC = weights_QD @ member_DC
+    share_QC = (weights_QD @ (member_DC * correct_D.double()[:, None])) / total_QC.clamp(min=1)
+    return share_QC.sum(dim=1) / (total_QC > 0).sum(dim=1)
+
+
+def ood_replicates(
+    id_scores_D: Tensor, ood_scores_D: Tensor, id_weights_QD: Tensor, ood_weights_QD: Tensor
+) -> dict[str, Tensor]:
+    """metrics.ood_metrics under each resample: metric name -> float64 [Q].
+
+    Scores are confidence (higher is more in-distribution); weights are non-negative counts with a positive sum in
+    every row.
+    """
+    scores_D = torch.cat([id_scores_D, ood_scores_D]).double()
+    order_D = scores_D.argsort(descending=True)
+    ends_T = _tie_ends(scores_D[order_D])
+    starts_T = _tie_ends(scores_D[order_D].flip(0))
+    num_id = len(id_scores_D)
+    blocks = []
+    for id_weights_qD, ood_weights_qD in zip(
+        id_weights_QD.split(RESAMPLE_BLOCK), ood_weights_QD.split(RESAMPLE_BLOCK), strict=True
+    ):
+        weights_qD = torch.cat([id_weights_qD, ood_weights_qD], dim=1).double()[:, order_D]
+        is_id_D = order_D < num_id
+        id_qD, ood_qD = weights_qD * is_id_D, weights_qD * ~is_id_D
+        # ID is accepted from the highest score down; OOD is detected from the lowest score up
+        id_curve = (id_qD.cumsum(dim=1)[:, ends_T], ood_qD.cumsum(dim=1)[:, ends_T])
+        ood_curve = (ood_qD.flip(1).cumsum(dim=1)[:, starts_T], id_qD.flip(1).cumsum(dim=1)[:, starts_T])
+        blocks.append(
+            torch.stack(
+                [
+                    _area(*id_curve),
+                    _precision_area(*id_curve),
+                    _precision_area(*ood_curve),
+                    _fpr(*id_curve),
+                    _fpr(*ood_curve),
+                ]
+            )
+        )
+    names = ("auroc", "aupr_in", "aupr_out", "fpr_ood_at_id_tpr95", "fpr_id_at_ood_tpr95")
+    return dict(zip(names, torch.cat(blocks, dim=1), strict=True))
+
+
+def _tie_ends(sorted_D: Tensor) -> Tensor:
+    """Positions of the last of each run of equal values: only there is a threshold."""
+    last_D = torch.ones(len(sorted_D), dtype=torch.bool)
+    last_D[:-1] = sorted_D[1:] != sorted_D[:-1]
+    return last_D.nonzero()[:, 0]
+
+
+def _area(positives_QT: Tensor, negatives_QT: Tensor) -> Tensor:
+    """Area under the ROC curve from cumulative weights, trapezoidal (ties count half)."""
+    tpr_QT, fpr_QT = positives_QT / positives_QT[:, -1:], negatives_QT / negatives_QT[:, -1:]
+    return _trapezoid(_prepend(fpr_QT, 0.0), _prepend(tpr_QT, 0.0))
+
+
+def _precision_area(positives_QT: Tensor, negatives_QT: Tensor) -> Tensor:
+    """Area under the precision-recall curve; precision is 1 until the first row is accepted, as scikit-learn has it."""
+    accepted_QT = positives_QT + negatives_QT
+    precision_QT = torch.where(accepted_QT > 0, positives_QT / accepted_QT.clamp(min=1), 1.0)
+    return _trapezoid(_prepend(positives_QT / positives_QT[:, -1:], 0.0), _prepend(precision_QT, 1.0))
+
+
+def _fpr(positives_QT: Tensor, negatives_QT: Tensor) -> Tensor:
+    """False-positive rate at the first threshold whose true-positive rate is at least .95."""
+    reached_QT = positives_QT / positives_QT[:, -1:] >= 0.95
+    first_Q1 = reached_QT.to(torch.uint8).argmax(dim=1, keepdim=True)
+    return (negatives_QT / negatives_QT[:, -1:]).gather(1, first_Q1)[:, 0]
+
+
+def _prepend(curve_QT: Tensor, value: float) -> Tensor:
+    return torch.cat([torch.full_like(curve_QT[:, :1], value), curve_QT], dim=1)
+
+
+def _trapezoid(x_QT: Tensor, y_QT: Tensor) -> Tensor:
+    return torch.trapezoid(y_QT, x_QT, dim=1)
