@@ -25,7 +25,8 @@ from dataclasses import asdict
 import torch
 
 from modules.config import Inversion as Settings
-from modules.diffusion.prompts import OBJECT_TEMPLATES, fill
+from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, initializer_id, trained_words
+from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.tokens import Tokens
 from modules.errors import DataError, NonFinite, OutOfMemory
 from modules.runtime import stream
@@ -39,7 +40,9 @@ HALF_PRECISION_SCALE = 256.0  # of the loss, so that gradients of a mean over 16
 Progress = Callable[[int, int, str], None]
 
 
-def token_cache_key(pipeline, image_digests: Sequence[str], labels: Sequence[str], settings: Settings, seed: int) -> str:
+def token_cache_key(
+    pipeline, image_digests: Sequence[str], labels: Sequence[str], settings: Settings, seed: int
+) -> str:
     """The sha256 of everything learned vectors depend on; equal keys mean equal tokens.
 
     `image_digests` are those of the training images in the order they are handed to inversion, `labels` their class
@@ -83,7 +86,9 @@ class Inversion:
     """The vectors of all classes while they are learned: `step` until `done` equals `steps`, then `tokens`.
 
     `moments_FD8hw` are the VAE moments of the training images and, where `settings.flip` > 0, of their mirror images;
-    every use draws a fresh latent from them. `initializer_id` is the vocabulary row that starts every vector.
+    every use draws a fresh latent from them. Every vector starts as the row of `settings.initializer`.
+
+    Raises: ConfigError for an initializer without a trained row of its own, DataError for a class without an image.
     """
 
     def __init__(
@@ -94,11 +99,12 @@ class Inversion:
         classes: Sequence[str],
         settings: Settings,
         seed: int,
-        initializer_id: int,
         templates: Sequence[str] = OBJECT_TEMPLATES,
     ):
         if settings.flip > 0 and len(moments_FD8hw) < 2:
-            raise ValueError(f"moments_FD8hw: {tuple(moments_FD8hw.shape)} lacks the mirror images inversion.flip asks for")
+            raise ValueError(
+                f"moments_FD8hw: {tuple(moments_FD8hw.shape)} lacks the mirror images inversion.flip asks for"
+            )
         self.pipeline, self.moments_FD8hw, self.labels_D = pipeline, moments_FD8hw, list(labels_D)
         self.classes, self.settings, self.seed, self.templates = tuple(classes), settings, seed, tuple(templates)
         self.order = schedule(self.labels_D, self.classes, settings.images_per_class, seed)
@@ -107,7 +113,9 @@ class Inversion:
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
-        row_E = pipeline.text_encoder.get_input_embeddings().weight[initializer_id].detach().float()
+        self.noising = Noising(pipeline)
+        row = initializer_id(settings.initializer, pipeline.tokenizer, trained_words(pipeline.source))
+        row_E = pipeline.text_encoder.get_input_embeddings().weight[row].detach().float()
         self.vectors_CKE = row_E.repeat(len(classes), settings.num_vectors, 1)
         self.exp_avg_CKE = torch.zeros_like(self.vectors_CKE)
         self.exp_avg_sq_CKE = torch.zeros_like(self.vectors_CKE)
@@ -117,8 +125,8 @@ class Inversion:
     def step(self) -> torch.Tensor:
         """Learn from the next batch; returns its mean denoising loss, float32 [], on the device.
 
-        Nothing here waits for the device: a loss or gradient that is not finite leaves the vectors as they were and is
-        raised by the next `check_finite`.
+        A loss or gradient that is not finite leaves the vectors as they were and is raised by the next `check_finite`,
+        so that no step waits for the device to tell.
 
         Raises: OutOfMemory if not even one row fits.
         """
@@ -137,19 +145,20 @@ class Inversion:
         weight_B = self._device([1 / counts[present.index(label)] for label in labels_B])
         gradient_PTE, loss_B = self._denoise(z_B4hw, target_B4hw, t_B, context_PTE.detach(), position_B, weight_B)
         (gradient_PKE,) = torch.autograd.grad(context_PTE, vectors_PKE, gradient_PTE)
-        self._update(present, index_P, gradient_PKE, counts)
         self.finite &= loss_B.isfinite().all()
+        self._update(present, index_P, gradient_PKE, counts)
         self.done += 1
         return loss_B.mean()
 
     def _noised(self, rows: list[int], u_B: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """z_t, the target float32 and t of a batch: sqrt(abar) z_0 + sqrt(1 - abar) eps at t = floor(u T)."""
+        """z_t, the target and t of a batch's rows, each with a fresh latent, fresh noise and its own mirroring."""
         flips = (torch.rand(len(rows), generator=draw) < self.settings.flip).long().tolist()
-        moments_B8hw = self.moments_FD8hw[flips, rows].to(self.pipeline.device, non_blocking=True)
+        index_2B = torch.tensor([flips, rows]).to(self.moments_FD8hw.device, non_blocking=True)
+        moments_B8hw = self.moments_FD8hw[index_2B[0], index_2B[1]].to(self.pipeline.device, non_blocking=True)
         shape = (len(rows), moments_B8hw.shape[1] // 2, *moments_B8hw.shape[2:])
         latent_noise, eps = self._device(torch.randn(2, *shape, generator=draw))
-        z_0 = self.pipeline.sample_latents(moments_B8hw, latent_noise).float()
-        return noised(self.pipeline, z_0, eps, self._device(u_B))
+        z_0 = self.pipeline.sample_latents(moments_B8hw, latent_noise)
+        return self.noising(z_0, eps, self._device(u_B))
 
     def _denoise(self, z, target, t, context_PTE, position_B, weight_B) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient of sum_B weight_B loss_B with respect to context_PTE, and loss_B, in chunks of rows that fit."""
@@ -265,14 +274,23 @@ def stratified(labels_B: Sequence[int], draw: torch.Generator) -> torch.Tensor:
     return (starts[torch.tensor(labels_B)] + torch.tensor(seen)) % 1.0
 
 
-def noised(pipeline, z_0: torch.Tensor, eps: torch.Tensor, u_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(z_t in the pipeline's dtype, target float32, t int64) at t = floor(u T), z_0 and eps float32 [B, 4, h, w]."""
-    abar_T = pipeline.scheduler.alphas_cumprod.to(pipeline.device, torch.float32)
-    t_B = (u_B * len(abar_T)).long().clamp(max=len(abar_T) - 1)
-    alpha, sigma = (abar_T[t_B].sqrt()[:, None, None, None], (1 - abar_T[t_B]).sqrt()[:, None, None, None])
-    z_t = (alpha * z_0 + sigma * eps).to(pipeline.dtype, memory_format=torch.channels_last)
-    velocity = pipeline.scheduler.prediction_type == "v_prediction"
-    return z_t, alpha * eps - sigma * z_0 if velocity else eps, t_B
+class Noising:
+    """Clean latents to training inputs: z_t = sqrt(abar) z_0 + sqrt(1-abar) eps, with what the UNet should predict."""
+
+    def __init__(self, pipeline):
+        self.dtype, self.velocity = pipeline.dtype, pipeline.prediction_type == "v_prediction"
+        self.abar_T = alphas_cumprod(pipeline.scheduler).to(pipeline.device, torch.float32)
+
+    def __call__(self, z_0: torch.Tensor, eps: torch.Tensor, u_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(z_t in the pipeline's dtype, target float32, t int64 [B]) at t = floor(u T).
+
+        z_0 and eps float32 [B, 4, h, w], u in [0, 1). The target is eps, or sqrt(abar) eps - sqrt(1-abar) z_0.
+        """
+        t_B = (u_B * len(self.abar_T)).long().clamp_(max=len(self.abar_T) - 1)
+        abar = self.abar_T[t_B][:, None, None, None]
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        z_t = (alpha * z_0 + sigma * eps).to(self.dtype, memory_format=torch.channels_last)
+        return z_t, alpha * eps - sigma * z_0 if self.velocity else eps, t_B
 
 
 def learn(inversion: Inversion, progress: Progress | None = None, log_every: int = 10) -> Tokens:

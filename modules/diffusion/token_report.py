@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from modules.diffusion.inversion import noised
-from modules.diffusion.prompts import fill
+from modules.diffusion.inversion import Noising
+from modules.diffusion.prompts import fill, initializer_id, trained_words
 from modules.diffusion.tokens import Tokens, vocabulary_norms
 from modules.runtime import stream
 
@@ -27,16 +27,14 @@ def token_report(
     tokens: Tokens,
     moments_D8hw: torch.Tensor,
     labels_D: Sequence[int],
-    initializer_id: int,
     *,
     draws: int = 8,
     batch_size: int = 32,
-    vocabulary: Sequence[int] | None = None,
 ) -> list[dict]:
     """One row a class: class, placeholder, norm, vocabulary_norm, cosine, held-out losses, gain and a note.
 
     norm                mean over the K vectors of ||V_y||
-    vocabulary_norm     median of ||row|| over `vocabulary` (row ids; None: all rows of the text encoder)
+    vocabulary_norm     median of ||row|| over the rows of trained words, or over all rows where none are listed
     cosine              mean over the K vectors of their cosine to the initializer's row
     moved               mean over the K vectors of ||V_y - initializer|| / ||initializer||
     loss_token          held-out denoising loss with the token, mean over `draws` (images in turn, t spread evenly)
@@ -47,8 +45,10 @@ def token_report(
 
     `moments_D8hw` are VAE moments of images inversion was not handed (val), `labels_D` their class ids.
     """
-    vocabulary_norm = vocabulary_norms(pipeline.text_encoder, vocabulary).median().item()
-    initial_E = pipeline.text_encoder.get_input_embeddings().weight[initializer_id].float().cpu()
+    trained = trained_words(pipeline.source)
+    vocabulary_norm = vocabulary_norms(pipeline, trained).median().item()
+    initial = initializer_id(tokens.initializer, pipeline.tokenizer, trained)
+    initial_E = pipeline.text_encoder.get_input_embeddings().weight[initial].float().cpu()
     own = [[row for row, label in enumerate(labels_D) if label == c] for c in range(len(tokens.classes))]
     losses = _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size)
     table = []
@@ -93,6 +93,7 @@ def _note(row: dict) -> str:
 
 def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Class -> (loss_N with the token, loss_N with the initializer), of the same N draws, float32 on the CPU."""
+    noising = Noising(pipeline)
     token_context = pipeline.embed_vectors([fill(TEMPLATE, "*")] * len(own), tokens.vectors_CKE.to(pipeline.device))
     word_context = pipeline.embed([fill(TEMPLATE, tokens.initializer)])
     plan = [(c, rows[n % len(rows)], n) for c, rows in enumerate(own) if rows for n in range(draws)]
@@ -101,10 +102,12 @@ def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[in
         part = plan[start : start + batch_size]
         moments = moments_D8hw[[row for _, row, _ in part]].to(pipeline.device)
         shape = (2, moments.shape[1] // 2, *moments.shape[2:])
-        noises = [torch.randn(shape, generator=stream(tokens.seed, "token report", tokens.classes[c], n)) for c, _, n in part]
+        noises = [
+            torch.randn(shape, generator=stream(tokens.seed, "token report", tokens.classes[c], n)) for c, _, n in part
+        ]
         latent_noise, eps = torch.stack(noises, 1).to(pipeline.device)
         u = torch.tensor([(n + 0.5) / draws for _, _, n in part], device=pipeline.device)
-        z_t, target, t = noised(pipeline, pipeline.sample_latents(moments, latent_noise).float(), eps, u)
+        z_t, target, t = noising(pipeline.sample_latents(moments, latent_noise), eps, u)
         contexts = (token_context[[c for c, _, _ in part]], word_context.expand(len(part), -1, -1))
         error = [(pipeline.unet(z_t, t, c).sample.float() - target).square().mean((1, 2, 3)) for c in contexts]
         pairs.append(torch.stack(error, 1).cpu())

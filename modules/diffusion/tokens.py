@@ -10,6 +10,7 @@ Shapes: C classes, K vectors a token, E embedding width, N prompts, T tokens of 
 import hashlib
 import os
 import re
+import shutil
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from modules.diffusion.prompts import fill, placeholder, vector_names
+from modules.diffusion.prompts import fill, placeholder, refuse_untrained, trained_words, vector_names
 from modules.errors import DataError
 
 FILE = "learned_embeds.safetensors"
@@ -89,7 +90,9 @@ def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str
                 f"this pipeline is {base_model[:16]}; point pipeline.path to the former or learn the token again"
             )
         if vectors and vectors_KE.shape != vectors[0].shape:
-            raise DataError(f"{path}: shape {tuple(vectors_KE.shape)} where other classes have {tuple(vectors[0].shape)}")
+            raise DataError(
+                f"{path}: shape {tuple(vectors_KE.shape)} where other classes have {tuple(vectors[0].shape)}"
+            )
         vectors.append(vectors_KE)
     if not vectors:
         raise DataError(f"{directory}: asked for the tokens of no class at all")
@@ -114,7 +117,9 @@ def _read(path: Path, label: str) -> tuple[torch.Tensor, dict[str, str]]:
             keys = list(file.keys())
             vectors_KE = file.get_tensor(keys[0]) if len(keys) == 1 else None
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}); remove it and learn the token again") from error
+        raise DataError(
+            f"{path}: not a readable safetensors file ({error}); remove it and learn the token again"
+        ) from error
     missing = {"base_model", "class", "initializer", "images_seen", "seed"} - metadata.keys()
     if missing:
         raise DataError(f"{path}: metadata lacks {', '.join(sorted(missing))}; learn the token again")
@@ -125,6 +130,27 @@ def _read(path: Path, label: str) -> tuple[torch.Tensor, dict[str, str]]:
             f"{path}: {tuple(vectors_KE.shape)} {vectors_KE.dtype}, expected finite float32 vectors [number, width]"
         )
     return vectors_KE, metadata
+
+
+def cached_tokens(cache_dir: str | Path, key: str, classes: tuple[str, ...], base_model: str) -> Tokens | None:
+    """The tokens stored under a `token_cache_key`, or None; raises DataError for a broken entry."""
+    entry = Path(cache_dir) / "tokens" / key
+    return load_tokens(entry, classes, base_model) if entry.is_dir() else None
+
+
+def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
+    """Store tokens under their key; the entry appears whole, and of two processes that store it the first stays."""
+    entry = Path(cache_dir) / "tokens" / key
+    partial = entry.with_name(f"{key[:16]}.{uuid.uuid4().hex}.partial")
+    try:
+        save_tokens(tokens, partial)
+        partial.rename(entry)
+    except OSError:
+        if not entry.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return entry
 
 
 def add_tokens(tokens: Tokens, tokenizer, text_encoder) -> list[str]:
@@ -152,10 +178,13 @@ def add_tokens(tokens: Tokens, tokenizer, text_encoder) -> list[str]:
     return entries
 
 
-def vocabulary_norms(text_encoder, row_ids: list[int] | None = None) -> torch.Tensor:
-    """||row|| of the token embedding, float32 [vocabulary] or, of the rows named, [len(row_ids)]."""
-    rows = text_encoder.get_input_embeddings().weight.detach()
-    return (rows if row_ids is None else rows[row_ids]).float().norm(dim=1)
+def vocabulary_norms(pipeline, trained: frozenset[str] | None = None) -> torch.Tensor:
+    """||row|| of the token embedding, float32: of the words in `trained` that have a row, or of the whole vocabulary."""
+    rows = pipeline.text_encoder.get_input_embeddings().weight.detach()
+    if trained is not None:
+        entries = pipeline.tokenizer.get_vocab()
+        rows = rows[[entries[f"{word}</w>"] for word in sorted(trained) if f"{word}</w>" in entries]]
+    return rows.float().norm(dim=1)
 
 
 class PromptBank:
@@ -174,6 +203,8 @@ class PromptBank:
                 f"class tokens of base model {tokens.base_model[:16]} in a pipeline that is {pipeline.digest[:16]}; "
                 "learn the tokens again"
             )
+        if tokens is None:
+            refuse_untrained(initializer, trained_words(pipeline.source), "inversion.initializer")
         self.pipeline, self.tokens, self.initializer, self.capacity = pipeline, tokens, initializer, capacity
         self.vectors_CKE = None if tokens is None else tokens.vectors_CKE.to(pipeline.device, torch.float32)
         self.kept: OrderedDict[tuple, torch.Tensor] = OrderedDict()
