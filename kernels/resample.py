@@ -1,0 +1,53 @@
+"""Antialiased resampling as a matrix: one axis of a crop, resized by the triangle filter.
+
+A resize is separable and linear, so a crop, a flip and a resize of one image are two small matrices, and those of a
+whole batch, each row with its own crop, are two batched products. Legend: R rows, n source pixels of an axis, m output
+pixels of it.
+"""
+
+import functools
+
+import torch
+
+
+def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=None) -> torch.Tensor:
+    """Where each of m output pixels of the crop [start, start + length) looks: source coordinates_Rm, fp32.
+
+    Pixel i looks at start + (i + 1/2) length/m - 1/2, counted in pixel centers, flip_R (bool) mirroring i. Held inside
+    the crop, so that bilinear interpolation there gives a border pixel all the weight that would fall outside.
+    """
+    start_R1, length_R1 = start_R.float()[:, None], length_R.float()[:, None]
+    center_Rm = _centers(start_R1, length_R1, m, flip_R)
+    return torch.minimum(center_Rm.maximum(start_R1), start_R1 + length_R1 - 1)
+
+
+def resample_matrix(start_R: torch.Tensor, length_R: torch.Tensor, n: int, m: int, flip_R=None) -> torch.Tensor:
+    """Weights_Rmn (fp32) that turn n source pixels into m pixels of the crop [start, start + length) of each row.
+
+    With c the center of pixel i (as in `crop_centers`) and f = max(length/m, 1) the filter's half width:
+
+        weight_ij = max(0, 1 - |j - c| / f) for start <= j < start + length, each i summing to 1
+
+    which is bilinear interpolation when enlarging and the antialiased triangle filter when shrinking, as Pillow and
+    torchvision define them; pixels outside the crop count for nothing. flip_R (bool) mirrors the output axis.
+    """
+    start_R1, length_R1 = start_R.float()[:, None], length_R.float()[:, None]
+    j_n = torch.arange(n, device=start_R.device, dtype=torch.float32)
+    distance_Rmn = (j_n - _centers(start_R1, length_R1, m, flip_R)[:, :, None]).abs_()
+    weight_Rmn = distance_Rmn.div_(-(length_R1 / m).clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    weight_Rmn *= ((j_n >= start_R1) & (j_n < start_R1 + length_R1))[:, None]
+    return weight_Rmn.div_(weight_Rmn.sum(2, keepdim=True))
+
+
+def _centers(start_R1, length_R1, m: int, flip_R) -> torch.Tensor:
+    i_m = torch.arange(m, device=start_R1.device, dtype=torch.float32)
+    if flip_R is not None:
+        i_m = torch.where(flip_R[:, None], m - 1 - i_m, i_m)
+    return (i_m + 0.5) * (length_R1 / m) + (start_R1 - 0.5)
+
+
+@functools.lru_cache(maxsize=16)
+def full_matrix(n: int, m: int, device: torch.device) -> torch.Tensor:
+    """Weights_mn (fp32) that resize a whole axis of n pixels to m; kept for the few sizes a run has. Do not modify."""
+    zero_R = torch.zeros(1, device=device)
+    return resample_matrix(zero_R, torch.full_like(zero_R, n), n, m)[0]

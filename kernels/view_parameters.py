@@ -1,0 +1,116 @@
+"""What a random view of an image is: its crop, flip, jitter and grey, each a pure function of uniform numbers.
+
+Apart from the kernel that applies them, so that whoever owns the random streams (modules/data/views.py) decides which
+numbers a row sees, and the kernel never draws any. Legend: B images, V views, K uniforms of a view.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kernels.checks import check_number, check_tensor
+
+CROP_ATTEMPTS = 10
+UNIFORMS = 2 * CROP_ATTEMPTS + 13  # K: crop attempts, position 2, flip, jitter, four factors, order 4, grey
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the entries of `order_BV4`
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """One view of one image per entry, on the CPU, so that the host can group rows without asking the device."""
+
+    top_BV: torch.Tensor  # int64, source pixels
+    left_BV: torch.Tensor
+    height_BV: torch.Tensor  # of the crop, >= 1
+    width_BV: torch.Tensor
+    flip_BV: torch.Tensor  # bool, horizontal
+    factor_BV4: torch.Tensor  # fp32: brightness, contrast, saturation factors >= 0 (1 does nothing); hue in [-.5, .5]
+    order_BV4: torch.Tensor  # int64, which of the four is applied first, second, ...
+    grey_BV: torch.Tensor  # bool, after the jitter
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """View-major tables (row v*B + b is view v of image b), on the CPU.
+
+        geometry_R6 (fp32): top, left, height, width, flip, grey. op_R4 (int64): the jitters in their order.
+        factor_R4 (fp32): the factor of each of those.
+        """
+        geometry_BV6 = torch.stack(
+            [self.top_BV, self.left_BV, self.height_BV, self.width_BV, self.flip_BV, self.grey_BV], dim=2
+        ).float()
+        factor_BV4 = self.factor_BV4.gather(2, self.order_BV4)
+        return tuple(t.transpose(0, 1).flatten(0, 1) for t in (geometry_BV6, self.order_BV4, factor_BV4))
+
+
+def draw_view_parameters(
+    uniforms_BVK: torch.Tensor,
+    height: int,
+    width: int,
+    *,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+    jitter_p: float = 0.8,
+    grey_p: float = 0.2,
+    flip_p: float = 0.5,
+) -> ViewParameters:
+    """The parameters of each view, distributed as torchvision draws them, from K = UNIFORMS numbers a view.
+
+    Crop: area share uniform in `crop_scale`, log aspect uniform in log `ratio`, first of ten attempts that fits, then
+    a uniform position; the largest central crop of an allowed aspect if none fits. Jitter with probability `jitter_p`,
+    its four parts in uniformly random order: factors uniform in [max(0, 1-j), 1+j], hue in [-j, j].
+
+    uniforms_BVK: fp64 in [0, 1) on the CPU. Raises ValueError for a wrong shape or dtype, or a setting out of range.
+    Source: torchvision.transforms.v2 RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale.
+    """
+    cpu = torch.device("cpu")
+    check_tensor("uniforms_BVK", uniforms_BVK, shape=(None, None, UNIFORMS), dtypes=(torch.float64,), device=cpu)
+    for name, probability in (("jitter_p", jitter_p), ("grey_p", grey_p), ("flip_p", flip_p)):
+        check_number(name, probability, 0, 1)
+    check_number("crop_scale[0]", crop_scale[0], 0, crop_scale[1], open_low=True)
+    check_number("ratio[0]", ratio[0], 0, ratio[1], open_low=True)
+    for name, strength in zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True):
+        check_number(f"jitter {name}", strength, 0, 0.5 if name == "hue" else math.inf)
+
+    crop_BVK, rest_BVK = uniforms_BVK.split([2 * CROP_ATTEMPTS, UNIFORMS - 2 * CROP_ATTEMPTS], dim=2)
+    height_BV, width_BV, fits_BV = _crop_size(crop_BVK, height, width, crop_scale, ratio)
+    y_BV, x_BV, flip_BV, jitter_BV, factor_BV4, order_BV4, grey_BV = (
+        part.squeeze(2) for part in rest_BVK.split([1, 1, 1, 1, 4, 4, 1], dim=2)
+    )
+    strength_4 = torch.tensor(jitter, dtype=torch.float64)
+    low_4 = torch.cat([(1 - strength_4[:3]).clamp(min=0), -strength_4[3:]])
+    high_4 = torch.cat([1 + strength_4[:3], strength_4[3:]])
+    nothing_4 = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    factor_BV4 = low_4 + factor_BV4 * (high_4 - low_4)
+    return ViewParameters(
+        top_BV=torch.where(fits_BV, (y_BV * (height - height_BV + 1)).long(), (height - height_BV) // 2),
+        left_BV=torch.where(fits_BV, (x_BV * (width - width_BV + 1)).long(), (width - width_BV) // 2),
+        height_BV=height_BV,
+        width_BV=width_BV,
+        flip_BV=flip_BV < flip_p,
+        factor_BV4=torch.where((jitter_BV < jitter_p)[..., None], factor_BV4, nothing_4).float(),
+        order_BV4=order_BV4.argsort(dim=2, stable=True),
+        grey_BV=grey_BV < grey_p,
+    )
+
+
+def _crop_size(crop_BVK, height: int, width: int, crop_scale, ratio) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Height and width (int64) of the first attempt that fits, and whether one did; else of the largest allowed crop."""
+    area_BVA, aspect_BVA = crop_BVK.unflatten(2, (2, CROP_ATTEMPTS)).unbind(2)
+    area_BVA = height * width * (crop_scale[0] + area_BVA * (crop_scale[1] - crop_scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect_BVA = torch.exp(low + aspect_BVA * (high - low))
+    width_BVA = (area_BVA * aspect_BVA).sqrt().round().long()
+    height_BVA = (area_BVA / aspect_BVA).sqrt().round().long()
+    fits_BVA = (width_BVA > 0) & (width_BVA <= width) & (height_BVA > 0) & (height_BVA <= height)
+    first_BV1 = fits_BVA.int().argmax(2, keepdim=True)
+
+    widest, tallest = width, height
+    if width / height < ratio[0]:
+        tallest = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        widest = round(height * ratio[1])
+    fits_BV = fits_BVA.any(2)
+    height_BV = torch.where(fits_BV, height_BVA.gather(2, first_BV1).squeeze(2), tallest)
+    width_BV = torch.where(fits_BV, width_BVA.gather(2, first_BV1).squeeze(2), widest)
+    return height_BV, width_BV, fits_BV

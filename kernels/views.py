@@ -1,0 +1,171 @@
+"""Random views of a batch of images: crop, flip, jitter, grey and normalize, each row with its own parameters.
+
+torchvision draws one set of parameters for a whole batch, and row by row it is a hundred small calls an image. Here the
+geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel reads
+each source image once for all its views. Legend: B images, V views, R = V*B rows view-major, H W source, S output side.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import backend
+from kernels.checks import check_number, check_tensor
+from kernels.resample import crop_centers, resample_matrix
+from kernels.view_parameters import CONTRAST, HUE, SATURATION, UNIFORMS, ViewParameters, draw_view_parameters
+
+__all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views_reference"]
+
+GREY_3 = (0.2989, 0.587, 0.114)
+CACHE_FLOATS = 400_000  # floats of a block of rows that stay in a core's cache (measured on a 2-core EPYC)
+
+
+def views(
+    images_BHWC: torch.Tensor,
+    parameters: ViewParameters,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    size: int | tuple[int, int] | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """(V*B, 3, S, S) views, view-major and channels_last, of the uint8 images (B, H, W, 3).
+
+    Per row, on values in [0, 1], as torchvision.transforms.v2.functional does on float images:
+    resized_crop(antialias=True) to `size` (None: H x W), horizontal flip, the four jitters in the row's order
+
+        brightness x <- clamp(f x)          contrast x <- clamp(f x + (1 - f) mean(grey(x)))
+        saturation x <- clamp(f x + (1 - f) grey(x))    hue: H of HSV <- H + f mod 1
+
+    with grey(x) = .2989 r + .587 g + .114 b, then x <- grey(x) on grey rows, then (x - mean) / std.
+
+    images_BHWC: uint8, contiguous, on any device. parameters: on the CPU, entries [B, V]. out_dtype: fp32, fp16 or bf16;
+    arithmetic is fp32. Raises ValueError for a wrong shape, dtype, layout or a crop that leaves its image.
+    """
+    _check(images_BHWC, parameters, mean, std, out_dtype)
+    H, W = images_BHWC.shape[1:3]
+    out_size = (H, W) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    backend.choose("views", implementation, images_BHWC.device)
+    return views_reference(images_BHWC, parameters, mean, std, out_dtype, out_size)
+
+
+def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
+    """The views of `views` in plain torch, a cacheable block of rows at a time on a CPU, all at once on a GPU."""
+    B, H, W, _ = images_BHWC.shape
+    V, device = parameters.top_BV.shape[1], images_BHWC.device
+    geometry_R6, op_R4, factor_R4 = parameters.rows()
+    turned_R4, grey_R = (op_R4 == HUE) & (factor_R4 != 0), geometry_R6[:, 5] != 0
+    geometry_R6, blend_R43, factor_R4 = (
+        table.to(device, non_blocking=True) for table in (geometry_R6, _blend_table(op_R4, factor_R4), factor_R4)
+    )
+    scale_3 = 1 / torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+    shift_3 = -torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1) * scale_3
+    out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
+    block = B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
+    for start in range(0, B, block):
+        stop = min(start + block, B)
+        source_b3HW = images_BHWC[start:stop].permute(0, 3, 1, 2).float().contiguous().div_(255)
+        for v in range(V):
+            r = slice(v * B + start, v * B + stop)
+            x_b3HW = _crop(source_b3HW, geometry_R6[r], size)
+            for position in range(4):
+                _blend(x_b3HW, blend_R43[r, position])
+                rows = turned_R4[r, position].nonzero().squeeze(1).to(device, non_blocking=True)
+                if len(rows):
+                    x_b3HW[rows] = _turn_hue(x_b3HW[rows], factor_R4[r, position][rows])
+            rows = grey_R[r].nonzero().squeeze(1).to(device, non_blocking=True)
+            if len(rows):
+                x_b3HW[rows] = _grey(x_b3HW[rows]).expand(-1, 3, -1, -1)
+            out_RHWC[r].copy_(torch.addcmul(shift_3, x_b3HW, scale_3, out=x_b3HW).permute(0, 2, 3, 1))
+    return out_RHWC.permute(0, 3, 1, 2)
+
+
+def _blend_table(op_R4, factor_R4) -> torch.Tensor:
+    """blend_R43: coefficients (f, a, b) of x <- clamp(f x + a mean(grey(x)) + b grey(x)) at each place in the order.
+
+    Brightness (f, 0, 0), contrast (f, 1-f, 0), saturation (f, 0, 1-f), hue (1, 0, 0), which changes nothing: so one
+    blend serves the rows of every jitter but hue.
+    """
+    f_R4 = factor_R4.masked_fill(op_R4 == HUE, 1.0)
+    return torch.stack([f_R4, (1 - f_R4) * (op_R4 == CONTRAST), (1 - f_R4) * (op_R4 == SATURATION)], dim=2)
+
+
+def _crop(source_b3HW, geometry_b6, size) -> torch.Tensor:
+    """(b, 3, *size): crop, flip and antialiased resize.
+
+    Two batched matrix products in general; where no axis shrinks, the filter is two taps wide and sampling is cheaper.
+    """
+    H, W = source_b3HW.shape[2:]
+    top_b, left_b, height_b, width_b, flip_b, _ = geometry_b6.unbind(1)
+    if H <= size[0] and W <= size[1]:
+        y_bh = crop_centers(top_b, height_b, size[0]).mul_(2).add_(1).div_(H).sub_(1)
+        x_bw = crop_centers(left_b, width_b, size[1], flip_b != 0).mul_(2).add_(1).div_(W).sub_(1)
+        shape = (len(top_b), *size)
+        grid_bhw2 = torch.stack([x_bw[:, None, :].expand(shape), y_bh[:, :, None].expand(shape)], dim=3)
+        return F.grid_sample(source_b3HW, grid_bhw2, mode="bilinear", padding_mode="border", align_corners=False)
+    vertical_bhH = resample_matrix(top_b, height_b, H, size[0])
+    horizontal_bwW = resample_matrix(left_b, width_b, W, size[1], flip_b != 0)
+    x_b3Hw = torch.bmm(source_b3HW.flatten(1, 2), horizontal_bwW.transpose(1, 2)).unflatten(1, (3, H))
+    return torch.matmul(vertical_bhH[:, None], x_b3Hw)
+
+
+def _blend(x_b3HW, blend_b3) -> None:
+    factor_b111, mean_b111, grey_b111 = blend_b3[:, :, None, None, None].unbind(1)
+    grey_b1HW = _grey(x_b3HW)
+    target_b1HW = torch.addcmul(grey_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111, grey_b1HW, grey_b111)
+    torch.addcmul(target_b1HW, x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 1)
+
+
+def _grey(x_b3HW) -> torch.Tensor:
+    r, g, b = x_b3HW.split(1, dim=1)
+    return (r * GREY_3[0]).add_(g, alpha=GREY_3[1]).add_(b, alpha=GREY_3[2])
+
+
+def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
+    """RGB -> HSV, hue plus `turn` (of the whole circle), -> RGB.
+
+    With h in sixths of the circle and chroma c = max - min, the channels are min + c clamp(|h-3|-1), min +
+    c clamp(2-|h-2|) and min + c clamp(2-|h-4|), clamped to [0, 1].
+    """
+    r, g, b = x_b3HW.unbind(1)
+    high, low = torch.maximum(r, g).maximum(b), torch.minimum(r, g).minimum(b)
+    chroma = high - low
+    hue = torch.where(g == high, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
+    hue = torch.where(r == high, g - b, hue)
+    hue.div_(chroma.clamp(min=1e-12)).add_(6 * turn_b[:, None, None]).remainder_(
+        6
+    )  # a grey pixel has no hue: 0 / 1e-12
+    out_b3HW = torch.empty_like(x_b3HW)
+    red, green, blue = out_b3HW.unbind(1)
+    torch.sub(hue, 3, out=red).abs_().sub_(1)
+    torch.sub(hue, 2, out=green).abs_().neg_().add_(2)
+    torch.sub(hue, 4, out=blue).abs_().neg_().add_(2)
+    return out_b3HW.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
+
+
+def _check(images_BHWC, parameters, mean, std, out_dtype):
+    check_tensor("images_BHWC", images_BHWC, shape=(None, None, None, 3), dtypes=(torch.uint8,))
+    if not images_BHWC.is_contiguous():
+        raise ValueError(
+            f"images_BHWC {list(images_BHWC.shape)} has strides {images_BHWC.stride()}; expected contiguous"
+        )
+    if out_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"out_dtype is {out_dtype}; expected float32, float16 or bfloat16")
+    B, H, W, _ = images_BHWC.shape
+    cpu = torch.device("cpu")
+    V = parameters.top_BV.shape[1] if parameters.top_BV.ndim == 2 else None
+    for name in ("top_BV", "left_BV", "height_BV", "width_BV"):
+        check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.int64,), device=cpu)
+    for name in ("flip_BV", "grey_BV"):
+        check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.bool,), device=cpu)
+    check_tensor("parameters.factor_BV4", parameters.factor_BV4, shape=(B, V, 4), dtypes=(torch.float32,), device=cpu)
+    check_tensor("parameters.order_BV4", parameters.order_BV4, shape=(B, V, 4), dtypes=(torch.int64,), device=cpu)
+    for start_BV, length_BV, extent, axis in (
+        (parameters.top_BV, parameters.height_BV, H, "top + height"),
+        (parameters.left_BV, parameters.width_BV, W, "left + width"),
+    ):
+        if ((start_BV < 0) | (length_BV < 1) | (start_BV + length_BV > extent)).any():
+            raise ValueError(f"parameters has a crop whose {axis} leaves images_BHWC {list(images_BHWC.shape)}")
+    for c in range(3):
+        check_number(f"mean[{c}]", mean[c], 0, 1)
+        check_number(f"std[{c}]", std[c], 0, open_low=True)
