@@ -1,6 +1,7 @@
 """Class tokens: files diffusers reads, foreign and missing ones refused, a bank that encodes a fixed prompt once."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_saved_tokens_come_back_bit_for_bit_in_the_order_asked_for(pipeline, tmp
     again = load_tokens(tmp_path, CLASSES[::-1], pipeline.digest)
     assert torch.equal(again.vectors_CKE, tokens.vectors_CKE.flip(0))
     assert (again.initializer, again.images_seen, again.seed) == ("object", 200, 3)
+
+
+def test_the_digest_names_vectors_classes_and_base_model(pipeline):
+    tokens = make_tokens(pipeline)
+    moved = dataclasses.replace(tokens, vectors_CKE=tokens.vectors_CKE * (1 + 2**-20))
+    renamed = dataclasses.replace(tokens, classes=(*CLASSES[:2], "nut"))
+    foreign = make_tokens(pipeline, base_model="f" * 64)
+    assert tokens.digest == make_tokens(pipeline).digest
+    assert len({t.digest for t in (tokens, moved, renamed, foreign)}) == 4
 
 
 def test_a_missing_token_is_an_error(pipeline, tmp_path):
