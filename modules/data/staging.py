@@ -1,0 +1,15 @@
+"""Host values onto the device without waiting for it.
+
+A copy from pageable memory makes the host wait until the device has caught up; a copy from pinned memory does not.
+Bookkeeping lives on the host (see reservoir.py), so this is how its decisions reach the device.
+"""
+
+import torch
+
+
+def upload(values: torch.Tensor | list, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`values` (a host tensor or list) as a tensor on `device`; on CUDA the copy is queued, the host goes on."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
