@@ -19,10 +19,9 @@ from modules import config
 from modules.errors import DataError
 from modules.evaluation import metrics
 from modules.evaluation.features import Progress, alignment, knn_predict, uniformity
-from modules.evaluation.intervals import check_groups, group_weights, percentile_interval
+from modules.evaluation.intervals import bootstrap_intervals, check_groups
 from modules.evaluation.ood import Fitting, acceptance_threshold, apply_scores, check_score_name, fit_scores
 from modules.evaluation.probe import Probe, train_binary_head, train_probe
-from modules.evaluation.replicates import macro_accuracy_replicates, mean_replicates, ood_replicates
 from modules.evaluation.stored import ROLES, Detector, Predictions
 from modules.runtime import stream
 
@@ -171,7 +170,7 @@ def evaluate(
 
     report(3, 4, "intervals")
     if evaluation.bootstrap > 0:
-        results |= bootstrap_intervals(predictions, results, evaluation, seed)
+        results |= bootstrap_intervals(predictions, evaluation, seed)
     report(4, 4, "done")
     predicted_D = logits_DC.argmax(dim=1)
     rows = metrics.class_table(test.labels_D, predicted_D, test.groups, classes)
@@ -206,46 +205,6 @@ class _Judge:
             "images": len(given),
             "groups": len(set(given.groups)),
         }
-
-
-def bootstrap_intervals(
-    predictions: Predictions, results: dict, evaluation: config.Evaluation, seed: int
-) -> dict[str, float]:
-    """`_low` and `_high` of every test metric that is a function of per-image rows, by group bootstrap.
-
-    ID and OOD groups are resampled independently of each other; one resample serves all metrics.
-    """
-    weights = {
-        role: group_weights(
-            [predictions.groups[row] for row in rows_D.tolist()], evaluation.bootstrap, seed=seed, name=role
-        )
-        for role in ROLES
-        if len(rows_D := predictions.rows(role))
-    }
-    found: dict[str, float] = {}
-
-    def add(key: str, replicates_Q: Tensor) -> None:
-        interval = percentile_interval(results[key], replicates_Q, evaluation.confidence, groups=0)
-        found[f"{key}_low"], found[f"{key}_high"] = interval.low, interval.high
-
-    id_D = predictions.rows("id")
-    logits_DC, labels_D = predictions.logits_DC[id_D], predictions.labels_D[id_D]
-    correct_D = logits_DC.argmax(dim=1) == labels_D
-    add("test.accuracy", mean_replicates(correct_D, weights["id"]))
-    add("test.macro_accuracy", macro_accuracy_replicates(correct_D, labels_D, logits_DC.shape[1], weights["id"]))
-    add("test.knn_accuracy", mean_replicates(predictions.knn_D[id_D] == labels_D, weights["id"]))
-    add("test.mean_max_softmax_id", mean_replicates(logits_DC.double().softmax(dim=1).amax(dim=1), weights["id"]))
-    for role in ("near_ood", "far_ood"):
-        if role not in weights:
-            continue
-        rows_D = predictions.rows(role)
-        confidence_D = predictions.logits_DC[rows_D].double().softmax(dim=1).amax(dim=1)
-        add(f"test.{role}.mean_max_softmax", mean_replicates(confidence_D, weights[role]))
-        for name, values_D in predictions.scores.items():
-            replicates = ood_replicates(values_D[id_D], values_D[rows_D], weights["id"], weights[role])
-            for metric, replicates_Q in replicates.items():
-                add(f"test.{role}.{name}.{metric}", replicates_Q)
-    return found
 
 
 def _binary_head(

@@ -9,30 +9,17 @@ Shapes: Q resamples, D images, K seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from modules import config
 from modules.errors import DataError
+from modules.evaluation.replicates import macro_accuracy_replicates, mean_replicates, ood_replicates
+from modules.evaluation.stored import ROLES, Predictions
 from modules.runtime import stream
 
 MIN_GROUPS = 5  # fewer give at most 35 different resamples: no percentile of those is an interval
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its percentile interval and what it rests on."""
-
-    value: float
-    low: float
-    high: float
-    groups: int  # smallest number of groups among the sets that enter
-    seeds: int
-
-    def excludes(self, reference: float) -> bool:
-        """Whether `reference` lies outside [low, high]."""
-        return not self.low <= reference <= self.high
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], resamples: int) -> None:
@@ -74,13 +61,53 @@ def over_seeds(replicates_KQ: Tensor, draws_QK: Tensor) -> Tensor:
     return replicates_KQ.T.gather(1, draws_QK).mean(dim=1)
 
 
-def percentile_interval(
-    value: float, replicates_Q: Tensor, confidence: float, *, groups: int, seeds: int = 1
-) -> Interval:
-    """The central `confidence` share of replicates_Q about `value`: quantiles (1 -+ confidence) / 2.
-
-    `confidence` in (0, 1). The interval need not be symmetric; `value` is the metric on the images as they are.
-    """
+def percentile_interval(replicates_Q: Tensor, confidence: float) -> tuple[float, float]:
+    """(low, high): the quantiles (1 -+ confidence) / 2 of replicates_Q, for `confidence` in (0, 1)."""
     bounds = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.quantile(replicates_Q.double(), bounds).tolist()
-    return Interval(value, low, high, groups, seeds)
+    return low, high
+
+
+def role_weights(predictions: Predictions, resamples: int, *, seed: int) -> dict[str, Tensor]:
+    """group_weights of the images of each role that occurs: ID and OOD groups are resampled independently."""
+    rows = {role: predictions.rows(role).tolist() for role in ROLES}
+    return {
+        role: group_weights([predictions.groups[row] for row in members], resamples, seed=seed, name=role)
+        for role, members in rows.items()
+        if members
+    }
+
+
+def metric_replicates(predictions: Predictions, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every test metric that is a function of per-image rows, under each resample: results key -> float64 [Q].
+
+    `weights` are those of role_weights, for the same images in the same order; one resample serves all metrics.
+    """
+    id_D = predictions.rows("id")
+    logits_DC, labels_D = predictions.logits_DC.double(), predictions.labels_D[id_D]
+    confidence_D, predicted_D = logits_DC.softmax(dim=1).max(dim=1)
+    correct_D = predicted_D[id_D] == labels_D
+    found = {
+        "test.accuracy": mean_replicates(correct_D, weights["id"]),
+        "test.macro_accuracy": macro_accuracy_replicates(correct_D, labels_D, logits_DC.shape[1], weights["id"]),
+        "test.knn_accuracy": mean_replicates(predictions.knn_D[id_D] == labels_D, weights["id"]),
+        "test.mean_max_softmax_id": mean_replicates(confidence_D[id_D], weights["id"]),
+    }
+    for role in weights:
+        if role == "id":
+            continue
+        rows_D = predictions.rows(role)
+        found[f"test.{role}.mean_max_softmax"] = mean_replicates(confidence_D[rows_D], weights[role])
+        for name, values_D in predictions.scores.items():
+            replicates = ood_replicates(values_D[id_D], values_D[rows_D], weights["id"], weights[role])
+            found |= {f"test.{role}.{name}.{metric}": values_Q for metric, values_Q in replicates.items()}
+    return found
+
+
+def bootstrap_intervals(predictions: Predictions, evaluation: config.Evaluation, seed: int) -> dict[str, float]:
+    """`<key>_low` and `<key>_high` of every key of metric_replicates, at evaluation.confidence."""
+    found: dict[str, float] = {}
+    weights = role_weights(predictions, evaluation.bootstrap, seed=seed)
+    for key, replicates_Q in metric_replicates(predictions, weights).items():
+        found[f"{key}_low"], found[f"{key}_high"] = percentile_interval(replicates_Q, evaluation.confidence)
+    return found

@@ -183,7 +183,7 @@ def _whitening(centered_NF: Tensor) -> Tensor:
     covariance_FF = torch.from_numpy(covariance)
     identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
     lower_FF = torch.linalg.cholesky(covariance_FF + VARIANCE_FLOOR * identity_FF)
-    return torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False)
+    return torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False).contiguous()
 
 
 def _class_distances(state: State, features_DF: Tensor) -> Tensor:

@@ -9,18 +9,18 @@ Shapes: D test images (ID first, then near-OOD, then far-OOD), C classes, F feat
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from modules.errors import DataError
 from modules.evaluation.ood import SCORES, State, apply_scores
 from modules.evaluation.probe import Probe
+from modules.state import write_atomic
 
 ROLES = ("id", "near_ood", "far_ood")
 
@@ -140,28 +140,10 @@ def load_detector(path: Path) -> Detector:
     )
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file through a temporary neighbor and a rename, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # clone: safetensors refuses tensors that share memory, which states of related scores may
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary, metadata
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # clone: safetensors refuses tensors that share memory, which the states of related scores may
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_atomic(path, save(plain, metadata))
 
 
 def _load(path: Path, names: tuple[str, ...], header: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:

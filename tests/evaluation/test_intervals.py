@@ -1,0 +1,63 @@
+"""Group bootstrap: whole groups, independent of image order, honest coverage, refusal of too few groups."""
+
+import pytest
+import torch
+
+from modules.errors import DataError
+from modules.evaluation.intervals import check_groups, group_weights, over_seeds, percentile_interval, seed_draws
+from modules.evaluation.replicates import mean_replicates
+
+
+def test_groups_are_drawn_whole_and_as_many_as_there_are():
+    groups = ["a", "b", "a", "c", "b", "a"]
+    weights = group_weights(groups, 200, seed=0, name="id")
+    assert weights.shape == (200, 6)
+    assert torch.equal(weights[:, 0], weights[:, 2]) and torch.equal(weights[:, 1], weights[:, 4])
+    assert torch.equal(weights[:, 0] + weights[:, 1] + weights[:, 3], torch.full((200,), 3.0))
+
+
+def test_weights_do_not_depend_on_the_order_of_the_images():
+    groups = ["a", "b", "a", "c", "d"]
+    order = [3, 0, 4, 2, 1]
+    plain = group_weights(groups, 50, seed=0, name="id")
+    assert torch.equal(plain[:, order], group_weights([groups[row] for row in order], 50, seed=0, name="id"))
+    assert not torch.equal(plain, group_weights(groups, 50, seed=1, name="id"))
+    assert not torch.equal(plain, group_weights(groups, 50, seed=0, name="near_ood"))
+
+
+def test_the_standard_error_is_that_of_group_means():
+    """With all images of a group alike, the interval must be as wide as for one image a group, not sqrt(10) narrower."""
+    generator = torch.Generator().manual_seed(0)
+    hits = (torch.rand(100, generator=generator) < 0.6).double()
+    groups = [f"g{index}" for index in range(100) for _ in range(10)]
+    replicates = mean_replicates(hits.repeat_interleave(10), group_weights(groups, 2000, seed=0, name="id"))
+    p = float(hits.mean())
+    expected = (p * (1 - p) / 100) ** 0.5
+    assert float(replicates.std()) == pytest.approx(expected, rel=0.1)
+    low, high = percentile_interval(replicates, 0.95)
+    assert high - low == pytest.approx(2 * 1.96 * expected, rel=0.12)
+    assert low < p < high
+
+
+def test_percentiles_are_central():
+    low, high = percentile_interval(torch.arange(101), 0.9)
+    assert (low, high) == pytest.approx((5, 95))
+
+
+def test_seeds_are_drawn_jointly_with_groups():
+    draws = seed_draws(3, 4000, seed=0)
+    assert draws.shape == (4000, 3) and set(draws.flatten().tolist()) == {0, 1, 2}
+    replicates = torch.tensor([[1.0], [2.0], [6.0]]).expand(3, 4000)
+    means = over_seeds(replicates, draws)
+    assert float(means.mean()) == pytest.approx(3, abs=0.1)
+    spread = torch.tensor([1.0, 2.0, 6.0]).std(correction=0) / 3**0.5
+    assert float(means.std()) == pytest.approx(float(spread), rel=0.05)
+    assert torch.equal(over_seeds(torch.ones(1, 10), seed_draws(1, 10, seed=0)), torch.ones(10))
+
+
+def test_too_few_groups_are_named_before_anything_is_run():
+    enough, few = [f"g{index}" for index in range(5)], ["a"] * 30 + ["b"]
+    check_groups({"test": enough}, 1000)
+    check_groups({"test": few}, 0)
+    with pytest.raises(DataError, match="test has 2, far has 0, at least 5 are needed.*evaluation.bootstrap=0"):
+        check_groups({"test": few, "near": enough, "far": []}, 1000)
