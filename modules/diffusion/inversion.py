@@ -25,8 +25,9 @@ from dataclasses import asdict
 import torch
 
 from modules.config import Inversion as Settings
+from modules.data.staging import upload
+from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, initializer_id, trained_words
-from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.tokens import Tokens
 from modules.errors import DataError, NonFinite, OutOfMemory
 from modules.runtime import stream
@@ -113,7 +114,7 @@ class Inversion:
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
-        self.noising = Noising(pipeline)
+        self.denoising = Denoising(pipeline)
         row = initializer_id(settings.initializer, pipeline.tokenizer, trained_words(pipeline.source))
         row_E = pipeline.text_encoder.get_input_embeddings().weight[row].detach().float()
         self.vectors_CKE = row_E.repeat(len(classes), settings.num_vectors, 1)
@@ -153,12 +154,12 @@ class Inversion:
     def _noised(self, rows: list[int], u_B: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, ...]:
         """z_t, the target and t of a batch's rows, each with a fresh latent, fresh noise and its own mirroring."""
         flips = (torch.rand(len(rows), generator=draw) < self.settings.flip).long().tolist()
-        index_2B = torch.tensor([flips, rows]).to(self.moments_FD8hw.device, non_blocking=True)
-        moments_B8hw = self.moments_FD8hw[index_2B[0], index_2B[1]].to(self.pipeline.device, non_blocking=True)
+        index_2B = upload([flips, rows], self.moments_FD8hw.device)
+        moments_B8hw = upload(self.moments_FD8hw[index_2B[0], index_2B[1]], self.pipeline.device)
         shape = (len(rows), moments_B8hw.shape[1] // 2, *moments_B8hw.shape[2:])
         latent_noise, eps = self._device(torch.randn(2, *shape, generator=draw))
         z_0 = self.pipeline.sample_latents(moments_B8hw, latent_noise)
-        return self.noising(z_0, eps, self._device(u_B))
+        return self.denoising.noised(z_0, eps, self._device(u_B))
 
     def _denoise(self, z, target, t, context_PTE, position_B, weight_B) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient of sum_B weight_B loss_B with respect to context_PTE, and loss_B, in chunks of rows that fit."""
@@ -181,8 +182,8 @@ class Inversion:
         gradient_PTE, losses = torch.zeros_like(context_PTE, dtype=torch.float32), []
         for chunk in torch.arange(len(z)).split(self.micro_batch):
             part = slice(chunk[0], chunk[-1] + 1)
-            predicted = self.pipeline.unet(z[part], t[part], context_PTE.index_select(0, position_B[part])).sample
-            loss = (predicted.float() - target[part]).square().mean((1, 2, 3))
+            context_BTE = context_PTE.index_select(0, position_B[part])
+            loss = self.denoising.losses(z[part], target[part], t[part], context_BTE)
             (gradient,) = torch.autograd.grad((loss * weight_B[part]).sum() * scale, context_PTE)
             gradient_PTE += gradient.float()
             losses.append(loss.detach())
@@ -217,7 +218,7 @@ class Inversion:
 
     def _device(self, values) -> torch.Tensor:
         """Host values on the device, without waiting for it."""
-        return torch.as_tensor(values).to(self.pipeline.device, non_blocking=True)
+        return upload(values, self.pipeline.device)
 
     def check_finite(self) -> None:
         """Wait for the device and let finite vectors through.
@@ -265,32 +266,6 @@ class Inversion:
         self.vectors_CKE.copy_(state["vectors"])
         self.exp_avg_CKE.copy_(state["exp_avg"])
         self.exp_avg_sq_CKE.copy_(state["exp_avg_sq"])
-
-
-def stratified(labels_B: Sequence[int], draw: torch.Generator) -> torch.Tensor:
-    """u in [0, 1) float32 [B], uniform each; the n rows of a class lie 1/n apart: u_i = (u_0 + i/n) mod 1."""
-    starts = torch.rand(max(labels_B) + 1, generator=draw)
-    seen = [labels_B[:row].count(label) / labels_B.count(label) for row, label in enumerate(labels_B)]
-    return (starts[torch.tensor(labels_B)] + torch.tensor(seen)) % 1.0
-
-
-class Noising:
-    """Clean latents to training inputs: z_t = sqrt(abar) z_0 + sqrt(1-abar) eps, with what the UNet should predict."""
-
-    def __init__(self, pipeline):
-        self.dtype, self.velocity = pipeline.dtype, pipeline.prediction_type == "v_prediction"
-        self.abar_T = alphas_cumprod(pipeline.scheduler).to(pipeline.device, torch.float32)
-
-    def __call__(self, z_0: torch.Tensor, eps: torch.Tensor, u_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(z_t in the pipeline's dtype, target float32, t int64 [B]) at t = floor(u T).
-
-        z_0 and eps float32 [B, 4, h, w], u in [0, 1). The target is eps, or sqrt(abar) eps - sqrt(1-abar) z_0.
-        """
-        t_B = (u_B * len(self.abar_T)).long().clamp_(max=len(self.abar_T) - 1)
-        abar = self.abar_T[t_B][:, None, None, None]
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
-        z_t = (alpha * z_0 + sigma * eps).to(self.dtype, memory_format=torch.channels_last)
-        return z_t, alpha * eps - sigma * z_0 if self.velocity else eps, t_B
 
 
 def learn(inversion: Inversion, progress: Progress | None = None, log_every: int = 10) -> Tokens:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from modules.diffusion.inversion import Noising
+from modules.diffusion.denoising import Denoising
 from modules.diffusion.prompts import fill, initializer_id, trained_words
 from modules.diffusion.tokens import Tokens, vocabulary_norms
 from modules.runtime import stream
@@ -93,7 +93,7 @@ def _note(row: dict) -> str:
 
 def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Class -> (loss_N with the token, loss_N with the initializer), of the same N draws, float32 on the CPU."""
-    noising = Noising(pipeline)
+    denoising = Denoising(pipeline)
     token_context = pipeline.embed_vectors([fill(TEMPLATE, "*")] * len(own), tokens.vectors_CKE.to(pipeline.device))
     word_context = pipeline.embed([fill(TEMPLATE, tokens.initializer)])
     plan = [(c, rows[n % len(rows)], n) for c, rows in enumerate(own) if rows for n in range(draws)]
@@ -107,10 +107,9 @@ def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[in
         ]
         latent_noise, eps = torch.stack(noises, 1).to(pipeline.device)
         u = torch.tensor([(n + 0.5) / draws for _, _, n in part], device=pipeline.device)
-        z_t, target, t = noising(pipeline.sample_latents(moments, latent_noise), eps, u)
+        noised = denoising.noised(pipeline.sample_latents(moments, latent_noise), eps, u)
         contexts = (token_context[[c for c, _, _ in part]], word_context.expand(len(part), -1, -1))
-        error = [(pipeline.unet(z_t, t, c).sample.float() - target).square().mean((1, 2, 3)) for c in contexts]
-        pairs.append(torch.stack(error, 1).cpu())
-    losses = torch.cat(pairs) if pairs else torch.empty(0, 2)
-    where = {c: [i for i, (label, _, _) in enumerate(plan) if label == c] for c, rows in enumerate(own) if rows}
-    return {c: (losses[rows, 0], losses[rows, 1]) for c, rows in where.items()}
+        pairs.append(torch.stack([denoising.losses(*noised, context) for context in contexts]).cpu())
+    measured = [c for c, rows in enumerate(own) if rows]
+    losses_2CN = torch.cat(pairs, 1).view(2, len(measured), draws) if pairs else torch.empty(2, 0, draws)
+    return {c: (losses_2CN[0, i], losses_2CN[1, i]) for i, c in enumerate(measured)}

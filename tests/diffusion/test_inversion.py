@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, LatentConsistencyModelPipeline
 
 from modules.config import Inversion as Settings
 from modules.config import Pipeline
-from modules.diffusion.inversion import Inversion, Noising, learn, schedule, stratified, token_cache_key
+from modules.diffusion.denoising import Denoising, stratified
+from modules.diffusion.inversion import Inversion, learn, schedule, token_cache_key
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.token_report import token_report
 from modules.diffusion.tokens import Tokens
@@ -83,7 +84,7 @@ def test_noising_and_target_are_those_of_diffusers(kind):
     scheduler = DDPMScheduler.from_config(pipeline.scheduler)
     z_0, eps = torch.randn(2, 5, 4, 8, 8, generator=stream(0, "noising"))
     u = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0 - 2**-24])
-    z_t, target, t = Noising(pipeline)(z_0, eps, u)
+    z_t, target, t = Denoising(pipeline).noised(z_0, eps, u)
     assert t.tolist() == [0, 100, 500, 900, 999]
     assert torch.allclose(z_t, scheduler.add_noise(z_0, eps, t), atol=1e-6)
     expected = eps if kind == "epsilon" else scheduler.get_velocity(z_0, eps, t)
@@ -183,6 +184,18 @@ def test_learning_lowers_the_held_out_loss_of_every_class(kind):
         assert row["note"] == "" and row["images"] == 4
 
 
+def test_a_unet_that_takes_its_guidance_as_an_input_is_told_one():
+    pipeline = load_pipeline(Pipeline(path=str(pipeline_folder(time_cond_proj_dim=16))))
+    told = []
+    handle = pipeline.unet.register_forward_pre_hook(
+        lambda m, args, kw: told.append(kw["timestep_cond"]), with_kwargs=True
+    )
+    make(pipeline).step()
+    handle.remove()
+    expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([7.5]), embedding_dim=16)
+    assert torch.allclose(told[0], expected.expand(8, -1))
+
+
 def test_two_halves_with_a_resume_equal_one_run_bit_for_bit(pipeline):
     whole = make(pipeline)
     losses = run(whole, whole.steps)
@@ -257,9 +270,9 @@ class Small(torch.nn.Module):
 
     def __init__(self, unet, limit):
         super().__init__()
-        self.unet, self.limit, self.calls = unet, limit, []
+        self.unet, self.config, self.limit, self.calls = unet, unet.config, limit, []
 
-    def forward(self, z, t, context):
+    def forward(self, z, t, context, timestep_cond=None):
         if len(z) > self.limit:
             raise torch.OutOfMemoryError("tried to allocate 9 GiB")
         self.calls.append(len(z))
