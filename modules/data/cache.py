@@ -1,0 +1,135 @@
+"""What was computed once and can be used again: tensors in files named by a hash of all they were made from.
+
+The key holds everything the result depends on, so a file is either right or not found: nothing is ever invalidated by
+hand. Files are written whole or not at all, checked when read, and several processes may ask for the same one at once:
+the first makes it, the others wait for it and read it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from modules.errors import StorageError
+from modules.state import write_atomic
+
+
+def digest_bytes(content: bytes) -> str:
+    """sha256 of some bytes, hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and values, hex; the same on every device and for every layout."""
+    hasher = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    hasher.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return hasher.hexdigest()
+
+
+def digest_of(key: dict) -> str:
+    """sha256 of a key of plain values (str, int, float, bool, None, lists, tuples, dicts with str keys), hex.
+
+    Raises:
+        TypeError: the key holds something else, whose text might not tell two values apart.
+    """
+    return digest_bytes(_canonical(key).encode())
+
+
+def cached_tensors(
+    folder: str | Path,
+    name: str,
+    key: dict,
+    make: Callable[[], dict[str, torch.Tensor]],
+    say: Callable[[str], None],
+) -> dict[str, torch.Tensor]:
+    """The tensors that `make` makes from what `key` describes: read from `folder` if they are there, else made and kept.
+
+    The file is <name>-<hash of the key>.safetensors, with the key and a hash of its content beside the tensors. `say`
+    is told where the tensors came from, and if a damaged file was made again.
+
+    Returns:
+        the tensors on the CPU, whether read or made.
+
+    Raises:
+        StorageError: the folder cannot be written.
+        TypeError: as `digest_of`.
+    """
+    path = Path(folder) / f"{name}-{digest_of(key)[:32]}.safetensors"
+    with _locked(path):
+        tensors, reason = _read(path, key)
+        if tensors is not None:
+            say(f"{name}: read from {path}")
+            return tensors
+        if reason:
+            say(f"{name}: {path} {reason}; it is made again")
+        tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}
+        metadata = {"key": _canonical(key), "content": _content_digest(tensors)}
+        write_atomic(path, save(tensors, metadata=metadata))
+        say(f"{name}: made and kept in {path}")
+    return tensors
+
+
+def _read(path: Path, key: dict) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """(tensors, "") of a sound file, (None, reason) of a damaged one, (None, "") where there is none."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"cannot be read ({error})"
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
+        if metadata["key"] != _canonical(key):
+            return None, "was made from another key"
+        if metadata["content"] != _content_digest(tensors):
+            return None, "does not match its own hash"
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return None, f"is damaged ({type(error).__name__}: {error})"
+    return tensors, ""
+
+
+def _content_digest(tensors: dict[str, torch.Tensor]) -> str:
+    return digest_of({name: digest_tensor(tensor) for name, tensor in tensors.items()})
+
+
+def _canonical(key: dict) -> str:
+    return json.dumps(_plain(key), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        if not all(isinstance(k, str) for k in value):
+            raise TypeError(f"a cache key has str keys only, not {sorted(value, key=str)}")
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(f"a cache key holds plain values, not {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """Hold the lock file beside `path`; the system lets go of it when its holder dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise StorageError(
+            f"{path.parent}: cannot be written ({error}); set run.cache_dir to another folder"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""Bytes of an image file -> pixels, safely and rightly.
+
+Safely: the header's size is checked before a pixel is decoded, only known formats are tried, and the whole file is
+decoded, so that a truncated one is found now and not in step 900. Rightly: 16-bit grey is scaled, not clipped (Pillow's
+`convert("RGB")` turns it white), transparency is laid over grey instead of uncovering what it hid, and a photograph is
+turned as its EXIF tag says.
+
+Shapes: H W pixels.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+GREY = 128  # what stands where there is no image: under transparency, beyond the border, outside the object
+ORIENTATION_TAG = 0x0112
+TURNS = {  # EXIF orientation -> what shows the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """Why one file cannot be used; `load_images` gathers these into one DataError or skips the files."""
+
+
+class NoObject(BadImage):
+    """The image has no mask, or an empty one, where the object is needed."""
+
+
+def decode_image(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+    """An upright RGB image and the EXIF orientation it was stored in (1: upright).
+
+    Raises:
+        BadImage: no known format, a header of more than `max_pixels`, truncated, or pixels without a fixed range.
+    """
+    image = _load(data, max_pixels)
+    orientation = _orientation(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+    return _to_rgb(image), orientation
+
+
+def decode_mask(data: bytes, max_pixels: int, size: tuple[int, int], orientation: int = 1) -> np.ndarray:
+    """The object mask of an upright image of `size` (width, height): bool [H, W], True on the object.
+
+    Object is what is not 0 (in a JPEG, what is at least half white; in a palette, what is not entry 0). A mask in the
+    size the image was stored in is turned with it.
+
+    Raises:
+        BadImage: as `decode_image`, or a mask of another size.
+    """
+    image = _load(data, max_pixels)
+    threshold = 127 if image.format == "JPEG" else 0
+    if image.size != size and image.size == size[::-1] and orientation in (5, 6, 7, 8):
+        image = image.transpose(TURNS[orientation])
+    if image.size != size:
+        raise BadImage(f"the mask is {image.width} x {image.height} pixels, the image {size[0]} x {size[1]}")
+    if image.mode not in ("1", "P", "L") and not image.mode.startswith(("I", "F")):
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        values = values.max(axis=2)
+    return values > threshold
+
+
+def _load(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"is no image of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's readers raise almost any type on a broken header
+        raise BadImage(f"its header cannot be read ({type(error).__name__}: {error})") from error
+    if image.width * image.height > max_pixels:
+        raise BadImage(
+            f"its header says {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels:,}"
+        )
+    try:
+        image.load()
+    except Exception as error:  # and the same on broken pixels: OSError, SyntaxError, struct.error, ...
+        raise BadImage(f"cannot be decoded ({type(error).__name__}: {error})") from error
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception as error:  # a broken EXIF block: we cannot know which way is up
+        raise BadImage(f"its EXIF block cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_wide_grey(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (GREY, GREY, GREY, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_wide_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey, full range 0..65535, to 8 bits: round(value / 257)."""
+    values = np.asarray(image)
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise BadImage(f"its pixels are {values.dtype}, which has no fixed range; save it with 8 or 16 bits a channel")
+    levels = (values.astype(np.uint32) + 128) // 257
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")

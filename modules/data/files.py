@@ -1,0 +1,130 @@
+"""Read files below a root, a folder or a zip pack, and nothing outside it.
+
+A path in a CSV file is somebody else's word. It is normalized, refused if it leaves the root (`..`, an absolute path,
+a symbolic link), and a zip pack is read in place: nothing is ever unpacked.
+"""
+
+import os
+import posixpath
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from modules.errors import DataError
+
+MAX_PACK_MEMBERS = 2_000_000
+
+
+class Files:
+    """The files below `root` (a folder or a .zip), opened for reading; a context manager. Threads may share it.
+
+    Raises:
+        DataError: the root does not exist, or is no folder and no readable zip.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self._zip = None
+        self._links: dict[str, str] = {}  # folder as written -> real folder; links are resolved once a folder
+        if self.root.is_dir():
+            self._real_root = os.path.realpath(self.root)
+        elif self.root.is_file() and zipfile.is_zipfile(self.root):
+            self._open_zip()
+        elif self.root.exists():
+            raise DataError(f"{self.root}: neither a folder nor a readable zip file; give a folder, a .csv or a .zip")
+        else:
+            raise DataError(f"{self.root}: does not exist; set `data.root` to a folder, a .csv or a .zip")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self) -> None:
+        """Close the zip file, if it is one."""
+        if self._zip is not None:
+            self._zip.close()
+
+    def normalize(self, path: str, where: str) -> str:
+        """`path` as the identity of a file below the root: "./a//b.jpg" -> "a/b.jpg". `where` names its source.
+
+        Raises:
+            DataError: the path is empty, absolute, or leads out of the root.
+        """
+        normal = posixpath.normpath(path.strip()) if path.strip() else ""
+        if not normal or normal == "." or "\0" in normal:
+            raise DataError(f"{where}: the path {path!r} names no file; write a path relative to {self.root}")
+        if normal.startswith("/") or normal == ".." or normal.startswith("../"):
+            raise DataError(f"{where}: the path {path!r} lies outside {self.root}; write a path inside it")
+        return normal
+
+    def obstacle(self, path: str) -> str:
+        """Why the file at the normalized `path` cannot be read, or "": one look at names, nothing is opened."""
+        if self._zip is not None:
+            member = self._members.get(path)
+            if member is None:
+                return "is missing from the zip file"
+            if path in self._twice:
+                return "is twice in the zip file"
+            return "is a symbolic link" if stat.S_ISLNK(member.external_attr >> 16) else ""
+        full = self._real_path(path)
+        if os.path.commonpath([full, self._real_root]) != self._real_root:
+            return f"is a symbolic link that leads out of {self.root}"
+        return "" if os.path.isfile(full) else "is missing"
+
+    def read(self, path: str, max_bytes: int = 2**31) -> bytes:
+        """The content of the file at the normalized `path`.
+
+        Raises:
+            DataError: missing, outside the root, larger than `max_bytes`, or damaged.
+        """
+        reason = self.obstacle(path)
+        if reason:
+            raise DataError(f"{self.root}: {path} {reason}")
+        size = self._members[path].file_size if self._zip is not None else os.path.getsize(self._real_path(path))
+        if size > max_bytes:
+            raise DataError(f"{self.root}: {path} holds {size:,} bytes, more than the {max_bytes:,} expected at most")
+        try:
+            if self._zip is not None:
+                return self._zip.read(path)
+            with open(self._real_path(path), "rb") as file:
+                return file.read()
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            # RuntimeError is how zipfile says "encrypted", NotImplementedError "unknown compression"
+            raise DataError(f"{self.root}: {path} cannot be read ({error})") from error
+
+    def folders(self, path: str = "") -> list[str]:
+        """Sorted names of the folders in the folder `path`; hidden ones and archive litter are left out.
+
+        Raises:
+            DataError: one is a symbolic link: it may leave the root, close a circle, or show images under two labels.
+        """
+        with os.scandir(self.root / path) as entries:
+            found = [entry for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+        for entry in found:
+            if entry.is_symlink():
+                raise DataError(
+                    f"{entry.path}: is a symbolic link to a folder; copy the folder, links are not followed"
+                )
+        return sorted(entry.name for entry in found)
+
+    def _open_zip(self) -> None:
+        try:
+            self._zip = zipfile.ZipFile(self.root)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.root}: is no readable zip file ({error}); pack it again") from error
+        members = [member for member in self._zip.infolist() if not member.is_dir()]
+        if len(members) > MAX_PACK_MEMBERS:
+            raise DataError(f"{self.root}: holds {len(members):,} files, more than {MAX_PACK_MEMBERS:,}; split it")
+        self._members = {member.filename: member for member in members}
+        self._twice = {name for name, count in Counter(m.filename for m in members).items() if count > 1}
+
+    def _real_path(self, path: str) -> str:
+        folder, name = posixpath.split(path)
+        if folder not in self._links:
+            self._links[folder] = os.path.realpath(os.path.join(self._real_root, folder))
+        full = os.path.join(self._links[folder], name)
+        return os.path.realpath(full) if os.path.islink(full) else full

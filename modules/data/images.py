@@ -1,0 +1,232 @@
+"""Items -> pixels of one size, all decoded once before anything else starts.
+
+Every file is decoded in full, so a bad one is named before the GPU is touched. Real and generated images must come out
+of the same pixel pipeline, or the encoder learns the difference: each image is cropped to a square and then resized
+once, straight to each stored size, by the antialiased triangle filter that `kernels.pixels` uses for generated images.
+
+Shapes: D images, H W C pixels.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modules.config import Data
+from modules.data.decode import GREY, BadImage, NoObject, decode_image, decode_mask
+from modules.data.files import Files
+from modules.data.items import Index, Item
+from modules.data.masks import Square, center_square, grey_background, object_square, shrink
+from modules.errors import ConfigError, DataError
+
+THREADS = 4  # Pillow decodes and resizes without the interpreter lock
+NAMED_BAD_FILES = 10  # bad files that an error message names
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images in the order of `items`."""
+
+    items: tuple[Item, ...]
+    pixels_DHWC: torch.Tensor  # uint8
+    masks_DHW: torch.Tensor | None  # uint8, 1 on the object; None where they were not read
+    skipped: tuple[tuple[str, str], ...]  # (path, reason) of files left out
+    digests: tuple[str, ...]  # sha256 of the bytes of each image file
+    notes: tuple[str, ...] = ()  # counts worth saying: enlarged, cut to a square, left out
+
+
+def load_images(
+    index: Index,
+    items: tuple[Item, ...] | list[Item],
+    size: int | tuple[int, ...],
+    data: Data,
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    masks: bool | None = None,
+    min_size: int = 0,
+) -> Images | tuple[Images, ...]:
+    """The pixels of `items` at `size`, uint8 [D, size, size, 3]; for several sizes a tuple of Images, in their order.
+
+    `masks`: True demands an object mask of every image (for masked recipes), False reads none that cropping does not
+    need, None reads them where every item has one. A file that cannot be used is an error or is left out, as
+    data.on_bad_image says; MVIP's empty masks are always left out, because they are a known property of that set.
+
+    Args:
+        min_size: side in pixels below which a cropped image is refused, because it would have to be enlarged for the
+            pipeline; 0 accepts any and counts the enlarged ones in `notes`.
+
+    Raises:
+        ConfigError: cropping, background or `masks` ask for masks and the set has none.
+        DataError: no items; bad files under on_bad_image fail; a class of which no image is left.
+    """
+    if not items:
+        raise DataError(f"{index.root}: no image to load, because this role and split are empty; add images to it")
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    needs_masks = data.crop_to_mask or data.background != "keep" or masks is True
+    _check_masks(items, needs_masks, data, index.root)
+    reads_masks = needs_masks or (masks is None and all(item.mask for item in items))
+    with Files(index.root) as files:
+        job = _Job(files, index.kind, data, sizes, reads_masks, needs_masks, min_size, len(items))
+        with ThreadPoolExecutor(THREADS) as pool:
+            results = []
+            for result in pool.map(job.load, range(len(items)), items):
+                results.append(result)
+                if progress is not None:
+                    progress(len(results), len(items), "")
+    kept, skipped = _sort_out(index, items, results, data)
+    notes = _notes(results, kept, skipped, max(sizes), index.root)
+    rows = torch.tensor(kept)
+    whole = len(kept) == len(items)
+    images = tuple(
+        Images(
+            items=tuple(items[i] for i in kept),
+            pixels_DHWC=pixels if whole else pixels[rows],
+            masks_DHW=None if not reads_masks else mask if whole else mask[rows],
+            skipped=skipped,
+            digests=tuple(results[i].digest for i in kept),
+            notes=notes,
+        )
+        for pixels, mask in zip(job.pixels, job.masks, strict=True)
+    )
+    return images[0] if isinstance(size, int) else images
+
+
+@dataclass
+class _Result:
+    """What became of one file."""
+
+    digest: str = ""
+    reason: str = ""  # why it cannot be used
+    may_skip: bool = False  # left out whatever on_bad_image says
+    side: int = 0  # of the square that was resized
+    was_cut: bool = False  # the sides beyond the central square were cut off
+
+
+@dataclass
+class _Job:
+    """Decode items into preallocated rows; threads share it, each writes its own rows."""
+
+    files: Files
+    kind: str
+    data: Data
+    sizes: tuple[int, ...]
+    reads_masks: bool
+    needs_masks: bool
+    min_size: int
+    count: int
+    pixels: list[torch.Tensor] = field(init=False)
+    masks: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.pixels = [torch.empty(self.count, s, s, 3, dtype=torch.uint8) for s in self.sizes]
+        self.masks = [torch.empty(self.count if self.reads_masks else 0, s, s, dtype=torch.uint8) for s in self.sizes]
+
+    def load(self, row: int, item: Item) -> _Result:
+        result = _Result()
+        try:
+            self._load(row, item, result)
+        except (BadImage, DataError) as error:
+            result.reason = str(error)
+            result.may_skip = isinstance(error, NoObject) and self.kind == "mvip"
+        return result
+
+    def _load(self, row: int, item: Item, result: _Result) -> None:
+        max_bytes = 8 * self.data.max_pixels + 2**20  # four channels of 16 bits, uncompressed
+        content = self.files.read(item.path, max_bytes)
+        result.digest = hashlib.sha256(content).hexdigest()
+        image, orientation = decode_image(content, self.data.max_pixels)
+        mask_HW = self._mask(item, image, orientation, max_bytes) if self.reads_masks else None
+        if self.data.background == "grey":
+            image = Image.fromarray(grey_background(np.asarray(image), mask_HW))
+        if self.data.crop_to_mask:
+            square = object_square(mask_HW, self.data.crop_margin)
+        else:
+            square = center_square(*image.size)
+            result.was_cut = image.width != image.height
+        result.side = square.side
+        if square.side < self.min_size:
+            raise BadImage(f"is {square.side} px a side after cropping, less than the {self.min_size} px wanted")
+        image = cut(image, square, (GREY, GREY, GREY))
+        mask = None if mask_HW is None else cut(Image.fromarray(mask_HW.astype(np.uint8) * 255), square, 0)
+        for i, size in enumerate(self.sizes):
+            self.pixels[i][row] = torch.from_numpy(resize(image, size))
+            if mask is not None:
+                self.masks[i][row] = torch.from_numpy(shrink(np.asarray(mask), size, resize(mask, size)))
+
+    def _mask(self, item: Item, image: Image.Image, orientation: int, max_bytes: int) -> np.ndarray:
+        if not item.mask:
+            raise NoObject("has no mask")
+        content = self.files.read(item.mask, max_bytes)
+        try:
+            mask_HW = decode_mask(content, self.data.max_pixels, image.size, orientation)
+        except BadImage as error:
+            raise BadImage(f"its mask {item.mask}: {error}") from error
+        if self.needs_masks and not mask_HW.any():
+            raise NoObject(f"its mask {item.mask} is empty")
+        return mask_HW
+
+
+def cut(image: Image.Image, square: Square, fill: int | tuple[int, int, int]) -> Image.Image:
+    """The square region of an image; what lies beyond the border is `fill`."""
+    left, top, side = square
+    if left >= 0 and top >= 0 and left + side <= image.width and top + side <= image.height:
+        return image.crop((left, top, left + side, top + side))
+    canvas = Image.new(image.mode, (side, side), fill)
+    canvas.paste(image, (-left, -top))
+    return canvas
+
+
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """A square image at `size` by the antialiased triangle filter (torch's bilinear with antialias=True); uint8."""
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _check_masks(items, needs_masks: bool, data: Data, root: str) -> None:
+    if not needs_masks or any(item.mask for item in items):
+        return
+    if data.crop_to_mask or data.background != "keep":
+        setting = "data.crop_to_mask" if data.crop_to_mask else f"data.background {data.background}"
+        raise ConfigError(f"`{setting}` needs object masks and {root} has none; add a `mask` column or switch it off")
+    raise ConfigError(f"the masked recipes need object masks and {root} has none; add a `mask` column or drop them")
+
+
+def _sort_out(index: Index, items, results: list[_Result], data: Data):
+    """(rows kept, (path, reason) of those left out), or one error that names the bad files."""
+    bad = [i for i, result in enumerate(results) if result.reason]
+    fatal = [i for i in bad if not results[i].may_skip] if data.on_bad_image == "fail" else []
+    if fatal:
+        named = "; ".join(f"{items[i].path}: {results[i].reason}" for i in fatal[:NAMED_BAD_FILES])
+        more = f"; and {len(fatal) - NAMED_BAD_FILES} more" if len(fatal) > NAMED_BAD_FILES else ""
+        raise DataError(
+            f"{index.root}: {len(fatal)} of {len(items)} images cannot be used: {named}{more}. Mend or remove them, or "
+            "set data.on_bad_image=skip"
+        )
+    kept = [i for i, result in enumerate(results) if not result.reason]
+    left = {(items[i].label, items[i].split) for i in kept}
+    for i in bad:
+        if (items[i].label, items[i].split) not in left:
+            raise DataError(
+                f"{index.root}: no usable image is left of class {items[i].label!r} in {items[i].split or 'the set'}; "
+                f"the first bad one is {items[i].path}: {results[i].reason}"
+            )
+    return kept, tuple((items[i].path, results[i].reason) for i in bad)
+
+
+def _notes(results: list[_Result], kept: list[int], skipped, largest: int, root: str) -> tuple[str, ...]:
+    notes = []
+    if skipped:
+        notes.append(f"{len(skipped)} of {len(results)} images left out, the first {skipped[0][0]}: {skipped[0][1]}")
+    counts = Counter(cut=sum(results[i].was_cut for i in kept), small=sum(results[i].side < largest for i in kept))
+    if counts["small"]:
+        smallest = min(results[i].side for i in kept)
+        notes.append(
+            f"{counts['small']} images are smaller than {largest} px and were enlarged, the smallest {smallest}"
+        )
+    if counts["cut"]:
+        notes.append(f"{counts['cut']} images are not square; their central square is used")
+    return tuple(notes)

@@ -1,0 +1,196 @@
+"""Read what is on disk into items: class folders, a CSV file, a zip pack.
+
+A reader reports what the names say and decides nothing: role and split stay "" where the set does not declare them.
+Every listing is sorted, so that the order in which a file system hands out names never reaches a label.
+"""
+
+import csv
+import io
+import os
+from collections import Counter
+from pathlib import Path
+
+from modules.config import Data
+from modules.data.files import Files
+from modules.data.items import ROLES, SPLITS, Index, Item
+from modules.data.mvip import is_mvip, read_mvip
+from modules.errors import ConfigError, DataError
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PACK_INDEX = "index.csv"
+COLUMNS = "path,label[,role][,split][,mask][,group|model][,caption][,noun][,keywords]"
+
+
+def resolve_root(root: str) -> Path:
+    """The folder or file that `data.root` names; "embedded:parts64" is the pack shipped with the program.
+
+    Raises:
+        ConfigError: the setting is empty or names an unknown embedded pack.
+        DataError: nothing is there.
+    """
+    if not root.strip():
+        raise ConfigError("`data.root` is empty; name a folder of class folders, a .csv, a .zip or embedded:parts64")
+    if root.startswith("embedded:"):
+        known = sorted(path.stem for path in EMBEDDED.glob("*.zip"))
+        name = root.removeprefix("embedded:")
+        if name not in known:
+            raise ConfigError(f"`data.root` is {root!r}; the embedded packs are {', '.join(known) or 'none'}")
+        return EMBEDDED / f"{name}.zip"
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise DataError(f"`data.root` {root!r} does not exist; name a folder of class folders, a .csv or a .zip")
+    return path
+
+
+def read_source(root: str, data: Data | None = None) -> Index:
+    """All items below `root` as its names and columns declare them; `classes` is empty, roles and splits may be "".
+
+    `data` (config.Data) chooses among the classes of an MVIP tree; without it all of them are read.
+
+    Raises:
+        ConfigError: `root` names nothing known.
+        DataError: missing, empty or unreadable root; a row, name or link that cannot be right.
+    """
+    path = resolve_root(root)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        with Files(path.parent) as files:
+            source = read_csv(files, path.name, "csv")
+    elif path.is_file():
+        with Files(path) as files:
+            if files.obstacle(PACK_INDEX):
+                raise DataError(f"{path}: holds no {PACK_INDEX} at its root; add one with the columns {COLUMNS}")
+            source = read_csv(files, PACK_INDEX, "zip")
+    elif (path / PACK_INDEX).is_file():
+        with Files(path) as files:
+            source = read_csv(files, PACK_INDEX, "csv")
+    else:
+        with Files(path) as files:
+            source = read_mvip(files, data) if is_mvip(files) else read_folder(files)
+    if not source.items:
+        raise DataError(f"{path}: holds no image; expected class folders, or a .csv or .zip with the columns {COLUMNS}")
+    return source
+
+
+def read_csv(files: Files, name: str, kind: str) -> Index:
+    """The rows of the CSV file `name` below the root of `files` (UTF-8, comma separated, first line the columns).
+
+    Columns: path, label, role, split, mask, group or model, caption, noun, keywords (";" separated); others are
+    ignored. Only `path` is demanded here.
+
+    Raises:
+        DataError: not UTF-8, no `path` column, a row of another width, an unknown role or split, a path twice,
+            outside the root or missing.
+    """
+    where = f"{files.root}/{name}"
+    try:
+        text = files.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: is not UTF-8 text ({error}); save it as UTF-8") from error
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        header = [column.strip().lower() for column in next(reader, [])]
+        if "path" not in header:
+            raise DataError(f"{where}: has no `path` column but {header}; its first line must name {COLUMNS}")
+        items, first_line = [], {}
+        for row in reader:
+            if not any(field.strip() for field in row):
+                continue
+            line = f"{where} line {reader.line_num}"
+            if len(row) != len(header):
+                raise DataError(
+                    f"{line}: has {len(row)} fields, the header has {len(header)}; quote fields with commas"
+                )
+            item = _item(files, dict(zip(header, row, strict=True)), line)
+            if item.path in first_line:
+                raise DataError(f"{line}: {item.path} was already on line {first_line[item.path]}; name a file once")
+            first_line[item.path] = reader.line_num
+            items.append(item)
+    except csv.Error as error:
+        raise DataError(f"{where} line {reader.line_num}: is no valid CSV ({error})") from error
+    _refuse_missing(files, items, where)
+    return Index(str(files.root), kind, tuple(sorted(items, key=lambda item: item.path)), ())
+
+
+def read_folder(files: Files) -> Index:
+    """The images of `<class>/**` or of `<split>/<class>/**`; a folder inside a class folder is a group.
+
+    Raises:
+        DataError: no class folders, split folders beside class folders, an empty split folder, a link out of the root.
+    """
+    root = files.root
+    folders = files.folders()
+    splits = [name for name in folders if name.lower() in SPLIT_NAMES]
+    if {"train", "test"} <= {name.lower() for name in splits} and len(splits) < len(folders):
+        others = ", ".join(name for name in folders if name not in splits)
+        raise DataError(f"{root}: has the split folders {', '.join(splits)} beside {others}; move the latter elsewhere")
+    by_split = bool(splits) and len(splits) == len(folders)
+    items, ignored = [], Counter()
+    for top in folders:
+        split = SPLIT_NAMES[top.lower()] if by_split else ""
+        labels = files.folders(top) if by_split else [top]
+        found = [item for label in labels for item in _class_items(files, top, label, split, ignored)]
+        if by_split and not found:
+            raise DataError(
+                f"{root}/{top}: the {split} split is empty; put class folders with images into it or delete it"
+            )
+        items += found
+    if not items and any(name.lower().endswith(EXTENSIONS) for name in os.listdir(root)):
+        raise DataError(f"{root}: holds images but no class folders; put the images of each class into its own folder")
+    listed = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(ignored.items()))
+    notes = (f"files ignored because they are no images: {listed}",) if ignored else ()
+    return Index(str(root), "folder", tuple(sorted(items, key=lambda item: item.path)), (), notes)
+
+
+def _item(files: Files, row: dict[str, str], line: str) -> Item:
+    role = row.get("role", "").strip().lower().replace("-", "_")
+    if role and role not in ROLES:
+        raise DataError(f"{line}: the role {row['role']!r} is unknown; choose one of {', '.join(ROLES)}")
+    split = row.get("split", "").strip().lower()
+    if split and split not in SPLIT_NAMES:
+        raise DataError(f"{line}: the split {row['split']!r} is unknown; choose one of {', '.join(SPLITS)}")
+    mask = row.get("mask", "").strip()
+    return Item(
+        path=files.normalize(row["path"], line),
+        label=row.get("label", ""),
+        role=role,
+        split=SPLIT_NAMES.get(split, ""),
+        group=(row.get("group") or row.get("model") or "").strip(),
+        mask=files.normalize(mask, line) if mask else "",
+        caption=row.get("caption", "").strip(),
+        keywords=tuple(word.strip() for word in row.get("keywords", "").split(";") if word.strip()),
+        noun=row.get("noun", "").strip(),
+    )
+
+
+def _refuse_missing(files: Files, items: list[Item], where: str) -> None:
+    paths = [path for item in items for path in (item.path, item.mask) if path]
+    bad = [f"{path} {reason}" for path in paths if (reason := files.obstacle(path))]
+    if bad:
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        raise DataError(f"{where}: {'; '.join(bad[:3])}{more}; correct the rows or bring the files")
+
+
+def _class_items(files: Files, top: str, label: str, split: str, ignored: Counter) -> list[Item]:
+    start = f"{top}/{label}" if split else top
+    items = []
+    for folder, path in _walk(files, start):
+        extension = os.path.splitext(path)[1].lower()
+        if extension not in EXTENSIONS:
+            ignored[extension] += 1
+            continue
+        if reason := files.obstacle(path):
+            raise DataError(f"{files.root}: {path} {reason}; copy the file into the folder")
+        group = "/".join(folder.split("/")[: start.count("/") + 2]) if folder != start else ""
+        items.append(Item(path=path, label=label, split=split, group=group))
+    return items
+
+
+def _walk(files: Files, folder: str):
+    """(folder, path) of every visible file below `folder`, sorted."""
+    for name in sorted(os.listdir(files.root / folder)):
+        if not name.startswith(".") and not (files.root / folder / name).is_dir():
+            yield folder, f"{folder}/{name}"
+    for name in files.folders(folder):
+        yield from _walk(files, f"{folder}/{name}")

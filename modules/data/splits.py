@@ -1,0 +1,142 @@
+"""Who may be learned from, who may be chosen by, who is tested: splits by group, held-out classes, few-shot draws.
+
+Images of one group (a model, a sample) show the same thing, so a split never divides a group. Two kinds of draw are
+kept apart. The test split and the choice of near-OOD classes depend on names alone: every seed of a comparison is
+tested on the same images. The validation split and the few-shot draw depend on the seed, and on nothing but seed and
+names, so every arm of one seed learns from the same images.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+
+from modules.data.items import Item
+from modules.errors import DataError
+from modules.runtime import stream
+
+SAME_FOR_EVERY_SEED = 0
+
+
+def hold_out(items: list[Item], val_fraction: float, declared: set[str]) -> tuple[list[Item], str]:
+    """Near-OOD items with classes divided into val classes and test classes, and a line that says how.
+
+    A val class gives its images of the val split, a test class those of the test split, as far as ID images have these
+    splits (`declared`); where they will be made from the train split, it gives its images of that: what is scored
+    against ID images must have been taken like them.
+
+    Raises:
+        DataError: fewer than two classes, or one without an image in the split it needs.
+    """
+    labels = sorted({item.label for item in items})
+    if len(labels) < 2:
+        raise DataError(
+            f"near-OOD has the one class {', '.join(labels)}; it needs two or more, because the classes that settings "
+            "are chosen on must not be those of the test: add a class to `data.near_ood_classes`"
+        )
+    count = min(max(1, round(val_fraction * len(labels))), len(labels) - 1)
+    order = torch.randperm(len(labels), generator=stream(SAME_FOR_EVERY_SEED, "near-ood-classes")).tolist()
+    val_labels = {labels[i] for i in order[:count]}
+    kept = []
+    for label in labels:
+        split = "val" if label in val_labels else "test"
+        wanted = {split} if split in declared else {"", "train"}
+        chosen = [replace(item, split=split) for item in items if item.label == label and item.split in wanted]
+        if not chosen:
+            raise DataError(
+                f"the near-OOD class {label!r} has no image in the {split} split, which its images must come from; "
+                "add some or choose another class"
+            )
+        kept += chosen
+    return kept, f"near-OOD: {count} classes for val, {len(labels) - count} others for test; the same for every seed"
+
+
+def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[list[Item], list[str]]:
+    """ID items of which each has a split, and a line for each split that had to be made.
+
+    A missing test split is made first, from all images; a missing val split then from the train images of `seed`. Each
+    takes `val_fraction` of the groups of every class, one at least.
+
+    Raises:
+        DataError: some items have a split and others none, there is no train split, or a class has too few groups.
+    """
+    declared = {item.split for item in items}
+    if "" in declared and len(declared) > 1:
+        first = next(item.path for item in items if not item.split)
+        raise DataError(f"{first}: has no split while others have one; fill the `split` column everywhere or nowhere")
+    if "" not in declared and "train" not in declared:
+        raise DataError(f"no image is in the train split, only in {', '.join(sorted(declared))}; add train images")
+    items = [replace(item, split=item.split or "train") for item in items]
+    notes = []
+    missing = [split for split in ("test", "val") if split not in declared]
+    for i, split in enumerate(missing):
+        split_seed = SAME_FOR_EVERY_SEED if split == "test" else seed
+        train = [item for item in items if item.split == "train"]
+        moved = draw_groups(train, f"{split}-split", split_seed, val_fraction, keep=len(missing) - i)
+        moving = {item.path for item in train if item.group_id in moved}
+        items = [replace(item, split=split) if item.path in moving else item for item in items]
+        why = "the same for every seed" if split == "test" else f"drawn from seed {seed}"
+        notes.append(
+            f"{split} split: none was declared; made from {val_fraction:.0%} of the groups of every class "
+            f"({len(moved)} groups, {len(moving)} images), {why}"
+        )
+    return items, notes
+
+
+def draw_groups(items: list[Item], name: str, seed: int, fraction: float, keep: int) -> set[str]:
+    """Groups drawn so that each class gives `fraction` of its groups, one at least, and keeps `keep` of them at least.
+
+    A group that holds several classes counts for each of them and is decided once, by the first class in order.
+
+    Raises:
+        DataError: a class has no more than `keep` groups.
+    """
+    groups_of = defaultdict(set)
+    for item in items:
+        groups_of[item.label].add(item.group_id)
+    drawn: set[str] = set()
+    settled: set[str] = set()
+    for label, group_ids in sorted(groups_of.items()):
+        if len(group_ids) <= keep:
+            images = sum(item.label == label for item in items)
+            raise DataError(
+                f"class {label!r} has {len(group_ids)} group(s) with {images} image(s); splitting by group needs "
+                f"{keep + 1} or more: add images of other {'objects' if images > len(group_ids) else 'scenes'}, leave "
+                "the class out, or declare the splits in folders or a `split` column"
+            )
+        wanted = min(max(1, round(fraction * len(group_ids))), len(group_ids) - keep)
+        free = sorted(group_ids - settled)
+        order = torch.randperm(len(free), generator=stream(seed, name, label)).tolist()
+        missing = max(0, wanted - len(group_ids & drawn))
+        drawn |= {free[i] for i in order[:missing]}
+        settled |= group_ids
+    return drawn
+
+
+def few_shot(items: list[Item], shots: int, seed: int) -> tuple[list[Item], str]:
+    """`shots` train items a class, spread over groups first, and a line that says so; other splits stay whole.
+
+    Groups are put in a random order and give one image each, then a second one, until there are enough. So fewer shots
+    of the same seed are a subset of more. A class with fewer images gives all it has, and the line counts such classes.
+    """
+    train, rest = [i for i in items if i.split == "train"], [i for i in items if i.split != "train"]
+    by_class = defaultdict(lambda: defaultdict(list))
+    for item in sorted(train, key=lambda item: item.path):
+        by_class[item.label][item.group_id].append(item)
+    drawn, short = [], []
+    for label, groups in sorted(by_class.items()):
+        generator = stream(seed, "few-shot", label)
+        names = sorted(groups)
+        ranked = []
+        for rank, g in enumerate(torch.randperm(len(names), generator=generator).tolist()):
+            members = groups[names[g]]
+            for turn, m in enumerate(torch.randperm(len(members), generator=generator).tolist()):
+                ranked.append((turn, rank, members[m]))
+        ranked.sort(key=lambda entry: entry[:2])
+        drawn += [item for _, _, item in ranked[:shots]]
+        if len(ranked) < shots:
+            short.append(f"{label} ({len(ranked)})")
+    line = f"few-shot: {shots} train images a class, over groups first, seed {seed}: {len(drawn)} of {len(train)}"
+    if short:
+        line += f"; fewer exist of {', '.join(short)}"
+    return drawn + rest, line
