@@ -1,0 +1,76 @@
+"""What to paint, written down: a request is an image's whole provenance.
+
+From a request, the run's seed and the files it names by hash, the image can be made again; nothing else enters it. So
+a request is plain data: it goes through a checkpoint, a metrics row or a caption unchanged.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+NO_DENOISING = ("jigsaw", "jigsaw_roundtrip")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A template in a condition, and the token vectors that stand in it."""
+
+    template: str = ""  # "a photo of a {}"; empty: the empty prompt
+    condition: str = ""  # "rusty"
+    classes: tuple[int, ...] = ()  # classes whose tokens are mixed; none with a template: the initializer word
+    weights: tuple[float, ...] = ()  # of the mixture, adding to 1
+    noise: float = 0.0  # added to the vectors, in units of their norm
+    outlier_quantile: float = 0.0  # > 0: the vectors are moved to where class tokens are rare
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to be made."""
+
+    image_index: int  # position in the sequence of all images; names the image's random stream
+    source: int  # row of the source image in the train set
+    label: int  # class of the source
+    is_ood: bool
+    recipe: str  # positive, or one of near_ood.recipes
+    prompt: Prompt = Prompt()
+    strength: float = 0.0
+    start: int = 0  # first step taken of the grid
+    t0: float = 0.0  # its timestep
+    sqrt_abar: float = 1.0  # share of the source's amplitude kept there
+    solver: str = ""
+    num_inference_steps: int = 0  # T_n
+    guidance_scale: float = 1.0
+    mask_edit: str = "none"  # none | object | background: what may change
+    mask_dilation_px: int = 0
+    jigsaw_grid: int = 0
+    attempt: int = 0  # > 0: drawn again after a rejection, with noise of its own
+    resolution: int = 0
+    preset: str = ""
+    pipeline: str = ""  # digest of the pipeline's weights
+    tokens: str = ""  # digest of the class tokens
+
+    @property
+    def denoises(self) -> bool:
+        return self.recipe not in NO_DENOISING
+
+    @property
+    def cost(self) -> int:
+        """UNet calls the image takes."""
+        return self.num_inference_steps - self.start if self.denoises else 0
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What names the image's random stream beside the seed."""
+        return (self.image_index, self.attempt) if self.attempt else (self.image_index,)
+
+    def as_dict(self) -> dict:
+        """Plain nested values, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> "Request":
+        """The request that `as_dict` wrote; unknown keys raise TypeError."""
+        prompt = dict(values["prompt"])
+        prompt = Prompt(**(prompt | {"classes": tuple(prompt["classes"]), "weights": tuple(prompt["weights"])}))
+        return Request(**(values | {"prompt": prompt}))
+
+
+FIELDS = tuple(field.name for field in fields(Request))

@@ -1,0 +1,329 @@
+"""The slot engine: continuous batching for denoising.
+
+S slots are in flight at once, each on its own image, prompt, guidance and time grid; a tick is one UNet call in which
+all take their next step. A slot that arrives leaves its latent in a queue and is filled again before the next tick; the
+queue is decoded in batches of fixed size into `finish`. So any mixture of recipes shares one shape, without padding and
+without bursts, and the cost of generation can be spread evenly over optimizer steps.
+
+Images enter in the order of their index and draw all noise from (seed, "image", index): which slot, which tick and which
+neighbors an image had changes its rounding, never its content. All bookkeeping is on the host, which counts the steps
+that the device takes and so never waits for it.
+
+Shapes: S slots, N images, D train images, T tokens, E text width, h w latent grid, H W pixels.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from modules.data.staging import upload
+from modules.data.synthetic import jigsaw
+from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.requests import Request
+from modules.diffusion.schedule import Grid, StepTable
+from modules.diffusion.tick import Tick
+from modules.runtime import stream
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The train images that generation starts from, on the device."""
+
+    moments_D8hw: torch.Tensor  # fp16 VAE moments
+    pixels_DHWC: torch.Tensor | None = None  # uint8 at the pipeline's resolution, for recipes without diffusion
+    masks_DHW: torch.Tensor | None = None  # uint8 0/1 object masks at that resolution, for masked edits
+
+
+class Slots:
+    """When and how images are made; what they are comes from `request`, where they go from `finish`."""
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion,
+        sources: Sources,
+        grids: list[Grid],
+        request: Callable[[int], Request],
+        context: Callable[[Request], torch.Tensor],
+        finish: Callable[[torch.Tensor, list[Request]], None],
+        *,
+        seed: int,
+        slots: int,
+        decode_batch: int,
+        empty_TE: torch.Tensor | None = None,
+        unconditional_rows: int | None = None,
+        masked: bool = False,
+    ):
+        """An engine with all slots idle.
+
+        Args:
+            grids: every (solver, T_n) that requests name.
+            request: the image of an index.
+            context: its prompt embedding [T, E] on the device.
+            finish: takes pixels [N, 3, H, W], nominally in [-1, 1], and their N requests.
+            empty_TE: embedding of the empty prompt; None where no request is guided.
+            unconditional_rows: rows of a UNet call kept for guidance, at most S; None: as many as slots if `empty_TE`
+                is given and the UNet takes no guidance embedding, else 0.
+            masked: whether requests may edit within masks.
+        """
+        self.pipeline, self.sources, self.seed = pipeline, sources, seed
+        self.request, self.context, self.finish = request, context, finish
+        if unconditional_rows is None:
+            unconditional_rows = 0 if empty_TE is None or pipeline.guidance_embedding_width else slots
+        self.table = StepTable(grids, pipeline.device)
+        self.in_flight = Tick(
+            pipeline, self.table, slots, unconditional_rows=unconditional_rows, empty_TE=empty_TE, masked=masked
+        )
+        self.decode_batch, self.unconditional_rows = decode_batch, unconditional_rows
+        self.occupants: list[Request | None] = [None] * slots
+        self.remaining = [0] * slots  # steps each slot still has to take
+        self.ready: deque[tuple[int, Request]] = deque()  # (row of the queue, request) of latents to decode
+        size = pipeline.latent_size
+        self.ready_Q4hw = torch.zeros(slots + decode_batch, 4, size, size, device=pipeline.device)
+        self.retries: deque[Request] = deque()
+        self.drawn: deque[Request] = deque()  # requests known but not yet in a slot, in index order
+        self.costs: deque[int] = deque()  # of the images from index `released` on
+        self.next_index = 0  # of the next request to draw
+        self.queue_row = 0  # of the next latent that arrives
+        self.pending = 0.0  # share of an image that `step` has not released yet
+        self.credit = 0.0  # UNet rows owed to the images released so far
+        self.counts = {"ticks": 0, "admitted": 0, "finished": 0, "busy_rows": 0}
+
+    @property
+    def busy(self) -> int:
+        """Slots in flight."""
+        return sum(occupant is not None for occupant in self.occupants)
+
+    def step(self, images: float) -> int:
+        """Take as many ticks as `images` more images cost, evenly over calls; returns the ticks taken.
+
+        An image costs its number of UNet calls, recipes without denoising nothing. The cost of the next images in index
+        order, somewhat more than 2 S, is averaged, so that ticks spread evenly although strengths differ, and every image's cost is counted
+        exactly once: after n calls, n x `images` images have been made up to those in flight.
+        """
+        window = 2 * len(self.occupants) + math.ceil(images)
+        while len(self.costs) < window:
+            self.drawn.append(self._draw())
+            self.costs.append(self.drawn[-1].cost)
+        self.credit += images * sum(list(self.costs)[:window]) / window
+        self.pending += images
+        for _ in range(int(self.pending)):
+            self.pending -= 1
+            if self.costs:
+                self.costs.popleft()
+        self._admit(ahead=False)
+        before = self.counts["ticks"]
+        while self.credit >= len(self.occupants) and (worked := self.tick(ahead=False)):
+            self.credit -= worked
+        return self.counts["ticks"] - before
+
+    def tick(self, ahead: bool = True) -> int:
+        """Fill idle slots, take one step in all, hand on what arrived; returns the slots that worked.
+
+        Args:
+            ahead: draw further requests as slots fall idle, as when filling rings before the first step.
+        """
+        self._admit(ahead)
+        working = [slot for slot, occupant in enumerate(self.occupants) if occupant is not None]
+        if not working:
+            return 0
+        self.in_flight.step()
+        self.counts["ticks"] += 1
+        self.counts["busy_rows"] += len(working)
+        for slot in working:
+            self.remaining[slot] -= 1
+        self._collect([slot for slot in working if self.remaining[slot] == 0])
+        return len(working)
+
+    def drain(self) -> None:
+        """Finish every image that was begun, admit no other, and decode a last batch that may be part empty."""
+        held, self.drawn = self.drawn, deque()
+        while self.busy or self.retries or self.ready:
+            if not self.tick(ahead=False):
+                self._decode(partial=True)
+        self.drawn = held
+
+    def retry(self, request: Request) -> None:
+        """Make a rejected image again, before any new one; its cost is owed on top."""
+        self.retries.append(request)
+        self.credit += request.cost
+
+    def _draw(self) -> Request:
+        request = self.request(self.next_index)
+        self.next_index += 1
+        return request
+
+    def _peek(self, ahead: bool) -> Request | None:
+        """The request that enters next, or None if none may."""
+        if self.retries:
+            return self.retries[0]
+        if not self.drawn and ahead:
+            self.drawn.append(self._draw())
+        return self.drawn[0] if self.drawn else None
+
+    def _admit(self, ahead: bool) -> None:
+        """Move requests in order into idle slots; recipes without denoising pass through at once.
+
+        A request that would need more unconditional rows than a call has waits, and all behind it.
+        """
+        idle = [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
+        entering: list[tuple[int, Request]] = []
+        last = self.next_index + 2 * len(self.occupants)  # where all images pass through, none would ever fill a slot
+        guided = sum(self._guided_now(slot) for slot in range(len(self.occupants)))
+        while (request := self._peek(ahead and self.next_index < last)) is not None:
+            if request.denoises:
+                needs = self._is_guided(request, request.start)
+                if not idle or guided + needs > self.unconditional_rows:
+                    break
+                guided += needs
+                entering.append((idle.pop(0), request))
+            (self.retries if self.retries else self.drawn).popleft()
+            self.counts["admitted"] += 1
+            if not request.denoises:
+                self._pass_through(request)
+        if entering:
+            self._enter(entering)
+
+    def _is_guided(self, request: Request, step: int) -> int:
+        """Whether a request takes an unconditional row at a step of its grid (0 or 1)."""
+        grid = self.table.grids[request.solver, request.num_inference_steps]
+        return int(bool(self.unconditional_rows) and request.guidance_scale != 1 and step < grid.guided_steps)
+
+    def _guided_now(self, slot: int) -> int:
+        occupant = self.occupants[slot]
+        if occupant is None:
+            return 0
+        return self._is_guided(occupant, occupant.num_inference_steps - self.remaining[slot])
+
+    def _enter(self, entering: list[tuple[int, Request]]) -> None:
+        """Draw each image's latent and noise and write it into its slot."""
+        requests = [request for _, request in entering]
+        noises = [self._noise(request) for request in requests]
+        device = self.pipeline.device
+        sample_N4hw, eps_N4hw = (upload(torch.stack([n[i] for n in noises]), device) for i in (0, 1))
+        steps_NK4hw = None
+        if self.in_flight.stochastic_steps:
+            steps_NK4hw = upload(torch.stack([n[2] for n in noises]), device)
+        self.in_flight.write(
+            [slot for slot, _ in entering],
+            [self.table.start_row(r.solver, r.num_inference_steps, r.start) for r in requests],
+            [r.guidance_scale for r in requests],
+            self._latents([r.source for r in requests], sample_N4hw),
+            eps_N4hw,
+            torch.stack([self.context(r) for r in requests]),
+            self._masks(requests),
+            steps_NK4hw,
+        )
+        for slot, request in entering:
+            self.occupants[slot], self.remaining[slot] = request, request.cost
+
+    def _noise(self, request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Standard noise of an image: for its latent [4, h, w], to start from [4, h, w], and of steps [K, 4, h, w]."""
+        shape = (4, self.pipeline.latent_size, self.pipeline.latent_size)
+        generator = stream(self.seed, "image", *request.identity)
+        sample, eps = torch.randn(2, *shape, generator=generator)
+        return sample, eps, torch.randn(self.in_flight.stochastic_steps, *shape, generator=generator)
+
+    def _latents(self, rows: list[int], noise_N4hw: torch.Tensor) -> torch.Tensor:
+        moments = self.sources.moments_D8hw
+        picked = moments[upload(rows, moments.device)].to(self.pipeline.device, non_blocking=True)
+        return self.pipeline.sample_latents(picked, noise_N4hw)
+
+    def _masks(self, requests: list[Request]) -> torch.Tensor | None:
+        """Latent masks [N, 1, h, w], 1 where a cell may change; None if nothing is masked."""
+        if not self.in_flight.masked:
+            return None
+        size, masks = self.pipeline.latent_size, self.sources.masks_DHW
+        free = torch.ones(1, size, size, device=self.pipeline.device)
+        return torch.stack(
+            [
+                free
+                if r.mask_edit == "none"
+                else latent_mask(masks[r.source], r.mask_edit, r.mask_dilation_px, self.pipeline.vae_factor)
+                for r in requests
+            ]
+        )
+
+    def _pass_through(self, request: Request) -> None:
+        """Make an image without denoising: permuted patches, as they are or through encode and decode."""
+        generator = stream(self.seed, "jigsaw", *request.identity)
+        pixels_1HWC = jigsaw(self.sources.pixels_DHWC[request.source][None], request.jigsaw_grid, generator)
+        if request.recipe == "jigsaw":
+            self.counts["finished"] += 1
+            self.finish(pixels_1HWC.permute(0, 3, 1, 2).float().div(127.5).sub(1).to(self.pipeline.dtype), [request])
+            return
+        noise = upload(self._noise(request)[0][None], self.pipeline.device)
+        self._queue(self.pipeline.sample_latents(self.pipeline.encode_moments(pixels_1HWC), noise), [request])
+
+    def _collect(self, slots: list[int]) -> None:
+        """Free slots that arrived; their latents queue in index order, whatever slots they were in."""
+        if not slots:
+            return
+        slots.sort(key=lambda slot: self.occupants[slot].identity)
+        requests = [self.occupants[slot] for slot in slots]
+        for slot in slots:
+            self.occupants[slot] = None
+        self._queue(self.in_flight.z_S4hw[upload(slots, self.pipeline.device)], requests)
+
+    def _queue(self, z_N4hw: torch.Tensor, requests: list[Request]) -> None:
+        rows = [(self.queue_row + i) % len(self.ready_Q4hw) for i in range(len(requests))]
+        self.queue_row = (self.queue_row + len(requests)) % len(self.ready_Q4hw)
+        self.ready_Q4hw.index_copy_(0, upload(rows, self.pipeline.device), z_N4hw)
+        self.ready.extend(zip(rows, requests, strict=True))
+        self._decode()
+
+    def _decode(self, partial: bool = False) -> None:
+        """Decode whole batches of the queue, and with `partial` the rest too, always in the same shape."""
+        while len(self.ready) >= self.decode_batch or (partial and self.ready):
+            batch = [self.ready.popleft() for _ in range(min(self.decode_batch, len(self.ready)))]
+            rows = [row for row, _ in batch]
+            rows += rows[:1] * (self.decode_batch - len(rows))
+            pixels_N3HW = self.pipeline.decode(self.ready_Q4hw[upload(rows, self.pipeline.device)])
+            self.counts["finished"] += len(batch)
+            self.finish(pixels_N3HW[: len(batch)], [request for _, request in batch])
+
+    def state_dict(self) -> dict:
+        """Everything a later tick reads: tensors and plain values."""
+        return {
+            "device": self.in_flight.state_dict(),
+            "ready_Q4hw": self.ready_Q4hw,
+            "ready": [[row, request.as_dict()] for row, request in self.ready],
+            "occupants": [occupant and occupant.as_dict() for occupant in self.occupants],
+            "remaining": list(self.remaining),
+            "retries": [request.as_dict() for request in self.retries],
+            "drawn": [request.as_dict() for request in self.drawn],
+            "costs": list(self.costs),
+            "next_index": self.next_index,
+            "queue_row": self.queue_row,
+            "pending": self.pending,
+            "credit": self.credit,
+            "counts": dict(self.counts),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from where `state_dict` was taken, to the bit on a CPU."""
+        self.in_flight.load_state_dict(state["device"])
+        self.ready_Q4hw.copy_(state["ready_Q4hw"])
+        self.ready = deque((row, Request.from_dict(values)) for row, values in state["ready"])
+        self.occupants = [values and Request.from_dict(values) for values in state["occupants"]]
+        self.retries = deque(map(Request.from_dict, state["retries"]))
+        self.drawn = deque(map(Request.from_dict, state["drawn"]))
+        self.remaining, self.costs = list(state["remaining"]), deque(state["costs"])
+        self.next_index, self.queue_row = state["next_index"], state["queue_row"]
+        self.pending, self.credit = state["pending"], state["credit"]
+        self.counts = dict(state["counts"])
+
+
+def latent_mask(mask_HW: torch.Tensor, edit: str, dilation_px: int, factor: int) -> torch.Tensor:
+    """What may change on the latent grid: float32 [1, h, w] of 0 and 1, from an object mask uint8 [H, W].
+
+    The object mask grows by `dilation_px`. object: cells that touch an editable pixel; background: cells all of whose
+    pixels are editable.
+    """
+    object_11HW = mask_HW[None, None].float()
+    if dilation_px:
+        object_11HW = torch.nn.functional.max_pool2d(object_11HW, 2 * dilation_px + 1, 1, dilation_px)
+    touched_1hw = torch.nn.functional.max_pool2d(object_11HW, factor)[0]
+    return touched_1hw if edit == "object" else 1 - touched_1hw

@@ -1,0 +1,185 @@
+"""One tick: every slot takes its own next denoising step in one UNet call of constant shape.
+
+The buffers are static and the arithmetic is the same for every mixture of recipes, so the tick can be captured once as
+a graph. Which row of the step table a slot is on lives on the device and advances there; the host counts along and
+never asks.
+
+Guidance that is off at low noise keeps the constant shape: a call has S conditional rows and U <= S unconditional ones,
+which go to the slots that are guided at this moment.
+
+Shapes: S slots, U unconditional rows, N images written, T tokens, E text width, W guidance embedding width,
+h w latent grid, R table rows.
+"""
+
+import torch
+
+from modules.data.staging import upload
+from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.schedule import StepTable
+
+BUFFERS = (
+    "z_S4hw",
+    "x0_prev_S4hw",
+    "row_S",
+    "guidance_S",
+    "embedding_SW",
+    "context_STE",
+    "mask_S1hw",
+    "z0_S4hw",
+    "eps_S4hw",
+    "noise_SK4hw",
+)
+
+
+class Tick:
+    """Static buffers of S slots and the step that advances them all."""
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion,
+        table: StepTable,
+        slots: int,
+        *,
+        unconditional_rows: int,
+        empty_TE: torch.Tensor | None = None,
+        masked: bool = False,
+    ):
+        """Idle slots.
+
+        Args:
+            unconditional_rows: U in [0, S]; 0 where nothing is guided or the UNet takes a guidance embedding.
+            empty_TE: embedding of the empty prompt, needed if U > 0.
+            masked: whether any request edits within a mask.
+        """
+        self.pipeline, self.table, self.unconditional_rows, self.masked = pipeline, table, unconditional_rows, masked
+        device, size = pipeline.device, pipeline.latent_size
+        self.stochastic_steps = max((g.num_inference_steps for g in table.grids.values() if g.stochastic), default=0)
+
+        def latents(*leading):
+            return torch.zeros(*leading, 4, size, size, device=device)
+
+        rows = slots + unconditional_rows
+        self.z_S4hw = latents(slots)
+        self.x0_prev_S4hw = latents(slots)
+        self.row_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.guidance_S = torch.ones(slots, device=device)
+        self.context_STE = torch.zeros(
+            rows, pipeline.num_tokens, pipeline.text_width, dtype=pipeline.dtype, device=device
+        )
+        if unconditional_rows:
+            self.context_STE[slots:] = empty_TE
+        width = pipeline.guidance_embedding_width
+        self.embedding_SW = torch.zeros(slots, width, dtype=pipeline.dtype, device=device) if width else None
+        if masked:
+            self.mask_S1hw = torch.ones(slots, 1, size, size, device=device)
+            self.z0_S4hw, self.eps_S4hw = latents(slots), latents(slots)
+        if self.stochastic_steps:
+            self.noise_SK4hw = latents(slots, self.stochastic_steps)
+
+    @torch.no_grad()
+    def write(
+        self,
+        slots: list[int],
+        rows: list[int],
+        guidance: list[float],
+        z0_N4hw: torch.Tensor,
+        eps_N4hw: torch.Tensor,
+        context_NTE: torch.Tensor,
+        mask_N1hw: torch.Tensor | None = None,
+        noise_NK4hw: torch.Tensor | None = None,
+    ) -> None:
+        """Put N images into slots at their first rows: z = alpha z0 + sigma eps.
+
+        Args:
+            mask_N1hw: 1 where a latent cell may change; None: everywhere.
+            noise_NK4hw: fresh noise of each step of the grid, for stochastic solvers.
+        """
+        device = self.row_S.device
+        slots_N, rows_N = upload(slots, device), upload(rows, device)
+        alpha, sigma = self.table.table_R8[rows_N, :2, None, None, None].unbind(1)
+        self.z_S4hw.index_copy_(0, slots_N, alpha * z0_N4hw + sigma * eps_N4hw)
+        self.x0_prev_S4hw.index_fill_(0, slots_N, 0.0)
+        self.row_S.index_copy_(0, slots_N, rows_N)
+        self.guidance_S.index_copy_(0, slots_N, upload(guidance, device, torch.float32))
+        self.context_STE.index_copy_(0, slots_N, context_NTE)
+        if self.embedding_SW is not None:
+            embedded_NW = embed_guidance(guidance, self.embedding_SW.shape[1]).to(self.embedding_SW.dtype)
+            self.embedding_SW.index_copy_(0, slots_N, upload(embedded_NW, device))
+        if self.masked:
+            mask_N1hw = torch.ones_like(z0_N4hw[:, :1]) if mask_N1hw is None else mask_N1hw
+            self.mask_S1hw.index_copy_(0, slots_N, mask_N1hw)
+            self.z0_S4hw.index_copy_(0, slots_N, z0_N4hw)
+            self.eps_S4hw.index_copy_(0, slots_N, eps_N4hw)
+        if self.stochastic_steps:
+            self.noise_SK4hw.index_copy_(0, slots_N, noise_NK4hw)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Advance every slot by one step; idle slots stay as they are."""
+        S, U, row_S = len(self.row_S), self.unconditional_rows, self.row_S
+        coefficients_S8 = self.table.table_R8[row_S]
+        timestep_S = self.table.timestep_R[row_S]
+        x, t = self.z_S4hw, timestep_S
+        guided_S = self.table.guided_R[row_S] & (self.guidance_S != 1) if U else None
+        order_U = None
+        if 0 < U < S:
+            order_U = guided_S.to(torch.int8).argsort(descending=True, stable=True)[:U]
+            x, t = torch.cat([x, x[order_U]]), torch.cat([t, t[order_U]])
+        elif U:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+        predicted = self.pipeline.unet(
+            x.to(self.pipeline.dtype), t, self.context_STE, timestep_cond=self.embedding_SW
+        ).sample
+        conditional_S4hw = predicted[:S].float()
+        if U:
+            unconditional_S4hw = self._unconditional(conditional_S4hw, predicted[S:].float(), order_U)
+            w = torch.where(guided_S, self.guidance_S, 1.0)[:, None, None, None]
+            conditional_S4hw = unconditional_S4hw + w * (conditional_S4hw - unconditional_S4hw)
+        self._update(conditional_S4hw, coefficients_S8)
+        row_S.copy_(self.table.successor_R[row_S])
+
+    def _unconditional(self, conditional_S4hw, predicted_U4hw, order_U) -> torch.Tensor:
+        """The unconditional prediction of each slot; slots without one get their conditional prediction."""
+        if order_U is None:
+            return predicted_U4hw
+        return conditional_S4hw.index_copy(0, order_U, predicted_U4hw)
+
+    def _update(self, model_output_S4hw: torch.Tensor, coefficients_S8: torch.Tensor) -> None:
+        """z <- a z + b x0 + c x0_prev + d noise, then, in a masked edit, the source again outside the mask."""
+        alpha, sigma, a, b, c, d, alpha_next, sigma_next = coefficients_S8[:, :, None, None, None].unbind(1)
+        z = self.z_S4hw
+        if self.pipeline.prediction_type == "v_prediction":
+            x0 = alpha * z - sigma * model_output_S4hw
+        else:
+            x0 = (z - sigma * model_output_S4hw) / alpha
+        following = a * z + b * x0 + c * self.x0_prev_S4hw
+        if self.stochastic_steps:
+            slots = torch.arange(len(z), device=z.device)
+            following += d * self.noise_SK4hw[slots, self.table.step_R[self.row_S].clamp(max=self.stochastic_steps - 1)]
+        if self.masked:
+            source = alpha_next * self.z0_S4hw + sigma_next * self.eps_S4hw
+            following = self.mask_S1hw * following + (1 - self.mask_S1hw) * source
+        self.z_S4hw.copy_(following)
+        self.x0_prev_S4hw.copy_(x0)
+
+    def state_dict(self) -> dict:
+        """Every buffer that a slot in flight depends on."""
+        return {name: getattr(self, name) for name in BUFFERS if getattr(self, name, None) is not None}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+
+
+def embed_guidance(guidance: list[float], width: int) -> torch.Tensor:
+    """Sinusoids of guidance scales for a UNet distilled with guidance: float32 [N, width] on the host.
+
+    (sin(1000 (w - 1) r_i), cos(1000 (w - 1) r_i)) with r_i = 10000^(-i / (width / 2 - 1)), computed in float32 in the
+    order of diffusers' get_guidance_scale_embedding, since the angles are large.
+    Source: LCM, 2310.04378 section 4.2.
+    """
+    half = width // 2
+    rate = torch.log(torch.tensor(10000.0)) / (half - 1)
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -rate)
+    angles = ((torch.tensor(guidance, dtype=torch.float32) - 1) * 1000.0)[:, None] * rates[None]
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
