@@ -9,9 +9,11 @@ import math
 import torch
 
 from kernels import backend
-from kernels.checks import check_choice, check_number, check_tensor
+from kernels.backend import jit, tl
+from kernels.checks import check_choice, check_number, check_tensor, describe
 
 OOD_COLUMNS = ("none", "global", "own_class", "foreign_class")
+MAX_WIDTH = 256  # E up to which a block of rows fits in a program
 
 
 def supcon(
@@ -60,8 +62,9 @@ def supcon(
         _check_values(z_RE, labels_R, is_ood_R, num_views)
     seen = ood_columns if ood_weight > 0 else "none"
     settings = (num_views, float(temperature), seen, float(ood_weight), float(hardness), ood_anchors)
-    backend.choose("supcon", implementation, z_RE.device)
     with torch.autocast(z_RE.device.type, enabled=False):  # autocast would round the similarities to half precision
+        if backend.choose("supcon", implementation, z_RE.device).name == "triton":
+            return supcon_triton(z_RE, labels_R, is_ood_R, *settings)
         return supcon_reference(z_RE, labels_R, is_ood_R, *settings)
 
 
@@ -157,3 +160,189 @@ def _check_values(z_RE, labels_R, is_ood_R, num_views):
             f"labels_R [{shape[0]}] has no two ID rows of one class and num_views is 1, so no anchor has a positive; "
             "expected two rows of some class, or two views"
         )
+
+
+def supcon_triton(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness, ood_anchors):
+    """The loss of `supcon` by the kernels: fp32 sums, O(R) memory, differentiable once."""
+    if z_RE.dtype == torch.float64 or z_RE.shape[1] > MAX_WIDTH:
+        raise ValueError(
+            f"z_RE is {describe(z_RE)}; the Triton kernel takes float32, float16 or bfloat16[any, <= {MAX_WIDTH}]; "
+            "use implementation 'auto' or 'torch'"
+        )
+    key_R = (labels_R * 2 + is_ood_R).to(torch.int32)
+    images = z_RE.shape[0] // num_views
+    return _SupCon.apply(z_RE.contiguous(), key_R, images, temperature, ood_columns, ood_weight, hardness, ood_anchors)
+
+
+class _SupCon(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z_RE, key_R, images, temperature, ood_columns, ood_weight, hardness, ood_anchors):
+        R, E = z_RE.shape
+        loss_R, lse_R, shift_R, count_R = torch.empty(4, R, dtype=torch.float32, device=z_RE.device).unbind()
+        ctx.settings = dict(
+            R=R,
+            E=E,
+            images=images,
+            inverse_temperature=1 / temperature,
+            ood_weight=ood_weight,
+            hardness=hardness,
+            COLUMNS=OOD_COLUMNS.index(ood_columns),
+            OOD_ANCHORS=ood_anchors,
+            BLOCK_E=max(16, backend.next_power_of_2(E)),
+        )
+        blocks = _blocks(64, 32, num_stages=2)
+        grid = (-(-R // blocks["BLOCK_I"]),)
+        _forward_kernel[grid](z_RE, key_R, loss_R, lse_R, shift_R, count_R, HARD=hardness > 0, **ctx.settings, **blocks)
+        anchors = (count_R > 0).sum().clamp(min=1)
+        ctx.save_for_backward(z_RE, key_R, lse_R, shift_R, count_R, anchors)
+        return loss_R.sum() / anchors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        z_RE, key_R, lse_R, shift_R, count_R, anchors = ctx.saved_tensors
+        dz_RE = torch.empty(z_RE.shape, dtype=torch.float32, device=z_RE.device)
+        scale = (grad * ctx.settings["inverse_temperature"] / anchors).float()  # stays on the device
+        blocks = _blocks(32, 64, num_stages=1)
+        grid = (-(-z_RE.shape[0] // blocks["BLOCK_I"]),)
+        _backward_kernel[grid](z_RE, key_R, lse_R, shift_R, count_R, scale, dz_RE, **ctx.settings, **blocks)
+        return dz_RE.to(z_RE.dtype), None, None, None, None, None, None, None
+
+
+def _blocks(rows: int, columns: int, num_stages: int) -> dict:
+    """Launch settings: the largest blocks that ptxas fits into sm_90 registers without spills at E = 128."""
+    if backend.interpreted():
+        return {"BLOCK_I": 16, "BLOCK_J": 16}
+    return {"BLOCK_I": rows, "BLOCK_J": columns, "num_warps": 8, "num_stages": num_stages}
+
+
+@jit
+def _columns(key_i, key_j, i, j, R, images, COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr):
+    """Positives, ID negatives and OOD negatives of anchors i among columns j, as in `masks`."""
+    is_id_i, is_id_j = key_i % 2 == 0, key_j % 2 == 0
+    other = (i != j) & (i < R) & (j < R)
+    positive = other & is_id_i & (key_i == key_j)
+    candidate = other
+    if OOD_ANCHORS:
+        positive = positive | (other & (i % images == j % images) & (is_id_i == 0) & (is_id_j == 0))
+    else:
+        candidate = other & is_id_i
+    candidate = candidate & (positive == 0)
+    ood_negative = candidate & (is_id_j == 0)
+    if COLUMNS == 0:
+        ood_negative = ood_negative & (i == j)  # none: never
+    if COLUMNS == 2:
+        ood_negative = ood_negative & (key_i // 2 == key_j // 2)
+    if COLUMNS == 3:
+        ood_negative = ood_negative & (key_i // 2 != key_j // 2)
+    return positive, candidate & is_id_j, ood_negative
+
+
+@jit
+def _forward_kernel(
+    z_ptr, key_ptr, loss_ptr, lse_ptr, shift_ptr, count_ptr,
+    R, E, images, inverse_temperature, ood_weight, hardness,
+    COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, HARD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One block of anchors against all columns, a block at a time, with sums relative to running maxima.
+
+    Positives and negatives keep a maximum each: hard weights e^{hardness s} of negatives far below a positive would
+    vanish beside it.
+    """
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    e = tl.arange(0, BLOCK_E)
+    key_i = tl.load(key_ptr + i, mask=i < R, other=0)
+    z_i = tl.load(z_ptr + i[:, None] * E + e[None, :], mask=(i[:, None] < R) & (e[None, :] < E), other=0.0)
+    z_i = z_i.to(tl.float32)
+    lowest = tl.full([BLOCK_I], -1e30, tl.float32)
+    zero = tl.zeros([BLOCK_I], tl.float32)
+    max_p, sum_p, count_p, exp_p = lowest, zero, zero, zero
+    max_n, weight_n, hard_n, exp_n = lowest, zero, zero, zero
+    for start in range(0, R, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        key_j = tl.load(key_ptr + j, mask=j < R, other=0)
+        z_j = tl.load(z_ptr + j[:, None] * E + e[None, :], mask=(j[:, None] < R) & (e[None, :] < E), other=0.0)
+        s = tl.dot(z_i, tl.trans(z_j.to(tl.float32)), input_precision="tf32x3") * inverse_temperature
+        positive, id_negative, ood_negative = _columns(
+            key_i[:, None], key_j[None, :], i[:, None], j[None, :], R, images, COLUMNS, OOD_ANCHORS
+        )
+        new_p = tl.maximum(max_p, tl.max(tl.where(positive, s, -1e30), 1))
+        exp_p = exp_p * tl.exp(max_p - new_p) + tl.sum(tl.where(positive, tl.exp(s - new_p[:, None]), 0.0), 1)
+        sum_p += tl.sum(tl.where(positive, s, 0.0), 1)
+        count_p += tl.sum(tl.where(positive, 1.0, 0.0), 1)
+        max_p = new_p
+        c = tl.where(id_negative, 1.0, tl.where(ood_negative, ood_weight, 0.0))
+        new_n = tl.maximum(max_n, tl.max(tl.where(c > 0, s, -1e30), 1))
+        below = tl.where(c > 0, s - new_n[:, None], 0.0)
+        rise = max_n - new_n
+        exp_n = exp_n * tl.exp((1 + hardness) * rise) + tl.sum(c * tl.exp((1 + hardness) * below), 1)
+        if HARD:
+            hard_n = hard_n * tl.exp(hardness * rise) + tl.sum(c * tl.exp(hardness * below), 1)
+            weight_n += tl.sum(c, 1)
+        max_n = new_n
+    shift = zero
+    if HARD:  # log of the factor that makes a row's hard weights sum to what plain ones would
+        shift = tl.where(weight_n > 0, tl.log(weight_n) - tl.log(hard_n), 0.0)
+    lse_p = tl.where(exp_p > 0, max_p + tl.log(exp_p), -1e30)
+    lse_n = tl.where(exp_n > 0, max_n + tl.log(exp_n) + shift, -1e30)
+    high = tl.maximum(lse_p, lse_n)
+    lse = high + tl.log(tl.exp(lse_p - high) + tl.exp(lse_n - high))
+    loss = tl.where(count_p > 0, lse - sum_p / tl.maximum(count_p, 1.0), 0.0)
+    tl.store(loss_ptr + i, loss, mask=i < R)
+    tl.store(lse_ptr + i, lse, mask=i < R)
+    tl.store(shift_ptr + i, shift - hardness * max_n, mask=i < R)
+    tl.store(count_ptr + i, count_p, mask=i < R)
+
+
+@jit
+def _share(s, positive, id_negative, ood_negative, lse, shift, count, ood_weight, hardness):
+    """G of the docstring without its 1/|I+|: share of the denominator less share of the positives."""
+    q_p = tl.exp(s - lse) - 1.0 / tl.maximum(count, 1.0)
+    q_n = tl.exp((1 + hardness) * s + shift - lse)
+    g = tl.where(positive, q_p, tl.where(id_negative, q_n, tl.where(ood_negative, ood_weight * q_n, 0.0)))
+    return tl.where(count > 0, g, 0.0)
+
+
+@jit
+def _backward_kernel(
+    z_ptr, key_ptr, lse_ptr, shift_ptr, count_ptr, scale_ptr, dz_ptr,
+    R, E, images, inverse_temperature, ood_weight, hardness,
+    COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dz of a block of rows: similarities once more, G as anchors plus G^T as columns, one product with z."""
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    e = tl.arange(0, BLOCK_E)
+    key_i = tl.load(key_ptr + i, mask=i < R, other=0)
+    lse_i = tl.load(lse_ptr + i, mask=i < R, other=0.0)
+    shift_i = tl.load(shift_ptr + i, mask=i < R, other=0.0)
+    count_i = tl.load(count_ptr + i, mask=i < R, other=0.0)
+    inside_i = (i[:, None] < R) & (e[None, :] < E)
+    z_i = tl.load(z_ptr + i[:, None] * E + e[None, :], mask=inside_i, other=0.0).to(tl.float32)
+    dz = tl.zeros([BLOCK_I, BLOCK_E], tl.float32)
+    for start in range(0, R, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        key_j = tl.load(key_ptr + j, mask=j < R, other=0)
+        lse_j = tl.load(lse_ptr + j, mask=j < R, other=0.0)
+        shift_j = tl.load(shift_ptr + j, mask=j < R, other=0.0)
+        count_j = tl.load(count_ptr + j, mask=j < R, other=0.0)
+        inside_j = (j[:, None] < R) & (e[None, :] < E)
+        z_j = tl.load(z_ptr + j[:, None] * E + e[None, :], mask=inside_j, other=0.0).to(tl.float32)
+        s = tl.dot(z_i, tl.trans(z_j), input_precision="tf32x3") * inverse_temperature
+        positive, id_negative, ood_negative = _columns(
+            key_i[:, None], key_j[None, :], i[:, None], j[None, :], R, images, COLUMNS, OOD_ANCHORS
+        )
+        g = _share(
+            s, positive, id_negative, ood_negative, lse_i[:, None], shift_i[:, None], count_i[:, None],
+            ood_weight, hardness,
+        )  # fmt: skip
+        positive, id_negative, ood_negative = _columns(
+            key_j[None, :], key_i[:, None], j[None, :], i[:, None], R, images, COLUMNS, OOD_ANCHORS
+        )
+        g += _share(
+            s, positive, id_negative, ood_negative, lse_j[None, :], shift_j[None, :], count_j[None, :],
+            ood_weight, hardness,
+        )  # fmt: skip
+        dz += tl.dot(g, z_j, input_precision="tf32x3")
+    tl.store(dz_ptr + i[:, None] * E + e[None, :], dz * tl.load(scale_ptr), mask=inside_i)

@@ -97,7 +97,7 @@ def _crop(source_b3HW, geometry_b6, size) -> torch.Tensor:
     """
     H, W = source_b3HW.shape[2:]
     top_b, left_b, height_b, width_b, flip_b, _ = geometry_b6.unbind(1)
-    if H <= size[0] and W <= size[1]:
+    if size[0] >= H and size[1] >= W:
         y_bh = crop_centers(top_b, height_b, size[0]).mul_(2).add_(1).div_(H).sub_(1)
         x_bw = crop_centers(left_b, width_b, size[1], flip_b != 0).mul_(2).add_(1).div_(W).sub_(1)
         shape = (len(top_b), *size)
