@@ -4,9 +4,9 @@ From a request, the run's seed and the files it names by hash, the image can be 
 a request is plain data: it goes through a checkpoint, a metrics row or a caption unchanged.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-NO_DENOISING = ("jigsaw", "jigsaw_roundtrip")
+from modules.rules import FREE_RECIPES
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Request:
     sqrt_abar: float = 1.0  # share of the source's amplitude kept there
     solver: str = ""
     num_inference_steps: int = 0  # T_n
+    guided_steps: int = 0  # steps from the noisy end of the grid that guidance acts on
     guidance_scale: float = 1.0
     mask_edit: str = "none"  # none | object | background: what may change
     mask_dilation_px: int = 0
@@ -49,7 +50,7 @@ class Request:
 
     @property
     def denoises(self) -> bool:
-        return self.recipe not in NO_DENOISING
+        return self.recipe not in FREE_RECIPES
 
     @property
     def cost(self) -> int:
@@ -71,6 +72,3 @@ class Request:
         prompt = dict(values["prompt"])
         prompt = Prompt(**(prompt | {"classes": tuple(prompt["classes"]), "weights": tuple(prompt["weights"])}))
         return Request(**(values | {"prompt": prompt}))
-
-
-FIELDS = tuple(field.name for field in fields(Request))

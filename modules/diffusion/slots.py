@@ -19,12 +19,14 @@ from dataclasses import dataclass
 
 import torch
 
+from modules.data.masks import latent_edit_mask
 from modules.data.staging import upload
 from modules.data.synthetic import jigsaw
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.requests import Request
-from modules.diffusion.schedule import Grid, StepTable
+from modules.diffusion.schedule import Grid, StepTable, time_grid
 from modules.diffusion.tick import Tick
+from modules.errors import DataError
 from modules.runtime import stream
 
 
@@ -235,16 +237,14 @@ class Slots:
         """Latent masks [N, 1, h, w], 1 where a cell may change; None if nothing is masked."""
         if not self.in_flight.masked:
             return None
-        size, masks = self.pipeline.latent_size, self.sources.masks_DHW
-        free = torch.ones(1, size, size, device=self.pipeline.device)
-        return torch.stack(
-            [
-                free
-                if r.mask_edit == "none"
-                else latent_mask(masks[r.source], r.mask_edit, r.mask_dilation_px, self.pipeline.vae_factor)
-                for r in requests
-            ]
-        )
+        size, masks_DHW = self.pipeline.latent_size, self.sources.masks_DHW
+        masks = []
+        for r in requests:
+            if r.mask_edit == "none":
+                masks.append(torch.ones(1, size, size, device=self.pipeline.device))
+            else:
+                masks.append(latent_edit_mask(masks_DHW[r.source][None], r.mask_edit, r.mask_dilation_px, size))
+        return torch.stack(masks)
 
     def _pass_through(self, request: Request) -> None:
         """Make an image without denoising: permuted patches, as they are or through encode and decode."""
@@ -316,14 +316,43 @@ class Slots:
         self.counts = dict(state["counts"])
 
 
-def latent_mask(mask_HW: torch.Tensor, edit: str, dilation_px: int, factor: int) -> torch.Tensor:
-    """What may change on the latent grid: float32 [1, h, w] of 0 and 1, from an object mask uint8 [H, W].
+def remake(
+    request: Request,
+    pipeline: StableDiffusion,
+    sources: Sources,
+    context: Callable[[Request], torch.Tensor],
+    empty_TE: torch.Tensor,
+    seed: int,
+) -> torch.Tensor:
+    """One image again from its provenance: pixels [3, H, W], nominally in [-1, 1].
 
-    The object mask grows by `dilation_px`. object: cells that touch an editable pixel; background: cells all of whose
-    pixels are editable.
+    Alone in its UNet call it agrees with the first time to rounding (1e-4 in fp32), not to the bit.
+
+    Raises:
+        DataError: the image was made by another pipeline, or at another resolution.
     """
-    object_11HW = mask_HW[None, None].float()
-    if dilation_px:
-        object_11HW = torch.nn.functional.max_pool2d(object_11HW, 2 * dilation_px + 1, 1, dilation_px)
-    touched_1hw = torch.nn.functional.max_pool2d(object_11HW, factor)[0]
-    return touched_1hw if edit == "object" else 1 - touched_1hw
+    if (request.pipeline, request.resolution) != (pipeline.digest, pipeline.resolution):
+        raise DataError(
+            f"image {request.image_index} was made by pipeline {request.pipeline[:16]} at {request.resolution} px, this is "
+            f"{pipeline.digest[:16]} at {pipeline.resolution} px; set pipeline.path and pipeline.resolution as they were"
+        )
+    grids = []
+    if request.denoises:
+        grids = [time_grid(pipeline.scheduler, request.solver, request.num_inference_steps, request.guided_steps)]
+    made: list[torch.Tensor] = []
+    slots = Slots(
+        pipeline,
+        sources,
+        grids,
+        lambda index: request,
+        context,
+        lambda pixels_N3HW, requests: made.append(pixels_N3HW[0]),
+        seed=seed,
+        slots=1,
+        decode_batch=1,
+        empty_TE=None if request.guidance_scale == 1 else empty_TE,
+        masked=request.mask_edit != "none",
+    )
+    slots.retry(request)
+    slots.drain()
+    return made[0]

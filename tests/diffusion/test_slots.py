@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from modules.data.masks import latent_edit_mask
 from modules.data.synthetic import jigsaw
 from modules.diffusion.schedule import alphas_cumprod
-from modules.diffusion.slots import latent_mask
 from modules.runtime import stream
 from modules.state import load_newest, save_checkpoint
 from tests.diffusion.engine import Engine
@@ -110,7 +110,7 @@ def test_a_masked_edit_keeps_the_source_outside_to_the_bit(edit, solver):
         solver, masked=True, slots=2, request=lambda i: engine.request(i, mask_edit=edit, mask_dilation_px=1)
     )
     engine.make(3)
-    mask = latent_mask(engine.sources.masks_DHW[0], edit, 1, 4)
+    mask = latent_edit_mask(engine.sources.masks_DHW[:1], edit, 1, 8)
     assert 0 < mask.mean() < 1
     for i in range(3):
         request = engine.request(i)
@@ -137,18 +137,6 @@ def by_hand(engine, request, z0, eps, mask):
         z, x0_prev = row[2] * z + row[3] * x0 + row[4] * x0_prev, x0
         z = mask * z + (1 - mask) * (levels[k + 1] * z0 + (1 - levels[k + 1] ** 2).sqrt() * eps)
     return z
-
-
-def test_latent_masks_by_hand():
-    mask = torch.zeros(16, 16, dtype=torch.uint8)
-    mask[4:8, 5:9] = 1  # touches cells (1, 1) and (1, 2) of 4 px
-    expected = torch.zeros(1, 4, 4)
-    expected[0, 1, 1:3] = 1
-    assert torch.equal(latent_mask(mask, "object", 0, 4), expected)
-    assert torch.equal(latent_mask(mask, "background", 0, 4), 1 - expected)
-    grown = torch.zeros(1, 4, 4)
-    grown[0, 0:3, 1:3] = 1  # one pixel more reaches rows 3 and 8, columns 4 and 9
-    assert torch.equal(latent_mask(mask, "object", 1, 4), grown)
 
 
 def test_recipes_without_denoising_take_no_slot_and_cost_nothing():

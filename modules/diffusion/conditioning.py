@@ -1,0 +1,91 @@
+"""Requests to prompt embeddings: the arithmetic on class tokens that near-OOD recipes are made of.
+
+Fixed prompts come from the bank, where they are embedded once. Mixed, noised and outlying tokens are inputs of the text
+encoder, so they are embedded when their image enters a slot.
+
+Shapes: C classes, K vectors a token, E text width, T tokens of a prompt, N candidates.
+"""
+
+import hashlib
+
+import torch
+
+from modules.data.staging import upload
+from modules.diffusion.requests import Prompt, Request
+from modules.diffusion.tokens import PromptBank
+from modules.errors import DataError
+from modules.runtime import stream
+
+
+class Conditioning:
+    """Prompt embeddings of requests."""
+
+    def __init__(self, bank: PromptBank, seed: int):
+        self.bank, self.seed = bank, seed
+        self.tokens = tokens_digest(bank.vectors_CKE)
+
+    def __call__(self, request: Request) -> torch.Tensor:
+        """The embedding [T, E] of a request's prompt.
+
+        Raises:
+            DataError: the request names other class tokens than these.
+        """
+        if request.tokens != self.tokens:
+            raise DataError(
+                f"image {request.image_index} was made with class tokens {request.tokens[:16] or 'none'}, these are "
+                f"{self.tokens[:16] or 'none'}; use the tokens of its run"
+            )
+        prompt = request.prompt
+        if not prompt.template:
+            return self.bank.empty()
+        if len(prompt.classes) < 2 and not prompt.noise and not prompt.outlier_quantile:
+            label = prompt.classes[0] if prompt.classes else request.label  # without classes: the initializer word
+            return self.bank.fixed(prompt.template, prompt.condition, label)
+        draw = stream(self.seed, "token", *request.identity)
+        return self.bank.mixed(prompt.template, prompt.condition, token_vectors(prompt, self.bank.vectors_CKE, draw))
+
+    def empty(self) -> torch.Tensor:
+        """The embedding [T, E] of the empty prompt."""
+        return self.bank.empty()
+
+
+def token_vectors(prompt: Prompt, vectors_CKE: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """The vectors [K, E] that stand in a prompt: sum_c w_c V_c, then noise or a move to low density.
+
+    Noise: V + noise ||V|| / sqrt(E) g with g standard normal, so that `noise` is the ratio of the two norms.
+    """
+    mixed_KE = sum(weight * vectors_CKE[label] for label, weight in zip(prompt.classes, prompt.weights, strict=True))
+    if prompt.noise:
+        g = upload(torch.randn(mixed_KE.shape, generator=draw), mixed_KE.device)
+        mixed_KE = mixed_KE + prompt.noise * mixed_KE.norm(dim=-1, keepdim=True) / mixed_KE.shape[-1] ** 0.5 * g
+    if prompt.outlier_quantile:
+        mixed_KE = outlying_vectors(mixed_KE, vectors_CKE, prompt.outlier_quantile, draw)
+    return mixed_KE
+
+
+def outlying_vectors(
+    vectors_KE: torch.Tensor, vectors_CKE: torch.Tensor, quantile: float, draw: torch.Generator
+) -> torch.Tensor:
+    """Token vectors [K, E] near a class's own where class tokens are rare.
+
+    Of N = 1 / quantile candidates at the distance r of the nearest other class token (without one: the token's norm),
+    each in a random direction, the one of lowest density sum_c exp(-||x - V_c||^2 / 2 r^2) is taken.
+    Source: the sampling idea of NPOS (2303.02966) and Dream-OOD (2309.13415), applied to class tokens.
+    """
+    tokens_CF, own_F = vectors_CKE.flatten(1), vectors_KE.flatten()
+    distance_C = (tokens_CF - own_F).norm(dim=1)
+    nearest = torch.where(distance_C > 1e-6 * own_F.norm(), distance_C, torch.inf).min()
+    radius = torch.where(nearest.isfinite(), nearest, own_F.norm())
+    count = max(2, round(1 / quantile))
+    directions_NF = upload(torch.randn(count, own_F.numel(), generator=draw), own_F.device)
+    candidates_NF = own_F + radius * torch.nn.functional.normalize(directions_NF, dim=1)
+    log_density_N = (-0.5 * (torch.cdist(candidates_NF, tokens_CF) / radius).square()).logsumexp(1)
+    rarest = log_density_N.argmin(keepdim=True)
+    return candidates_NF.index_select(0, rarest).view_as(vectors_KE)
+
+
+def tokens_digest(vectors_CKE: torch.Tensor | None) -> str:
+    """sha256 of class vectors; empty without any."""
+    if vectors_CKE is None:
+        return ""
+    return hashlib.sha256(vectors_CKE.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
