@@ -1,0 +1,336 @@
+"""Group normalization with SiLU for channels_last activations, forward and backward, and its swap into diffusers.
+
+CUDA's GroupNorm answers in NCHW whatever it was given, so an eager channels_last UNet transposes at 61 norms and writes
+the activation once more for SiLU. The kernels read the input twice and write once: statistics of a channel over a chunk
+of pixels, a tiny reduction to a scale and a shift per channel, and the normalization. Legend: N images, C channels,
+G groups, P = H*W pixels, K chunks of pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import backend
+from kernels.backend import jit, tl
+from kernels.checks import check_tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CHUNK = (
+    1024  # pixels a program reads for its statistics, at least: enough programs at 8 x 8, few partial sums at 512 x 512
+)
+
+
+def group_norm_silu(
+    x_NCHW: torch.Tensor,
+    groups: int,
+    weight_C: torch.Tensor,
+    bias_C: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """silu(u) or u, of the same shape and dtype, with u = weight (x - mean) / sqrt(var + eps) + bias.
+
+    mean and (biased) var are those of each image's group of C / groups adjacent channels. Differentiable in x, weight
+    and bias. With m the group's size, x^ = (x - mean) r, r = 1 / sqrt(var + eps), g = dL/dy silu'(u):
+
+        dL/dx = r (w g - mean(w g) - x^ mean(w g x^)),  dL/dw_c = sum g x^,  dL/db_c = sum g
+
+    x_NCHW: [N, C, ...] fp32, fp16, bf16 (fp64 in torch); statistics are fp32. The Triton path answers in channels_last
+    and copies an input that is not. Raises ValueError for a wrong shape, dtype, device or number of groups.
+    Source: Wu and He 2018 (1803.08494) eq. 1; Elfwing et al. 2017 (1702.03118).
+    """
+    check_tensor("x_NCHW", x_NCHW, dtypes=FLOATS)
+    if x_NCHW.ndim < 3 or groups < 1 or x_NCHW.shape[1] % groups or x_NCHW.numel() == 0:
+        raise ValueError(
+            f"x_NCHW is {list(x_NCHW.shape)}; expected [N, C, ...], not empty, C a multiple of {groups} groups"
+        )
+    C = x_NCHW.shape[1]
+    check_tensor("weight_C", weight_C, shape=(C,), dtypes=FLOATS, device=x_NCHW.device)
+    check_tensor("bias_C", bias_C, shape=(C,), dtypes=FLOATS, device=x_NCHW.device)
+    if backend.choose("group_norm", implementation, x_NCHW.device).name == "triton":
+        return group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu)
+    return group_norm_silu_reference(x_NCHW, groups, weight_C, bias_C, eps, silu)
+
+
+def group_norm_silu_reference(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch.Tensor:
+    """The normalization of `group_norm_silu` in plain torch."""
+    u = F.group_norm(x_NCHW, groups, weight_C, bias_C, eps)
+    return F.silu(u) if silu else u
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """A GroupNorm that runs `group_norm_silu`; with `silu`, the activation that followed it is part of it."""
+
+    silu = True
+    implementation = "auto"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, implementation=self.implementation
+        )
+
+
+def swap_group_norm(module: nn.Module, implementation: str = "auto") -> int:
+    """Make every affine GroupNorm of a diffusers UNet or VAE run `group_norm_silu`; returns how many it changed.
+
+    Where SiLU follows, as norm1 and norm2 of a resnet and conv_norm_out, it is taken into the norm and the activation
+    module becomes an identity; a resnet's time embedding, which shares that activation, gets its own. Parameters and
+    their names stay, so a state dict loads as before. Norms that are already swapped are left alone.
+    """
+    norms = [norm for norm in module.modules() if _is_plain(norm)]
+    fused: set[nn.Module] = set()
+    for block in module.modules():
+        if _is_resnet(block):
+            if block.time_emb_proj is not None and not block.skip_time_act:
+                block.time_emb_proj.register_forward_pre_hook(_silu_before)
+            block.nonlinearity = nn.Identity()
+            fused |= {block.norm1, block.norm2}
+        elif _is_plain(getattr(block, "conv_norm_out", None)) and isinstance(block.conv_act, nn.SiLU):
+            block.conv_act = nn.Identity()
+            fused.add(block.conv_norm_out)
+    for norm in norms:
+        norm.__class__ = GroupNormSiLU  # the same module with the same parameters, hooks and name
+        norm.silu = norm in fused
+        norm.implementation = implementation
+    return len(norms)
+
+
+def _is_plain(norm: object) -> bool:
+    return type(norm) is nn.GroupNorm and norm.affine
+
+
+def _is_resnet(block: nn.Module) -> bool:
+    """Whether `block` computes conv(SiLU(norm(x))) twice with nothing between norm and activation."""
+    norms = _is_plain(getattr(block, "norm1", None)) and _is_plain(getattr(block, "norm2", None))
+    return norms and getattr(block, "time_embedding_norm", "") == "default" and isinstance(block.nonlinearity, nn.SiLU)
+
+
+def _silu_before(_module: nn.Module, arguments: tuple) -> tuple:
+    return (F.silu(arguments[0]), *arguments[1:])
+
+
+def group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch.Tensor:
+    """The normalization of `group_norm_silu` by the kernels."""
+    if x_NCHW.dtype == torch.float64:
+        raise ValueError(
+            "x_NCHW is float64; the Triton kernel takes float32, float16 or bfloat16; use 'auto' or 'torch'"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_NCHW, weight_C, bias_C)):
+        return _GroupNormSiLU.apply(x_NCHW, groups, weight_C, bias_C, eps, silu)
+    return _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)[0]
+
+
+def _forward(x_NCHW, groups, weight_C, bias_C, eps, silu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y_NCHW, and what the backward pass reads: x_NPC and the mean and 1/sd of every group."""
+    x_NPC = _to_pixels(x_NCHW)
+    N, P, C = x_NPC.shape
+    K, size = _chunks(P)
+    partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
+    statistics_2NG = torch.empty(2, N, groups, dtype=torch.float32, device=x_NPC.device)
+    affine_2NC = torch.empty(2, N, C, dtype=torch.float32, device=x_NPC.device)
+    y_NPC = torch.empty_like(x_NPC)
+    blocks, width = _blocks(C), C // groups
+    grid = (-(-C // blocks["BLOCK_C"]), K, N)
+    _statistics_kernel[grid](x_NPC, *partial_2NKC, P, C, K, size, **blocks)
+    tile = {"BLOCK_C": backend.next_power_of_2(width), "BLOCK_K": backend.next_power_of_2(K)}
+    sums = (*partial_2NKC, weight_C, bias_C, *statistics_2NG, *affine_2NC)
+    _affine_kernel[(groups, N)](*sums, P, C, K, size, eps, width, groups, **tile)
+    _normalize_kernel[grid](x_NPC, *affine_2NC, y_NPC, P, C, size, SILU=silu, **blocks)
+    return _from_pixels(y_NPC, x_NCHW.shape), x_NPC, statistics_2NG
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NCHW, groups, weight_C, bias_C, eps, silu):
+        y_NCHW, x_NPC, statistics_2NG = _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)
+        ctx.save_for_backward(x_NPC, weight_C, bias_C, statistics_2NG)
+        ctx.silu, ctx.shape = silu, x_NCHW.shape
+        return y_NCHW
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_NCHW):
+        x_NPC, weight_C, bias_C, (mean_NG, rstd_NG) = ctx.saved_tensors
+        N, P, C = x_NPC.shape
+        (K, size), G, blocks = _chunks(P), mean_NG.shape[1], _blocks(C)
+        dy_NPC = _to_pixels(dy_NCHW)
+        mean_NC, rstd_NC = (t.repeat_interleave(C // G, dim=1) for t in (mean_NG, rstd_NG))
+        partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
+        grid = (-(-C // blocks["BLOCK_C"]), K, N)
+        shared = (x_NPC, dy_NPC, weight_C, bias_C, mean_NC, rstd_NC)
+        _backward_sums_kernel[grid](*shared, *partial_2NKC, P, C, K, size, SILU=ctx.silu, **blocks)
+        sum_2NC = partial_2NKC.sum(2)  # of g and of g x^
+        group_2NG = (sum_2NC * weight_C.float()).unflatten(2, (G, C // G)).sum(3) / (P * C // G)
+        group_2NC = group_2NG.repeat_interleave(C // G, dim=2)
+        dx_NPC = torch.empty_like(x_NPC)
+        _backward_kernel[grid](*shared, *group_2NC, dx_NPC, P, C, size, SILU=ctx.silu, **blocks)
+        dbias_C, dweight_C = sum_2NC.sum(1)
+        return (
+            _from_pixels(dx_NPC, ctx.shape), None, dweight_C.to(weight_C.dtype), dbias_C.to(bias_C.dtype), None, None,
+        )  # fmt: skip
+
+
+def _to_pixels(x_NCHW: torch.Tensor) -> torch.Tensor:
+    """[N, P, C], contiguous: a view of a channels_last tensor, a copy of any other."""
+    return x_NCHW.flatten(2).transpose(1, 2).contiguous()
+
+
+def _from_pixels(x_NPC: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return x_NPC.transpose(1, 2).unflatten(2, shape[2:])
+
+
+def _chunks(P: int) -> tuple[int, int]:
+    """How many chunks of pixels, at most 256, and the pixels of each."""
+    size = max(16 if backend.interpreted() else CHUNK, -(-P // 256))
+    return -(-P // size), size
+
+
+def _blocks(C: int) -> dict:
+    """Tile of a program: 128 bytes of fp16 channels, which SD's widths all divide, by pixels."""
+    if backend.interpreted():
+        return {"BLOCK_C": min(16, backend.next_power_of_2(C)), "BLOCK_P": 8}
+    return {"BLOCK_C": min(64, backend.next_power_of_2(C)), "BLOCK_P": 32}
+
+
+@jit
+def _statistics_kernel(
+    x_ptr, mean_ptr, m2_ptr, P, C, K, size, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """Mean and sum of squared deviations of each channel over one chunk, merged block by block (Chan et al. 1979)."""
+    n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    stop = tl.minimum((k + 1) * size, P)
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(k * size, stop, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < stop)[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + (n * P + p[:, None]) * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(stop - start, BLOCK_P) * 1.0
+        before = (start - k * size) * 1.0
+        block_mean = tl.sum(x, 0) / count
+        away = tl.where(inside, x - block_mean[None, :], 0.0)
+        delta = block_mean - mean
+        m2 += tl.sum(away * away, 0) + delta * delta * (before * count / (before + count))
+        mean += delta * (count / (before + count))
+    at = (n * K + k) * C + c
+    tl.store(mean_ptr + at, mean, mask=c < C)
+    tl.store(m2_ptr + at, m2, mask=c < C)
+
+
+@jit
+def _affine_kernel(
+    chunk_mean_ptr, chunk_m2_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, scale_ptr, shift_ptr,
+    P, C, K, size, eps, width, groups, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A group's mean and 1/sd from its chunks and channels, and the scale and shift of each of its channels."""
+    g, n = tl.program_id(0), tl.program_id(1)
+    k = tl.arange(0, BLOCK_K)
+    offset = tl.arange(0, BLOCK_C)
+    c = g * width + offset
+    inside = (k < K)[:, None] & (offset < width)[None, :]
+    at = (n * K + k[:, None]) * C + c[None, :]
+    chunk_mean = tl.load(chunk_mean_ptr + at, mask=inside, other=0.0)
+    chunk_m2 = tl.load(chunk_m2_ptr + at, mask=inside, other=0.0)
+    pixels = tl.minimum(size, P - k * size) * 1.0
+    count = tl.where(inside, pixels[:, None], 0.0)
+    total = P * width * 1.0
+    mean = tl.sum(tl.sum(count * chunk_mean, 1), 0) / total
+    away = chunk_mean - mean
+    variance = tl.sum(tl.sum(tl.where(inside, chunk_m2 + count * away * away, 0.0), 1), 0) / total
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    scale = tl.load(weight_ptr + c, mask=offset < width, other=0.0).to(tl.float32) * rstd
+    shift = tl.load(bias_ptr + c, mask=offset < width, other=0.0).to(tl.float32) - mean * scale
+    tl.store(mean_ptr + n * groups + g, mean)
+    tl.store(rstd_ptr + n * groups + g, rstd)
+    tl.store(scale_ptr + n * C + c, scale, mask=offset < width)
+    tl.store(shift_ptr + n * C + c, shift, mask=offset < width)
+
+
+@jit
+def _normalize_kernel(
+    x_ptr, scale_ptr, shift_ptr, y_ptr, P, C, size, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """y = x scale + shift, with SiLU, over one chunk."""
+    n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale = tl.load(scale_ptr + n * C + c, mask=c < C, other=0.0)
+    shift = tl.load(shift_ptr + n * C + c, mask=c < C, other=0.0)
+    stop = tl.minimum((k + 1) * size, P)
+    for start in range(k * size, stop, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < stop)[:, None] & (c < C)[None, :]
+        at = (n * P + p[:, None]) * C + c[None, :]
+        u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+        if SILU:
+            u = u / (1.0 + tl.exp(-u))
+        tl.store(y_ptr + at, u.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _gradient(x, dy, weight, bias, mean, rstd, SILU: tl.constexpr):
+    """x^ and g = dL/dy silu'(u) of a tile."""
+    x_hat = (x - mean[None, :]) * rstd[None, :]
+    g = dy
+    if SILU:
+        u = x_hat * weight[None, :] + bias[None, :]
+        sigmoid = 1.0 / (1.0 + tl.exp(-u))
+        g = dy * sigmoid * (1.0 + u * (1.0 - sigmoid))
+    return x_hat, g
+
+
+@jit
+def _backward_sums_kernel(
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_g_ptr, sum_gx_ptr, P, C, K, size,
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and g x^ of each channel over one chunk."""
+    n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + n * C + c, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + n * C + c, mask=c < C, other=0.0)
+    stop = tl.minimum((k + 1) * size, P)
+    sum_g = tl.zeros([BLOCK_C], tl.float32)
+    sum_gx = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(k * size, stop, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < stop)[:, None] & (c < C)[None, :]
+        at = (n * P + p[:, None]) * C + c[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x_hat, g = _gradient(x, dy, weight, bias, mean, rstd, SILU)
+        sum_g += tl.sum(g, 0)
+        sum_gx += tl.sum(g * x_hat, 0)
+    at = (n * K + k) * C + c
+    tl.store(sum_g_ptr + at, sum_g, mask=c < C)
+    tl.store(sum_gx_ptr + at, sum_gx, mask=c < C)
+
+
+@jit
+def _backward_kernel(
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_wg_ptr, mean_wgx_ptr, dx_ptr, P, C, size,
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx of one chunk from the group means of w g and w g x^."""
+    n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + n * C + c, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + n * C + c, mask=c < C, other=0.0)
+    mean_wg = tl.load(mean_wg_ptr + n * C + c, mask=c < C, other=0.0)
+    mean_wgx = tl.load(mean_wgx_ptr + n * C + c, mask=c < C, other=0.0)
+    stop = tl.minimum((k + 1) * size, P)
+    for start in range(k * size, stop, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < stop)[:, None] & (c < C)[None, :]
+        at = (n * P + p[:, None]) * C + c[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x_hat, g = _gradient(x, dy, weight, bias, mean, rstd, SILU)
+        dx = rstd[None, :] * (g * weight[None, :] - mean_wg[None, :] - x_hat * mean_wgx[None, :])
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,216 @@
+"""Guidance and one solver step of every slot, in place: each slot at its own time, on its own grid, with its own scale.
+
+The coefficients lie in a table on the device (modules/diffusion/schedule.py makes it), a slot holds a row number, and so
+one launch with the same arguments serves every step of every solver: it can stand in a captured graph. Legend: S slots,
+U unconditional rows, K table rows, N steps with noise, c h w latent.
+"""
+
+import torch
+
+from kernels import backend
+from kernels.backend import jit, tl
+from kernels.checks import check_choice, check_tensor
+
+COLUMNS = 8  # of the table: alpha, sigma, a, b, c, d, alpha_next, sigma_next
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def guided_step(
+    conditional_Schw: torch.Tensor,
+    unconditional_Uchw: torch.Tensor | None,
+    z_Schw: torch.Tensor,
+    x0_prev_Schw: torch.Tensor,
+    table_K8: torch.Tensor,
+    row_S: torch.Tensor,
+    guidance_S: torch.Tensor,
+    *,
+    unconditional_row_S: torch.Tensor | None = None,
+    prediction_type: str = "epsilon",
+    noise_SNchw: torch.Tensor | None = None,
+    noise_step_S: torch.Tensor | None = None,
+    mask_S1hw: torch.Tensor | None = None,
+    source_Schw: torch.Tensor | None = None,
+    eps_Schw: torch.Tensor | None = None,
+    implementation: str = "auto",
+) -> None:
+    """Advance the latents z and the last predicted images x0_prev, in place, by one step each.
+
+    With u = unconditional row unconditional_row_S[s] of slot s (None: row s), w its guidance, and
+    (alpha, sigma, a, b, c, d, alpha', sigma') its table row:
+
+        e  = u + w (e_c - u), or e_c where w = 1 or unconditional_row_S[s] < 0
+        x0 = (z - sigma e) / alpha  for epsilon,  alpha z - sigma e  for v_prediction
+        z  <- a z + b x0 + c x0_prev + d noise[s, noise_step_S[s]];  x0_prev <- x0
+
+    then, with a mask m (1 where the latent may change): z <- m z + (1 - m) (alpha' source + sigma' eps).
+
+    Predictions: contiguous or channels_last; they, noise, mask, source and eps: fp32, fp16 or bf16; z, x0_prev, table_K8
+    and guidance_S: fp32; row_S, unconditional_row_S, noise_step_S: int64. Arithmetic is fp32. Raises ValueError for a wrong shape,
+    dtype, device or layout, or parts of noise or mask that come without each other.
+    Source: DDIM 2010.02502 eq. 12; DPM-Solver++ 2211.01095; classifier-free guidance 2207.12598 eq. 6.
+    """
+    parts = dict(
+        unconditional_Uchw=unconditional_Uchw,
+        unconditional_row_S=unconditional_row_S,
+        noise_SNchw=noise_SNchw,
+        noise_step_S=noise_step_S,
+        mask_S1hw=mask_S1hw,
+        source_Schw=source_Schw,
+        eps_Schw=eps_Schw,
+    )
+    _check(conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, parts)
+    run = guided_step_reference
+    if backend.choose("guided_step", implementation, z_Schw.device).name == "triton":
+        run = guided_step_triton
+    run(conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, **parts)
+
+
+@torch.no_grad()
+def guided_step_reference(
+    conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, *,
+    unconditional_Uchw, unconditional_row_S, noise_SNchw, noise_step_S, mask_S1hw, source_Schw, eps_Schw,
+):  # fmt: skip
+    """The step of `guided_step` in plain torch."""
+    alpha, sigma, a, b, c, d, alpha_next, sigma_next = table_K8[row_S][:, :, None, None, None].unbind(1)
+    e = conditional_Schw.float()
+    if unconditional_Uchw is not None:
+        guided_S, u = guidance_S != 1, unconditional_Uchw
+        if unconditional_row_S is not None:
+            guided_S = guided_S & (unconditional_row_S >= 0)
+            u = u[unconditional_row_S.clamp(min=0)]
+        w = guidance_S[:, None, None, None]
+        e = torch.where(guided_S[:, None, None, None], u.float() + w * (e - u.float()), e)
+    x0 = (z_Schw - sigma * e) / alpha if prediction_type == "epsilon" else alpha * z_Schw - sigma * e
+    z = a * z_Schw + b * x0 + c * x0_prev_Schw
+    if noise_SNchw is not None:
+        z += d * noise_SNchw[torch.arange(len(z), device=z.device), noise_step_S].float()
+    if mask_S1hw is not None:
+        mask = mask_S1hw.float()
+        z = mask * z + (1 - mask) * (alpha_next * source_Schw.float() + sigma_next * eps_Schw.float())
+    z_Schw.copy_(z)
+    x0_prev_Schw.copy_(x0)
+
+
+def guided_step_triton(
+    conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, *,
+    unconditional_Uchw, unconditional_row_S, noise_SNchw, noise_step_S, mask_S1hw, source_Schw, eps_Schw,
+):  # fmt: skip
+    """The step of `guided_step` in one launch; an absent tensor is passed as z and never read."""
+    S = len(z_Schw)
+    latent = z_Schw[0].numel()
+    block = 64 if backend.interpreted() else 1024
+    absent = z_Schw
+    _guided_step_kernel[(-(-latent // block), S)](
+        conditional_Schw,
+        absent if unconditional_Uchw is None else unconditional_Uchw,
+        z_Schw,
+        x0_prev_Schw,
+        table_K8,
+        row_S,
+        guidance_S,
+        row_S if unconditional_row_S is None else unconditional_row_S,
+        absent if noise_SNchw is None else noise_SNchw,
+        row_S if noise_step_S is None else noise_step_S,
+        *(absent if part is None else part for part in (mask_S1hw, source_Schw, eps_Schw)),
+        latent,
+        z_Schw[0, 0].numel(),
+        *_strides(conditional_Schw),
+        *_strides(absent if unconditional_Uchw is None else unconditional_Uchw),
+        0 if noise_SNchw is None else noise_SNchw.shape[1],
+        GUIDED=unconditional_Uchw is not None,
+        MAPPED=unconditional_row_S is not None,
+        EPSILON=prediction_type == "epsilon",
+        NOISE=noise_SNchw is not None,
+        MASK=mask_S1hw is not None,
+        BLOCK=block,
+    )
+
+
+@jit
+def _guided_step_kernel(
+    conditional_ptr, unconditional_ptr, z_ptr, x0_prev_ptr, table_ptr, row_ptr, guidance_ptr, unconditional_row_ptr,
+    noise_ptr, noise_step_ptr, mask_ptr, source_ptr, eps_ptr, latent, plane, conditional_c, conditional_p, unconditional_c, unconditional_p, noise_steps,
+    GUIDED: tl.constexpr, MAPPED: tl.constexpr, EPSILON: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of one slot's latent."""
+    s = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < latent
+    at, channel, place = s * latent + k, k // plane, k % plane
+    coefficient_ptr = table_ptr + tl.load(row_ptr + s) * 8
+    alpha, sigma = tl.load(coefficient_ptr), tl.load(coefficient_ptr + 1)
+    e_at = s * latent + channel * conditional_c + place * conditional_p
+    e = tl.load(conditional_ptr + e_at, mask=inside, other=0.0).to(tl.float32)
+    if GUIDED:
+        w = tl.load(guidance_ptr + s)
+        source = s
+        if MAPPED:
+            source = tl.load(unconditional_row_ptr + s)
+        if (w != 1.0) & (source >= 0):
+            u_at = source * latent + channel * unconditional_c + place * unconditional_p
+            u = tl.load(unconditional_ptr + u_at, mask=inside, other=0.0).to(tl.float32)
+            e = u + w * (e - u)
+    z = tl.load(z_ptr + at, mask=inside, other=0.0)
+    x0_prev = tl.load(x0_prev_ptr + at, mask=inside, other=0.0)
+    if EPSILON:
+        x0 = (z - sigma * e) / alpha
+    else:
+        x0 = alpha * z - sigma * e
+    z = tl.load(coefficient_ptr + 2) * z + tl.load(coefficient_ptr + 3) * x0 + tl.load(coefficient_ptr + 4) * x0_prev
+    if NOISE:
+        noise_at = (s * noise_steps + tl.load(noise_step_ptr + s)) * latent + k
+        z += tl.load(coefficient_ptr + 5) * tl.load(noise_ptr + noise_at, mask=inside, other=0.0).to(tl.float32)
+    if MASK:
+        m = tl.load(mask_ptr + s * plane + place, mask=inside, other=1.0).to(tl.float32)
+        kept = tl.load(coefficient_ptr + 6) * tl.load(source_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        kept += tl.load(coefficient_ptr + 7) * tl.load(eps_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        z = m * z + (1 - m) * kept
+    tl.store(z_ptr + at, z, mask=inside)
+    tl.store(x0_prev_ptr + at, x0, mask=inside)
+
+
+def _strides(x_Schw: torch.Tensor) -> tuple[int, int]:
+    """Strides of a channel and of a place in the plane, which is 1 or, channels_last, the number of channels."""
+    channels, plane = x_Schw.shape[1], x_Schw[0, 0].numel()
+    return (plane, 1) if x_Schw.is_contiguous() else (1, channels)
+
+
+def _check(conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, parts):
+    check_tensor("z_Schw", z_Schw, shape=(None, None, None, None), dtypes=(torch.float32,))
+    S, c, h, w = z_Schw.shape
+    device, f32, i64 = z_Schw.device, (torch.float32,), (torch.int64,)
+    check_tensor("conditional_Schw", conditional_Schw, shape=(S, c, h, w), dtypes=FLOATS, device=device)
+    check_tensor("x0_prev_Schw", x0_prev_Schw, shape=(S, c, h, w), dtypes=f32, device=device)
+    check_tensor("table_K8", table_K8, shape=(None, COLUMNS), dtypes=f32, device=device)
+    check_tensor("row_S", row_S, shape=(S,), dtypes=i64, device=device)
+    check_tensor("guidance_S", guidance_S, shape=(S,), dtypes=f32, device=device)
+    check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction"))
+    rows = S if parts["unconditional_row_S"] is None else None
+    expected = dict(
+        unconditional_Uchw=((rows, c, h, w), FLOATS),
+        unconditional_row_S=((S,), i64),
+        noise_SNchw=((S, None, c, h, w), FLOATS),
+        noise_step_S=((S,), i64),
+        mask_S1hw=((S, 1, h, w), FLOATS),
+        source_Schw=((S, c, h, w), FLOATS),
+        eps_Schw=((S, c, h, w), FLOATS),
+    )
+    present = {name: part for name, part in parts.items() if part is not None}
+    for name, part in present.items():
+        check_tensor(name, part, shape=expected[name][0], dtypes=expected[name][1], device=device)
+    for group in (("noise_SNchw", "noise_step_S"), ("mask_S1hw", "source_Schw", "eps_Schw")):
+        missing = [name for name in group if name not in present]
+        if missing and len(missing) < len(group):
+            raise ValueError(f"{missing[0]} is None; expected a tensor, as for {', '.join(set(group) - set(missing))}")
+    if "unconditional_row_S" in present and "unconditional_Uchw" not in present:
+        raise ValueError("unconditional_Uchw is None; expected a tensor, as for unconditional_row_S")
+    for name, part in (present | {"z_Schw": z_Schw, "x0_prev_Schw": x0_prev_Schw, "table_K8": table_K8}).items():
+        if not part.is_contiguous() and name != "unconditional_Uchw":
+            raise ValueError(f"{name} {list(part.shape)} has strides {part.stride()}; expected contiguous")
+    for name, part in (("conditional_Schw", conditional_Schw), ("unconditional_Uchw", parts["unconditional_Uchw"])):
+        layouts = (torch.contiguous_format, torch.channels_last)
+        if part is not None and not any(part.is_contiguous(memory_format=layout) for layout in layouts):
+            raise ValueError(
+                f"{name} {list(part.shape)} has strides {part.stride()}; expected contiguous or channels_last"
+            )
