@@ -123,6 +123,8 @@ def evaluate(
         "readout": "probe" if classifier is None else "classifier",
         "headline.score": evaluation.score,
         "classes": len(classes),
+        "bootstrap.resamples": evaluation.bootstrap,
+        "bootstrap.confidence": evaluation.confidence,
     }
     if classifier is None:
         results["probe.lr"] = readout.lr
@@ -164,13 +166,14 @@ def evaluate(
             f"test.{name}.groups": len(set(given.groups)),
             f"test.{name}.mean_max_softmax": metrics.mean_max_softmax(ood_logits_DC),
         }
-    if "near_ood" in ood_tests:
-        results["test.mean_max_softmax_ood"] = results["test.near_ood.mean_max_softmax"]
     predictions = _predictions(classes, parts, judge)
 
     report(3, 4, "intervals")
     if evaluation.bootstrap > 0:
         results |= bootstrap_intervals(predictions, evaluation, seed)
+    for end in ("", "_low", "_high"):
+        if f"test.near_ood.mean_max_softmax{end}" in results:
+            results[f"test.mean_max_softmax_ood{end}"] = results[f"test.near_ood.mean_max_softmax{end}"]
     report(4, 4, "done")
     predicted_D = logits_DC.argmax(dim=1)
     rows = metrics.class_table(test.labels_D, predicted_D, test.groups, classes)
