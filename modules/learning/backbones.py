@@ -1,0 +1,107 @@
+"""What turns a view into features: a small ResNet of our own for small images, torchvision's ResNets for large ones.
+
+A stem that reads a 64-pixel image at full resolution costs 16 times one made for it, and one made for 224 pixels throws
+a 64-pixel image away before the first block, so the stem follows the resolution. BatchNorm may keep separate statistics
+for generated rows, which carry the decoder's traces. Legend: R rows, F feature width, H W pixels.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class RowSplit:
+    """How many of the last rows of the batch in flight are generated; shared by all norms of a backbone."""
+
+    generated: int = 0
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose last `split.generated` training rows are normalized apart, with running statistics of their own.
+
+    Scale and shift are shared. At evaluation every row uses the statistics of real rows.
+    Source: the auxiliary BatchNorm of Xie et al. 2020 (1911.09665).
+    """
+
+    def __init__(self, num_features: int, *, split: RowSplit):
+        super().__init__(num_features)
+        self.split = split
+        self.register_buffer("generated_mean", torch.zeros(num_features))
+        self.register_buffer("generated_var", torch.ones(num_features))
+
+    def forward(self, x_RFHW: torch.Tensor) -> torch.Tensor:
+        generated = self.split.generated if self.training else 0
+        if not generated:
+            return super().forward(x_RFHW)
+        apart_RFHW = F.batch_norm(
+            x_RFHW[-generated:],
+            self.generated_mean,
+            self.generated_var,
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        if generated == len(x_RFHW):
+            return apart_RFHW
+        return torch.cat([super().forward(x_RFHW[:-generated]), apart_RFHW])
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut, as in ResNet-18. Source: He et al. 2015 (1512.03385) figure 5, left."""
+
+    def __init__(self, width_in: int, width: int, stride: int, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.norm1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = norm(width)
+        self.shortcut = nn.Identity()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), norm(width))
+
+    def forward(self, x):
+        out = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x), inplace=True)
+
+
+class SmallResNet(nn.Module):
+    """Features [R, 8 width] of small images [R, 3, H, W]: a stride-2 stem, then stages of width x (1, 2, 4, 8)."""
+
+    def __init__(self, width: int, norm):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.norm = norm(width)
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(
+            *(Block(before, after, 2, norm) for before, after in zip(widths[:-1], widths[1:], strict=True))
+        )
+        self.feature_width = widths[-1]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x_R3HW: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.stem(x_R3HW)), inplace=True)
+        return self.blocks(x).mean(dim=(2, 3))
+
+
+def build_backbone(arch: str, width: int, split: RowSplit | None) -> nn.Module:
+    """The backbone `arch` (small_resnet, resnet18 or resnet50) with a `feature_width`, weights from the global RNG.
+
+    split: rows with BatchNorm statistics of their own; None for one set of statistics.
+    """
+    norm = nn.BatchNorm2d if split is None else partial(SplitBatchNorm2d, split=split)
+    if arch == "small_resnet":
+        return SmallResNet(width, norm)
+    from torchvision import models  # takes half a second, which small_resnet need not wait for
+
+    backbone = getattr(models, arch)(weights=None, norm_layer=norm)
+    backbone.feature_width = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone

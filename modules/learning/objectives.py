@@ -1,0 +1,177 @@
+"""SupCon with near-OOD rows, SimCLR and cross-entropy behind one call: `objective(outputs, labels, is_ood)`.
+
+The contrastive formula itself lives in kernels/supcon.py; here stand what is built around it: which labels count, the
+term that pushes near-OOD rows off the class means, and the figures that are logged. Everything stays on the device; a
+loss that is not finite is found by the guard in modules/optim.py, not here.
+
+Legend: B images, V = 2 views, R = V*B rows view-major, E embedding width, C classes; I the ID rows, O the near-OOD rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels.supcon import supcon
+from modules.config import Learning
+from modules.errors import ConfigError
+from modules.learning.geometry import describe_embeddings
+
+VIEWS = 2
+Logs = dict[str, torch.Tensor]
+
+
+def build_objective(learning: Learning) -> "Contrastive | CrossEntropy":
+    """The objective that `learning.method` names.
+
+    Raises:
+        ConfigError: simclr, which knows no classes, with near-OOD columns chosen by class.
+    """
+    if learning.method == "cross_entropy":
+        return CrossEntropy(learning.outlier_exposure)
+    if learning.method == "simclr" and learning.ood_columns in ("own_class", "foreign_class"):
+        raise ConfigError(
+            f"learning.ood_columns is {learning.ood_columns!r}, but learning.method simclr knows no classes; "
+            "use none or global"
+        )
+    return Contrastive(
+        by_class=learning.method == "supcon",
+        temperature=learning.temperature,
+        ood_columns=learning.ood_columns,
+        ood_variant=learning.ood_variant,
+        ood_weight=learning.ood_weight,
+        hardness=learning.hardness,
+    )
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """SupCon (`by_class`) or SimCLR on embeddings, with near-OOD rows in the denominator.
+
+        supcon              kernels.supcon; positives are class-mates and the other view
+        simclr              the same with every image its own class: the one positive is the other view
+        ood_instance        near-OOD rows are anchors too, their other view the one positive
+        prototype_push      plus mean_{o in O} log sum_c e^{z_o.mu_c/tau}, mu_c the mean of class c's rows in I, scaled
+                            to unit length and not differentiated; with q_c = softmax_c(z_o.mu_c/tau) its gradient
+                            is dL/dz_o = (1/(|O| tau)) sum_c q_c mu_c, and nothing on I
+
+    Source: Khosla et al. 2020 (2004.11362) eq. 2; Chen et al. 2020 (2002.05709) eq. 1.
+    """
+
+    by_class: bool
+    temperature: float
+    ood_columns: str
+    ood_variant: str
+    ood_weight: float
+    hardness: float
+
+    output = "embeddings"  # what the encoder is asked for
+
+    def __call__(
+        self, z_RE: torch.Tensor, labels_B: torch.Tensor, is_ood_B: torch.Tensor, *, log: bool = True
+    ) -> tuple[torch.Tensor, Logs]:
+        """(loss, figures) of unit embeddings, all scalars on the device; without `log` the figures are the loss alone.
+
+        Figures: loss, reference_level (the contrastive loss if all embeddings coincided: chance), prototype_push
+        where it is on, and those of `describe_embeddings`.
+        """
+        if not self.by_class:
+            labels_B = torch.arange(len(labels_B), device=labels_B.device)
+        labels_R, is_ood_R = labels_B.repeat(VIEWS), is_ood_B.repeat(VIEWS)
+        loss = self._contrast(z_RE, labels_R, is_ood_R)
+        logs = {}
+        if log:
+            with torch.no_grad():
+                logs["reference_level"] = self._contrast(torch.ones_like(z_RE[:, :1]), labels_R, is_ood_R)
+            logs |= describe_embeddings(
+                z_RE,
+                labels_R,
+                is_ood_R,
+                num_views=VIEWS,
+                temperature=self.temperature,
+                ood_columns=self.ood_columns,
+                ood_weight=self.ood_weight,
+            )
+        if self.ood_variant == "prototype_push":
+            push = prototype_push(z_RE, labels_R, is_ood_R, self.temperature)
+            logs["prototype_push"] = push.detach()
+            loss = loss + push
+        return loss, {"loss": loss.detach(), **logs}
+
+    def _contrast(self, z_RE, labels_R, is_ood_R) -> torch.Tensor:
+        return supcon(
+            z_RE,
+            labels_R,
+            is_ood_R,
+            num_views=VIEWS,
+            temperature=self.temperature,
+            ood_columns=self.ood_columns,
+            ood_weight=self.ood_weight,
+            hardness=self.hardness,
+            ood_anchors=self.ood_variant == "ood_instance",
+            check_values=False,
+        )
+
+
+def prototype_push(
+    z_RE: torch.Tensor, labels_R: torch.Tensor, is_ood_R: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """mean_{o in O} log sum_c e^{z_o.mu_c/temperature} over the classes among the ID rows; 0 without near-OOD rows.
+
+    The sum over classes is taken over ID rows weighted 1/|class|, so that no list of classes is asked of the device.
+    Formula and gradient: `Contrastive`.
+    """
+    with torch.autocast(z_RE.device.type, enabled=False):
+        z_RE = z_RE.float()
+        id_R = ~is_ood_R
+        mate_RR = ((labels_R[:, None] == labels_R) & id_R[:, None] & id_R).float()
+        size_R = mate_RR.sum(1)
+        mean_RE = F.normalize(mate_RR @ z_RE.detach(), dim=1)
+        log_weight_R = torch.where(id_R, -size_R.clamp(min=1).log(), -torch.inf)
+        push_R = (z_RE @ mean_RE.T / temperature + log_weight_R).logsumexp(1)
+        return torch.where(is_ood_R, push_R, 0.0).sum() / is_ood_R.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy over both views of ID rows, plus outlier exposure: a uniform target on near-OOD rows.
+
+        L = 1/|I| sum_{i in I} -log p_i,y_i  +  outlier_exposure 1/|O| sum_{o in O} -1/C sum_c log p_o,c
+
+    Gradient by logits: (p_i - onehot(y_i)) / |I| on I, outlier_exposure (p_o - 1/C) / |O| on O.
+    Source: Hendrycks et al. 2019 (1812.04606) section 3.
+    """
+
+    outlier_exposure: float
+
+    output = "logits"
+
+    def __call__(
+        self, logits_RC: torch.Tensor, labels_B: torch.Tensor, is_ood_B: torch.Tensor, *, log: bool = True
+    ) -> tuple[torch.Tensor, Logs]:
+        """(loss, figures) of fp32 logits, all scalars on the device; without `log` the figures are the loss alone.
+
+        Figures: loss, reference_level (log C, plus its share of outlier exposure: chance), accuracy of ID rows, mean
+        max-softmax of ID and of near-OOD rows.
+        """
+        labels_R, is_ood_R = labels_B.repeat(VIEWS), is_ood_B.repeat(VIEWS)
+        id_R, ood_R = (~is_ood_R).float(), is_ood_R.float()
+        log_p_RC = logits_RC.float().log_softmax(1)
+        own_R = -log_p_RC.gather(1, labels_R[:, None]).squeeze(1)
+        loss = _mean(own_R, id_R) + self.outlier_exposure * _mean(-log_p_RC.mean(1), ood_R)
+        logs = {"loss": loss.detach()}
+        if log:
+            with torch.no_grad():
+                chance = math.log(logits_RC.shape[1])
+                confidence_R, guess_R = log_p_RC.exp().max(1)
+                logs["reference_level"] = chance * (1 + self.outlier_exposure * ood_R.amax())
+                logs["batch_accuracy"] = _mean((guess_R == labels_R).float(), id_R)
+                logs["id_confidence"] = _mean(confidence_R, id_R)
+                logs["ood_confidence"] = _mean(confidence_R, ood_R)
+        return loss, logs
+
+
+def _mean(values_R: torch.Tensor, weight_R: torch.Tensor) -> torch.Tensor:
+    """Weighted mean; 0 where no row counts. Rows of weight 0 must be finite."""
+    return (values_R * weight_R).sum() / weight_R.sum().clamp(min=1)
