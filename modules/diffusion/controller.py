@@ -1,0 +1,96 @@
+"""The closed loop that only an online generator can have: strength and shares follow what the learner makes of images.
+
+Positives should be recognized but not trivially so; near-OOD images should come close to a class without being it. So
+the mean similarity to the source's class is kept in a band, per class and recipe, by moving the strength. Classes whose
+positives are taken for others get more images; recipes whose negatives the learner already rejects get fewer.
+
+It is a plain integrating controller with a dead band: slow and bounded rather than clever, because images reach the
+learner some steps after they were asked for. Its whole state is a few dicts and is part of the checkpoint.
+"""
+
+from modules.config import Controller as ControllerConfig
+from modules.diffusion.requests import Request
+from modules.rules import FREE_RECIPES
+
+MAX_OFFSET = 0.4  # bound on the change of a strength, either way
+MEMORY = 0.9  # weight of the old value in averages of confusion and rejection
+LEAST_WEIGHT = 0.25  # of a recipe whose negatives are all rejected
+FAR = ("accepted", "too_far")  # verdicts on a near-OOD image that the learner keeps apart from every class
+
+
+class Controller:
+    """Offsets of strengths, weights of classes and recipes; moves every `update_every` steps."""
+
+    def __init__(self, cfg: ControllerConfig, num_classes: int):
+        self.cfg = cfg
+        self.offsets: dict[tuple[str, int], float] = {}  # (recipe, class) -> change of strength
+        self.sums: dict[tuple[str, int], list[float]] = {}  # (recipe, class) -> [similarities, images] since the update
+        self.confusion = [0.0] * num_classes  # share of positives whose nearest class is another
+        self.rejection: dict[str, float] = {}  # recipe -> share of negatives the learner rejects already
+
+    def strength(self, recipe: str, label: int, base: float) -> float:
+        """The strength of a recipe for a class: base + offset."""
+        return base + self.offsets.get((recipe, label), 0.0)
+
+    def class_weights(self) -> list[float]:
+        """(1 + confusion_c) / mean of it: shares of the classes, 1 on average."""
+        raw = [1 + share for share in self.confusion]
+        return [weight * len(raw) / sum(raw) for weight in raw]
+
+    def recipe_weight(self, recipe: str) -> float:
+        """1 - (1 - LEAST_WEIGHT) x rejected share: the factor on a near-OOD recipe's configured weight."""
+        return 1 - (1 - LEAST_WEIGHT) * self.rejection.get(recipe, 0.0)
+
+    def observe(self, request: Request, reason: str, similarity: float, is_nearest: bool) -> None:
+        """Take in the learner's verdict on one image (see `gate.Gate`)."""
+        total = self.sums.setdefault((request.recipe, request.label), [0.0, 0.0])
+        total[0] += similarity
+        total[1] += 1
+        if request.is_ood:
+            old = self.rejection.get(request.recipe, 0.0)
+            self.rejection[request.recipe] = MEMORY * old + (1 - MEMORY) * (reason in FAR)
+        else:
+            old = self.confusion[request.label]
+            self.confusion[request.label] = MEMORY * old + (1 - MEMORY) * (not is_nearest)
+
+    def update(self, step: int) -> None:
+        """At every `update_every`-th step, move each strength whose mean similarity left its band by `gain`.
+
+        Positives: the band is [target_low, target_high]. Near-OOD images: the band of equal width below it,
+        [2 target_low - target_high, target_low]. Above the band the strength rises, below it falls.
+        """
+        if step == 0 or step % self.cfg.update_every:
+            return
+        low, high = self.cfg.target_low, self.cfg.target_high
+        for (recipe, label), (similarity, images) in self.sums.items():
+            if recipe in FREE_RECIPES:
+                continue
+            bottom, top = (low, high) if recipe == "positive" else (2 * low - high, low)
+            mean = similarity / images
+            move = self.cfg.gain * ((mean > top) - (mean < bottom))
+            offset = self.offsets.get((recipe, label), 0.0) + move
+            self.offsets[recipe, label] = min(MAX_OFFSET, max(-MAX_OFFSET, offset))
+        self.sums.clear()
+
+    def statistics(self) -> dict[str, float]:
+        """Mean offset of each recipe, mean confusion and the rejected share of each recipe."""
+        rows = {"controller.confusion": sum(self.confusion) / len(self.confusion)}
+        for recipe in dict.fromkeys(recipe for recipe, _ in self.offsets):
+            moved = [offset for (name, _), offset in self.offsets.items() if name == recipe]
+            rows[f"controller.{recipe}.offset"] = sum(moved) / len(moved)
+        return rows | {f"controller.{recipe}.rejected": share for recipe, share in self.rejection.items()}
+
+    def state_dict(self) -> dict:
+        """Plain values."""
+        return {
+            "offsets": [[recipe, label, offset] for (recipe, label), offset in self.offsets.items()],
+            "sums": [[recipe, label, *total] for (recipe, label), total in self.sums.items()],
+            "confusion": list(self.confusion),
+            "rejection": dict(self.rejection),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.offsets = {(recipe, label): offset for recipe, label, offset in state["offsets"]}
+        self.sums = {(recipe, label): list(total) for recipe, label, *total in state["sums"]}
+        self.confusion, self.rejection = list(state["confusion"]), dict(state["rejection"])

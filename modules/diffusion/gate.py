@@ -1,0 +1,282 @@
+"""The gate between the slots and the reservoir: which generated images may be learned from, and why not.
+
+Broken images (non-finite, constant, black, a copy of the source) are always rejected. On request the learner judges too:
+a positive must look like its class, a near-OOD image like none, against statistics of the real train images. The judge is
+handed in as features; this room knows no encoder. A rejected image is drawn again a few times, then given up; the mixer
+fills its row otherwise and counts the shortfall.
+
+Verdicts are made on the device and read one step later, so that no step waits for them.
+
+Shapes: N images, D train images, C classes, E feature width, H W pixels.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from modules.config import Gate as GateConfig
+from modules.data.staging import upload
+from modules.diffusion.requests import Request
+
+ACCEPTED = "accepted"
+BROKEN = ("non_finite", "black", "constant", "copy")
+JUDGED = ("other_class", "unlike_class", "too_close", "too_far")
+REASONS = (ACCEPTED, *BROKEN, *JUDGED)
+BLACK_LEVEL = 8  # of 255: an image without a brighter value is black
+CONSTANT_SPREAD = 1.0  # of 255: standard deviation below which an image shows nothing
+COPY_DISTANCE = 1.0  # of 255: mean difference to the source below which nothing was made
+ALARM_WINDOW = 200  # verdicts of a role that an alarm looks back on
+ALARM_RATES = (0.05, 0.98)
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """What the real train images of each class look like to the learner."""
+
+    means_CE: torch.Tensor  # unit length
+    thresholds_C: torch.Tensor  # similarity quantile of each class's own images
+
+
+def class_statistics(
+    features_DE: torch.Tensor, labels: list[int], num_classes: int, quantile: float
+) -> ClassStatistics:
+    """Unit class means, and per class the quantile of cos(z_i, mean of the class without i) over its images.
+
+    A class of one image has no leave-one-out similarity; it gets the median threshold of the others (1 without others).
+    """
+    z_DE = torch.nn.functional.normalize(features_DE.float(), dim=1)
+    rows = [[i for i, other in enumerate(labels) if other == label] for label in range(num_classes)]
+    means, thresholds = [], []
+    for members in rows:
+        z_NE = z_DE[upload(members, z_DE.device)]
+        total_E = z_NE.sum(0)
+        means.append(torch.nn.functional.normalize(total_E, dim=0))
+        if len(members) > 1:
+            others_NE = torch.nn.functional.normalize(total_E - z_NE, dim=1)
+            thresholds.append(torch.quantile((z_NE * others_NE).sum(1), quantile))
+    known = torch.stack(thresholds) if thresholds else torch.ones(1, device=z_DE.device)
+    found = iter(thresholds)
+    filled = [next(found) if len(members) > 1 else known.median() for members in rows]
+    return ClassStatistics(torch.stack(means), torch.stack(filled))
+
+
+def broken_codes(pixels_N3HW: torch.Tensor, stored_NHWC: torch.Tensor, sources_NHWC: torch.Tensor) -> torch.Tensor:
+    """Codes [N] int64 into REASONS of images that are broken, 0 elsewhere; the first reason that holds.
+
+    Args:
+        pixels_N3HW: as decoded, before they were clamped.
+        stored_NHWC, sources_NHWC: uint8 images and their sources at one size.
+    """
+    levels_NX = stored_NHWC.flatten(1).float()
+    faults = (
+        ~pixels_N3HW.flatten(1).isfinite().all(1),
+        levels_NX.amax(1) < BLACK_LEVEL,
+        levels_NX.std(1) < CONSTANT_SPREAD,
+        (levels_NX - sources_NHWC.flatten(1).float()).abs().mean(1) < COPY_DISTANCE,
+    )
+    code_N = torch.zeros(len(stored_NHWC), dtype=torch.int64, device=stored_NHWC.device)
+    for name, fault_N in reversed(list(zip(BROKEN, faults, strict=True))):
+        code_N = torch.where(fault_N, REASONS.index(name), code_N)
+    return code_N
+
+
+def judge(
+    features_NE: torch.Tensor, labels_N: torch.Tensor, is_ood_N: torch.Tensor, known: ClassStatistics, far_floor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [N] into REASONS, similarity to the own class [N], and whether the nearest class is the own [N].
+
+    A positive passes if its nearest class mean is its own and its cosine to it is at least the class's threshold. A
+    near-OOD image passes if its cosine to every class is below that class's threshold and the largest is above
+    `far_floor`.
+    """
+    similarity_NC = torch.nn.functional.normalize(features_NE.float(), dim=1) @ known.means_CE.T
+    own_N = similarity_NC.gather(1, labels_N[:, None])[:, 0]
+    is_nearest_N = similarity_NC.argmax(1) == labels_N
+    code = REASONS.index
+    positive_N = torch.where(own_N < known.thresholds_C[labels_N], code("unlike_class"), 0)
+    positive_N = torch.where(is_nearest_N, positive_N, code("other_class"))
+    negative_N = torch.where(similarity_NC.amax(1) <= far_floor, code("too_far"), 0)
+    negative_N = torch.where((similarity_NC >= known.thresholds_C).any(1), code("too_close"), negative_N)
+    return torch.where(is_ood_N, negative_N, positive_N), own_N, is_nearest_N
+
+
+@dataclass
+class Waiting:
+    """Images whose verdict is on its way to the host."""
+
+    turn: int  # settle calls before it came
+    stored_NHWC: torch.Tensor
+    requests: list[Request]
+    verdict_N3: torch.Tensor  # code, similarity to the own class, 1 where that class is nearest; host memory
+    arrived: object = None  # CUDA event
+
+
+class Gate:
+    """Takes finished images, passes on the good ones, sends the others back to be drawn again."""
+
+    def __init__(
+        self,
+        cfg: GateConfig,
+        *,
+        store: Callable[[torch.Tensor], torch.Tensor],
+        sources_DHWC: torch.Tensor,
+        accept: Callable[[torch.Tensor, list[Request]], None],
+        retry: Callable[[Request], None],
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        observe: Callable[[Request, str, float, bool], None] | None = None,
+    ):
+        """A gate without statistics: until `refresh` it only looks for broken images.
+
+        Args:
+            store: decoded pixels [N, 3, H, W] to uint8 [N, size, size, 3].
+            sources_DHWC: the train images as stored, uint8.
+            accept: takes stored images and their requests.
+            retry: takes a request to be made again.
+            embed: features [N, E] of stored images by the learner; needed where the gate or a controller is on.
+            observe: is told (request, reason, similarity to the own class, nearest class is the own) of judged images.
+        """
+        self.cfg, self.store, self.sources_DHWC = cfg, store, sources_DHWC
+        self.accept, self.retry, self.embed, self.observe = accept, retry, embed, observe
+        self.known: ClassStatistics | None = None
+        self.rejects = False  # whether the learner's verdict counts yet
+        self.waiting: deque[Waiting] = deque()
+        self.turn = 0
+        self.counts: dict[str, dict[int, dict[str, int]]] = {}  # recipe -> class -> reason -> images
+        self.given_up = 0
+        self.recent = {False: deque(maxlen=ALARM_WINDOW), True: deque(maxlen=ALARM_WINDOW)}  # by role, 1 = accepted
+
+    def due(self, step: int) -> bool:
+        """Whether class statistics are to be made anew at an optimizer step."""
+        if self.embed is None or step < self.cfg.start_step and self.cfg.enabled:
+            return False
+        return self.known is None or step % self.cfg.refresh_every == 0
+
+    def refresh(self, features_DE: torch.Tensor, labels: list[int], num_classes: int) -> None:
+        """Take the learner's present view of the train split; from now on its verdicts count, if the gate is enabled."""
+        self.known = class_statistics(features_DE, labels, num_classes, self.cfg.quantile)
+        self.rejects = self.cfg.enabled
+
+    @torch.no_grad()
+    def finish(self, pixels_N3HW: torch.Tensor, requests: list[Request]) -> None:
+        """Judge finished images on the device; `settle` acts on the verdicts."""
+        stored_NHWC = self.store(pixels_N3HW.nan_to_num())
+        device = stored_NHWC.device
+        sources_N = upload([r.source for r in requests], device)
+        code_N = broken_codes(pixels_N3HW, stored_NHWC, self.sources_DHWC[sources_N])
+        own_N, is_nearest_N = torch.zeros(len(requests), device=device), torch.zeros(len(requests), device=device)
+        if self.known is not None:
+            labels_N = upload([r.label for r in requests], device)
+            is_ood_N = upload([r.is_ood for r in requests], device)
+            features_NE = self.embed(stored_NHWC)
+            judged_N, own_N, is_nearest_N = judge(features_NE, labels_N, is_ood_N, self.known, self.cfg.far_floor)
+            code_N = torch.where(code_N > 0, code_N, judged_N)
+        verdict_N3 = torch.stack([code_N.float(), own_N, is_nearest_N.float()], 1)
+        self.waiting.append(Waiting(self.turn, stored_NHWC, list(requests), *to_host(verdict_N3)))
+
+    def settle(self, everything: bool = False) -> None:
+        """Act on the verdicts of images finished before the previous call, or on all; called once a step."""
+        while self.waiting and (everything or self.waiting[0].turn < self.turn):
+            self._act(self.waiting.popleft())
+        self.turn += 1
+
+    def _act(self, item: Waiting) -> None:
+        if item.arrived is not None:
+            item.arrived.synchronize()
+        kept = []
+        for row, (request, (code, own, is_nearest)) in enumerate(
+            zip(item.requests, item.verdict_N3.tolist(), strict=True)
+        ):
+            reason = REASONS[int(code)]
+            of_class = self.counts.setdefault(request.recipe, {}).setdefault(request.label, {})
+            of_class[reason] = of_class.get(reason, 0) + 1
+            if self.observe is not None and self.known is not None and reason not in BROKEN:
+                self.observe(request, reason, own, bool(is_nearest))
+            passes = reason == ACCEPTED or (reason in JUDGED and not self.rejects)
+            self.recent[request.is_ood].append(int(passes))
+            if passes:
+                kept.append(row)
+            elif request.attempt < self.cfg.retries:
+                self.retry(dataclasses.replace(request, attempt=request.attempt + 1))
+            else:
+                self.given_up += 1
+        if len(kept) == len(item.requests):
+            self.accept(item.stored_NHWC, item.requests)
+        elif kept:
+            rows = upload(kept, item.stored_NHWC.device)
+            self.accept(item.stored_NHWC[rows], [item.requests[row] for row in kept])
+
+    def statistics(self) -> dict[str, float]:
+        """Share of each verdict by recipe, acceptance by role over the last verdicts, and images given up."""
+        rows = {"gate.given_up": self.given_up}
+        for recipe, classes in self.counts.items():
+            totals = {reason: sum(c.get(reason, 0) for c in classes.values()) for reason in REASONS}
+            for reason, count in totals.items():
+                if count:
+                    rows[f"gate.{recipe}.{reason}"] = count / sum(totals.values())
+        for is_ood, verdicts in self.recent.items():
+            if verdicts:
+                rows[f"gate.{'near_ood' if is_ood else 'positive'}.passed"] = sum(verdicts) / len(verdicts)
+        return rows
+
+    def alarms(self) -> list[str]:
+        """What is wrong if nearly all or nearly none of a role's last images passed."""
+        found = []
+        for is_ood, verdicts in self.recent.items():
+            role = "near-OOD images" if is_ood else "positives"
+            if len(verdicts) < ALARM_WINDOW:
+                continue
+            rate = sum(verdicts) / len(verdicts)
+            if rate <= ALARM_RATES[0]:
+                found.append(
+                    f"the gate passes {rate:.0%} of {role}: see the reasons by recipe; a milder strength may do"
+                )
+            elif rate >= ALARM_RATES[1] and self.rejects:
+                found.append(
+                    f"the gate passes {rate:.0%} of {role}: it decides nothing; raise gate.quantile or drop it"
+                )
+        return found
+
+    def state_dict(self) -> dict:
+        """Everything later verdicts depend on: tensors and plain values."""
+        for item in self.waiting:
+            if item.arrived is not None:
+                item.arrived.synchronize()
+        return {
+            "known": None if self.known is None else [self.known.means_CE, self.known.thresholds_C],
+            "rejects": self.rejects,
+            "turn": self.turn,
+            "waiting": [
+                [item.turn, item.stored_NHWC, [r.as_dict() for r in item.requests], item.verdict_N3]
+                for item in self.waiting
+            ],
+            "counts": self.counts,
+            "given_up": self.given_up,
+            "recent": [list(self.recent[False]), list(self.recent[True])],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from where `state_dict` was taken."""
+        device = self.sources_DHWC.device
+        self.known = state["known"] and ClassStatistics(*(tensor.to(device) for tensor in state["known"]))
+        self.rejects, self.turn, self.given_up = state["rejects"], state["turn"], state["given_up"]
+        self.waiting = deque(
+            Waiting(turn, stored.to(device), [Request.from_dict(values) for values in requests], verdict)
+            for turn, stored, requests, verdict in state["waiting"]
+        )
+        self.counts = {
+            recipe: {label: dict(c) for label, c in classes.items()} for recipe, classes in state["counts"].items()
+        }
+        self.recent = {role: deque(state["recent"][role], maxlen=ALARM_WINDOW) for role in (False, True)}
+
+
+def to_host(values: torch.Tensor) -> tuple[torch.Tensor, object]:
+    """A copy in host memory that is on its way, and the CUDA event that says it arrived (None: it has)."""
+    if not values.is_cuda:
+        return values, None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
