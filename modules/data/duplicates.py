@@ -59,7 +59,7 @@ def near_duplicates(*sets: Images, threshold: float = THRESHOLD) -> tuple[Pair, 
         alike = (cosine >= threshold) & (part_D[rows, None] != part_D)
         for i, j in alike.nonzero().tolist():
             first, second = sorted((items[start + i], items[j]), key=lambda item: item.path)
-            if first is items[start + i]:
+            if start + i < j:
                 pairs.append(Pair(first, second, min(1.0, float(cosine[i, j]))))
     return tuple(sorted(pairs, key=lambda pair: (pair.first.path, pair.second.path)))
 

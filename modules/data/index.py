@@ -41,6 +41,7 @@ def read_index(data: Data, seed: int) -> Index:
     _check_labels(source.items, source.root)
     items = [replace(item, role=item.role or "id") for item in source.items]
     _check_one_role(items)
+    _check_more_than_one_image(items)
     items, held_out_notes = _with_near_ood(items, data, source.kind)
     id_items, split_notes = splits.complete_splits([i for i in items if i.role == "id"], seed, data.val_fraction)
     others = [_with_default_split(item) for item in items if item.role != "id"]
@@ -147,6 +148,13 @@ def _check_one_role(items: list[Item]) -> None:
             )
 
 
+def _check_more_than_one_image(items: list[Item]) -> None:
+    for label, count in sorted(Counter(item.label for item in items if item.role == "id").items()):
+        if count == 1:
+            path = next(item.path for item in items if item.label == label)
+            raise DataError(f"class {label!r} has one image ({path}); add images or leave the class out")
+
+
 def _check_id_classes(items: list[Item]) -> None:
     counts = defaultdict(Counter)
     for item in items:
@@ -154,8 +162,6 @@ def _check_id_classes(items: list[Item]) -> None:
     if len(counts) < 2:
         raise DataError(f"there are {len(counts)} ID classes ({', '.join(counts)}); learning needs two or more")
     for label, by_split in sorted(counts.items()):
-        if sum(by_split.values()) == 1:
-            raise DataError(f"class {label!r} has one image; add images or leave the class out")
         if not by_split["train"]:
             held = " and ".join(split for split in SPLITS if by_split[split])
             raise DataError(f"class {label!r} is in {held} only; add train images or leave the class out")
