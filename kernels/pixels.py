@@ -79,7 +79,7 @@ def _pixels_kernel(
     reach_x = tl.maximum(scale_x, 1.0)
     left = (tl.program_id(0) * BLOCK + 0.5) * scale_x - 0.5 - reach_x
     right = (tl.program_id(0) * BLOCK + BLOCK - 0.5) * scale_x - 0.5 + reach_x
-    start = tl.maximum(left.to(tl.int32), 0)
+    start = tl.maximum(left.to(tl.int32), 0) // 16 * 16  # aligned, for wide loads
     stop = tl.minimum(right.to(tl.int32) + 2, W)
     out = tl.zeros([BLOCK, BLOCK], tl.float32)
     for chunk in range(start, stop, BLOCK_W):

@@ -5,10 +5,13 @@ geometry of all rows is two batched matrix products and the colors are a few pas
 each source image once for all its views. Legend: B images, V views, R = V*B rows view-major, H W source, S output side.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from kernels import backend
+from kernels.backend import jit, tl
 from kernels.checks import check_number, check_tensor
 from kernels.resample import crop_centers, resample_matrix
 from kernels.view_parameters import CONTRAST, HUE, SATURATION, UNIFORMS, ViewParameters, draw_view_parameters
@@ -45,7 +48,8 @@ def views(
     _check(images_BHWC, parameters, mean, std, out_dtype)
     H, W = images_BHWC.shape[1:3]
     out_size = (H, W) if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    backend.choose("views", implementation, images_BHWC.device)
+    if backend.choose("views", implementation, images_BHWC.device).name == "triton":
+        return views_triton(images_BHWC, parameters, mean, std, out_dtype, out_size)
     return views_reference(images_BHWC, parameters, mean, std, out_dtype, out_size)
 
 
@@ -141,6 +145,142 @@ def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
     torch.sub(hue, 2, out=green).abs_().neg_().add_(2)
     torch.sub(hue, 4, out=blue).abs_().neg_().add_(2)
     return out_b3HW.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
+
+
+def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
+    """The views of `views` in one launch, a program a row; programs of one image follow each other and share its pixels."""
+    B, H, W, _ = images_BHWC.shape
+    V, device = parameters.top_BV.shape[1], images_BHWC.device
+    geometry_R6, op_R4, factor_R4 = parameters.rows()
+    out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
+    _views_kernel[(V * B,)](
+        images_BHWC,
+        *(t.contiguous().to(device, non_blocking=True) for t in (geometry_R6, op_R4.int(), factor_R4)),
+        out_RHWC,
+        B,
+        V,
+        H,
+        W,
+        *size,
+        *mean,
+        *(1 / s for s in std),
+        TAPS=math.ceil(2 * max(H / size[0], W / size[1], 1)),
+        BLOCK=32 if backend.interpreted() else 1024,
+        num_warps=8,
+    )
+    return out_RHWC.permute(0, 3, 1, 2)
+
+
+@jit
+def _views_kernel(
+    images_ptr, geometry_ptr, op_ptr, factor_ptr, out_ptr, B, V, H, W, out_H, out_W,
+    mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One view: where contrast needs the mean grey of the whole view, a first pass over it finds that."""
+    b, v = tl.program_id(0) // V, tl.program_id(0) % V
+    row = (v * B + b).to(tl.int64)
+    image_ptr = images_ptr + b.to(tl.int64) * H * W * 3
+    geometry_ptr += row * 6
+    op_ptr += row * 4
+    factor_ptr += row * 4
+    pixels = out_H * out_W
+    contrast = 4  # its place in the order; 4 if it does nothing
+    for place in tl.static_range(4):
+        changes = (tl.load(op_ptr + place) == 1) & (tl.load(factor_ptr + place) != 1.0)
+        contrast = tl.where(changes, place, contrast)
+    mean = 0.0
+    if contrast < 4:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, pixels, BLOCK):
+            p = start + tl.arange(0, BLOCK)
+            red, green, blue = _sample(image_ptr, geometry_ptr, p, H, W, out_H, out_W, TAPS)
+            red, green, blue = _jittered(red, green, blue, op_ptr, factor_ptr, 0.0, contrast)
+            total += tl.where(p < pixels, _grey_of(red, green, blue), 0.0)
+        mean = tl.sum(total, 0) / pixels
+    grey = tl.load(geometry_ptr + 5) != 0.0
+    for start in range(0, pixels, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        red, green, blue = _sample(image_ptr, geometry_ptr, p, H, W, out_H, out_W, TAPS)
+        red, green, blue = _jittered(red, green, blue, op_ptr, factor_ptr, mean, 4)
+        level = _grey_of(red, green, blue)
+        at = out_ptr + (row * pixels + p) * 3
+        red, green, blue = tl.where(grey, level, red), tl.where(grey, level, green), tl.where(grey, level, blue)
+        tl.store(at, ((red - mean_r) * inverse_r).to(out_ptr.dtype.element_ty), mask=p < pixels)
+        tl.store(at + 1, ((green - mean_g) * inverse_g).to(out_ptr.dtype.element_ty), mask=p < pixels)
+        tl.store(at + 2, ((blue - mean_b) * inverse_b).to(out_ptr.dtype.element_ty), mask=p < pixels)
+
+
+@jit
+def _sample(image_ptr, geometry_ptr, p, H, W, out_H, out_W, TAPS: tl.constexpr):
+    """Colors in [0, 1] of output pixels p: the weights of `resample_matrix`, TAPS source pixels a side."""
+    top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
+    height, width = tl.load(geometry_ptr + 2), tl.load(geometry_ptr + 3)
+    p = tl.minimum(p, out_H * out_W - 1)  # lanes past the end repeat the last pixel
+    y, x = p // out_W, p % out_W
+    x = tl.where(tl.load(geometry_ptr + 4) != 0.0, out_W - 1 - x, x)
+    reach_y, reach_x = tl.maximum(height / out_H, 1.0), tl.maximum(width / out_W, 1.0)
+    center_y = (y + 0.5) * (height / out_H) + (top - 0.5)
+    center_x = (x + 0.5) * (width / out_W) + (left - 0.5)
+    first_y, first_x = tl.floor(center_y - reach_y) + 1, tl.floor(center_x - reach_x) + 1
+    red, green, blue = p * 0.0, p * 0.0, p * 0.0
+    sum_y, sum_x = p * 0.0, p * 0.0
+    for j in range(TAPS):
+        at_x = first_x + j
+        weight = tl.maximum(1.0 - tl.abs(at_x - center_x) / reach_x, 0.0)
+        sum_x += tl.where((at_x >= left) & (at_x < left + width), weight, 0.0)
+    for i in range(TAPS):
+        at_y = first_y + i
+        weight_y = tl.maximum(1.0 - tl.abs(at_y - center_y) / reach_y, 0.0)
+        weight_y = tl.where((at_y >= top) & (at_y < top + height), weight_y, 0.0)
+        sum_y += weight_y
+        for j in range(TAPS):
+            at_x = first_x + j
+            weight = weight_y * tl.maximum(1.0 - tl.abs(at_x - center_x) / reach_x, 0.0)
+            inside = (weight_y > 0) & (at_x >= left) & (at_x < left + width)
+            weight = tl.where(inside, weight, 0.0)
+            at = image_ptr + (at_y.to(tl.int32) * W + at_x.to(tl.int32)) * 3
+            red += weight * tl.load(at, mask=inside, other=0).to(tl.float32)
+            green += weight * tl.load(at + 1, mask=inside, other=0).to(tl.float32)
+            blue += weight * tl.load(at + 2, mask=inside, other=0).to(tl.float32)
+    scale = 1.0 / (255.0 * sum_y * sum_x)
+    return red * scale, green * scale, blue * scale
+
+
+@jit
+def _grey_of(red, green, blue):
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+@jit
+def _jittered(red, green, blue, op_ptr, factor_ptr, mean, stop):
+    """The jitters of one view whose place in the order is below `stop`; `mean` is the mean grey that contrast keeps."""
+    for place in tl.static_range(4):
+        op, factor = tl.load(op_ptr + place), tl.load(factor_ptr + place)
+        if place < stop:
+            if op == 3:
+                red, green, blue = _turned(red, green, blue, factor)
+            else:
+                level = tl.where(op == 2, _grey_of(red, green, blue), tl.where(op == 1, mean, 0.0))
+                target = (1.0 - factor) * level
+                red = tl.minimum(tl.maximum(factor * red + target, 0.0), 1.0)
+                green = tl.minimum(tl.maximum(factor * green + target, 0.0), 1.0)
+                blue = tl.minimum(tl.maximum(factor * blue + target, 0.0), 1.0)
+    return red, green, blue
+
+
+@jit
+def _turned(red, green, blue, turn):
+    """`_turn_hue` of one view."""
+    high = tl.maximum(tl.maximum(red, green), blue)
+    low = tl.minimum(tl.minimum(red, green), blue)
+    chroma = high - low
+    hue = tl.where(green == high, blue - red + 2 * chroma, red - green + 4 * chroma)
+    hue = tl.where(red == high, green - blue, hue) / tl.maximum(chroma, 1e-12) + 6 * turn
+    hue -= 6 * tl.floor(hue / 6)
+    to_red = tl.minimum(tl.maximum(tl.abs(hue - 3) - 1, 0.0), 1.0)
+    to_green = tl.minimum(tl.maximum(2 - tl.abs(hue - 2), 0.0), 1.0)
+    to_blue = tl.minimum(tl.maximum(2 - tl.abs(hue - 4), 0.0), 1.0)
+    return low + chroma * to_red, low + chroma * to_green, low + chroma * to_blue
 
 
 def _check(images_BHWC, parameters, mean, std, out_dtype):
