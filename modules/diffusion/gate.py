@@ -131,7 +131,7 @@ class Gate:
         """A gate without statistics: until `refresh` it only looks for broken images.
 
         Args:
-            store: decoded pixels [N, 3, H, W] to uint8 [N, size, size, 3].
+            store: decoded pixels [N, 3, H, W] to uint8 [N, size, size, 3], not a number as black.
             sources_DHWC: the train images as stored, uint8.
             accept: takes stored images and their requests.
             retry: takes a request to be made again.
@@ -162,7 +162,7 @@ class Gate:
     @torch.no_grad()
     def finish(self, pixels_N3HW: torch.Tensor, requests: list[Request]) -> None:
         """Judge finished images on the device; `settle` acts on the verdicts."""
-        stored_NHWC = self.store(pixels_N3HW.nan_to_num())
+        stored_NHWC = self.store(pixels_N3HW)
         device = stored_NHWC.device
         sources_N = upload([r.source for r in requests], device)
         code_N = broken_codes(pixels_N3HW, stored_NHWC, self.sources_DHWC[sources_N])

@@ -231,10 +231,11 @@ class StepTable:
         self.timestep_R = torch.tensor(timesteps, device=device)
         self.successor_R = torch.tensor(successors, device=device)
         self.guided_R = torch.tensor(guided, device=device)
-        self.step_R = torch.tensor(  # position on its own grid: which of an image's step noises a row takes
-            [0, *(i for grid in self.grids.values() for _ in range(2) for i in range(grid.num_inference_steps))],
-            device=device,
-        )
+        self.guidance_ends = not all(guided[1:])  # whether a grid has steps without guidance
+        noises = [0]  # which of an image's step noises a row takes; rows without noise multiply the first by 0
+        for grid in self.grids.values():
+            noises += [i if grid.stochastic else 0 for i in range(grid.num_inference_steps)] * 2
+        self.noise_R = torch.tensor(noises, device=device)
 
     def start_row(self, solver: str, num_inference_steps: int, start: int) -> int:
         """The row of a slot that begins at step `start` of a grid."""

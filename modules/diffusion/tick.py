@@ -13,6 +13,7 @@ h w latent grid, R table rows.
 
 import torch
 
+from kernels.guided_step import guided_step
 from modules.data.staging import upload
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import StepTable
@@ -62,6 +63,7 @@ class Tick:
         self.z_S4hw = latents(slots)
         self.x0_prev_S4hw = latents(slots)
         self.row_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.slot_S = torch.arange(slots, device=device)
         self.guidance_S = torch.ones(slots, device=device)
         self.context_STE = torch.zeros(
             rows, pipeline.num_tokens, pipeline.text_width, dtype=pipeline.dtype, device=device
@@ -117,50 +119,45 @@ class Tick:
     def step(self) -> None:
         """Advance every slot by one step; idle slots stay as they are."""
         S, U, row_S = len(self.row_S), self.unconditional_rows, self.row_S
-        coefficients_S8 = self.table.table_R8[row_S]
-        timestep_S = self.table.timestep_R[row_S]
-        x, t = self.z_S4hw, timestep_S
-        guided_S = self.table.guided_R[row_S] & (self.guidance_S != 1) if U else None
-        order_U = None
-        if 0 < U < S:
-            order_U = guided_S.to(torch.int8).argsort(descending=True, stable=True)[:U]
-            x, t = torch.cat([x, x[order_U]]), torch.cat([t, t[order_U]])
-        elif U:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
+        x, t = self.z_S4hw, self.table.timestep_R[row_S]
+        row_of_slot = None
+        if U:
+            slot_U, row_of_slot = self._unconditional_rows()
+            x, t = (torch.cat([x, x]), torch.cat([t, t])) if slot_U is None else (_with(x, slot_U), _with(t, slot_U))
         predicted = self.pipeline.unet(
             x.to(self.pipeline.dtype), t, self.context_STE, timestep_cond=self.embedding_SW
         ).sample
-        conditional_S4hw = predicted[:S].float()
-        if U:
-            unconditional_S4hw = self._unconditional(conditional_S4hw, predicted[S:].float(), order_U)
-            w = torch.where(guided_S, self.guidance_S, 1.0)[:, None, None, None]
-            conditional_S4hw = unconditional_S4hw + w * (conditional_S4hw - unconditional_S4hw)
-        self._update(conditional_S4hw, coefficients_S8)
+        noise = {}
+        if self.stochastic_steps:
+            noise = {"noise_SNchw": self.noise_SK4hw, "noise_step_S": self.table.noise_R[row_S]}
+        mask = {}
+        if self.masked:
+            mask = {"mask_S1hw": self.mask_S1hw, "source_Schw": self.z0_S4hw, "eps_Schw": self.eps_S4hw}
+        guided_step(
+            predicted[:S],
+            predicted[S:] if U else None,
+            self.z_S4hw,
+            self.x0_prev_S4hw,
+            self.table.table_R8,
+            row_S,
+            self.guidance_S,
+            unconditional_row_S=row_of_slot,
+            prediction_type=self.pipeline.prediction_type,
+            **noise,
+            **mask,
+        )
         row_S.copy_(self.table.successor_R[row_S])
 
-    def _unconditional(self, conditional_S4hw, predicted_U4hw, order_U) -> torch.Tensor:
-        """The unconditional prediction of each slot; slots without one get their conditional prediction."""
-        if order_U is None:
-            return predicted_U4hw
-        return conditional_S4hw.index_copy(0, order_U, predicted_U4hw)
-
-    def _update(self, model_output_S4hw: torch.Tensor, coefficients_S8: torch.Tensor) -> None:
-        """z <- a z + b x0 + c x0_prev + d noise, then, in a masked edit, the source again outside the mask."""
-        alpha, sigma, a, b, c, d, alpha_next, sigma_next = coefficients_S8[:, :, None, None, None].unbind(1)
-        z = self.z_S4hw
-        if self.pipeline.prediction_type == "v_prediction":
-            x0 = alpha * z - sigma * model_output_S4hw
-        else:
-            x0 = (z - sigma * model_output_S4hw) / alpha
-        following = a * z + b * x0 + c * self.x0_prev_S4hw
-        if self.stochastic_steps:
-            slots = torch.arange(len(z), device=z.device)
-            following += d * self.noise_SK4hw[slots, self.table.step_R[self.row_S].clamp(max=self.stochastic_steps - 1)]
-        if self.masked:
-            source = alpha_next * self.z0_S4hw + sigma_next * self.eps_S4hw
-            following = self.mask_S1hw * following + (1 - self.mask_S1hw) * source
-        self.z_S4hw.copy_(following)
-        self.x0_prev_S4hw.copy_(x0)
+    def _unconditional_rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Slots [U] that get an unconditional row, and each slot's row or -1 [S]; None stands for slot s and row s."""
+        S, U = len(self.row_S), self.unconditional_rows
+        guided_S = self.table.guided_R[self.row_S]
+        if U == S:
+            return None, torch.where(guided_S, self.slot_S, -1) if self.table.guidance_ends else None
+        guided_S = guided_S & (self.guidance_S != 1)
+        slot_U = guided_S.to(torch.int8).argsort(descending=True, stable=True)[:U]
+        row_S = torch.full_like(self.slot_S, -1).index_copy(0, slot_U, self.slot_S[:U])
+        return slot_U, torch.where(guided_S, row_S, -1)
 
     def state_dict(self) -> dict:
         """Every buffer that a slot in flight depends on."""
@@ -169,6 +166,11 @@ class Tick:
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             getattr(self, name).copy_(value)
+
+
+def _with(values_S: torch.Tensor, slot_U: torch.Tensor) -> torch.Tensor:
+    """The values of all slots, then those of the slots named."""
+    return torch.cat([values_S, values_S[slot_U]])
 
 
 def embed_guidance(guidance: list[float], width: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from kernels.pixels import pixels
 from modules import config
 from modules.diffusion.gate import ALARM_WINDOW, REASONS, ClassStatistics, Gate, broken_codes, class_statistics, judge
 from modules.diffusion.requests import Request
@@ -14,7 +15,7 @@ SOURCES = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch
 
 
 def store(pixels_N3HW: torch.Tensor) -> torch.Tensor:
-    return (pixels_N3HW.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1)
+    return pixels(pixels_N3HW, 8)
 
 
 def request(index: int, is_ood=False, label=0, **changes) -> Request:
@@ -81,8 +82,8 @@ def test_broken_images_are_named():
         "constant": torch.full((3, 8, 8), 0.3),
         "copy": SOURCES[0].permute(2, 0, 1) / 127.5 - 1,
     }
-    pixels = torch.stack(list(faulty.values()))
-    codes = broken_codes(pixels, store(pixels.nan_to_num()), SOURCES[[0] * 5])
+    images = torch.stack(list(faulty.values()))
+    codes = broken_codes(images, store(images), SOURCES[[0] * 5])
     assert [REASONS[code] for code in codes] == list(faulty)
 
 

@@ -118,15 +118,17 @@ def test_only_lcm_is_stochastic_and_never_in_its_last_step():
 
 
 def test_grids_share_a_table_and_keep_their_rows():
-    grids = [time_grid(SCHEDULER, "ddim", 5, guided_steps=3), time_grid(SCHEDULER, "dpmpp_2m", 4)]
+    grids = [time_grid(SCHEDULER, "ddim", 5, guided_steps=3), time_grid(SCHEDULER, "lcm", 4)]
     table = StepTable(grids)
     assert len(table.table_R8) == 1 + 2 * 5 + 2 * 4
+    assert table.guidance_ends and not StepTable(grids[1:]).guidance_ends
     for grid in grids:
         row = table.start_row(grid.solver, grid.num_inference_steps, 1)
         assert torch.equal(table.table_R8[row], grid.starts_N8[1])
         following = table.successor_R[row]
         assert torch.equal(table.table_R8[following], grid.steps_N8[2])
-        assert table.step_R[row] == 1 and table.step_R[following] == 2
+        noises = [table.noise_R[row].item(), table.noise_R[following].item()]
+        assert noises == ([1, 2] if grid.stochastic else [0, 0])
     guided = [table.guided_R[table.start_row("ddim", 5, i)].item() for i in range(5)]
     assert guided == [True, True, True, False, False]
 
