@@ -71,24 +71,32 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Features [R, 8 width] of small images [R, 3, H, W]: a stride-2 stem, then stages of width x (1, 2, 4, 8)."""
+    """Features [R, 8 width] of small images [R, 3, H, W]: stride-2 stem, max-pool, a block each of width x (1, 2, 4, 8).
+
+    33 MFLOP (2 x MAC) a 64-pixel image at width 32. The pool stays although 64 pixels are few: without it even width 24
+    takes twice the time, and a strided first block in its place read out 6 points worse (linear and 5-NN on test,
+    SupCon on parts64, 16 shots, 300 steps of 80 images, one seed).
+    """
 
     def __init__(self, width: int, norm):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.norm = norm(width)
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.blocks = nn.Sequential(
-            *(Block(before, after, 2, norm) for before, after in zip(widths[:-1], widths[1:], strict=True))
+            Block(width, width, 1, norm),
+            Block(width, 2 * width, 2, norm),
+            Block(2 * width, 4 * width, 2, norm),
+            Block(4 * width, 8 * width, 2, norm),
         )
-        self.feature_width = widths[-1]
+        self.feature_width = 8 * width
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x_R3HW: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.norm(self.stem(x_R3HW)), inplace=True)
-        return self.blocks(x).mean(dim=(2, 3))
+        return self.blocks(self.pool(x)).mean(dim=(2, 3))
 
 
 def build_backbone(arch: str, width: int, split: RowSplit | None) -> nn.Module:
