@@ -4,6 +4,7 @@ On a CPU a phase is timed by the wall clock. On a GPU a pair of events brackets 
 happened, by polling: the step never waits for its own measurement.
 """
 
+import resource
 import time
 from collections import defaultdict, deque
 from contextlib import contextmanager
@@ -68,6 +69,12 @@ class Meter:
         self._poll()
         self._interval.clear()
         self._interval_start = time.perf_counter()
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory so far: of the device on a GPU, else of the process."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def state_dict(self) -> dict:
         self._poll()

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from modules import state
-from modules.config import Config, flatten, to_yaml
+from modules.config import Config
 from modules.errors import ConfigError, StorageError
+from modules.settings import flatten, to_yaml
 
 MAY_CHANGE = {  # settings that do not change results
     "run.dir",
@@ -41,7 +42,7 @@ class Workdir:
         self._lock_file = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115: held as long as the run
+            self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held as long as the run
         except OSError as error:
             raise StorageError(
                 f"{self.path}: the run directory cannot be written ({error.strerror}); set run.dir to a place that can"

@@ -141,9 +141,13 @@ class Reservoir:
             raise KeyError(f"row {row} of the reservoir is empty")
         return entry
 
+    def held(self, label: int, is_ood: bool) -> list[int]:
+        """The filled rows of the ring of (label, role)."""
+        return [row for row in self._rows(label, is_ood) if self._entries[row] is not None]
+
     def fill(self, label: int, is_ood: bool) -> int:
         """How many images the ring of (label, role) holds."""
-        return sum(self._entries[row] is not None for row in self._rows(label, is_ood))
+        return len(self.held(label, is_ood))
 
     def statistics(self) -> dict[str, float]:
         """Fill, ages (in steps) and uses of what is held now; reuse = uses so far / images put in so far."""
@@ -201,7 +205,7 @@ class Reservoir:
         return range(first, first + self.ring_size)
 
     def _usable(self, label: int, is_ood: bool, step: int, worn: bool) -> list[int]:
-        rows = [row for row in self._rows(label, is_ood) if self._entries[row] is not None]
+        rows = self.held(label, is_ood)
         if self.max_age:
             rows = [row for row in rows if step - self._entries[row].born <= self.max_age]
         return rows if worn else [row for row in rows if self._uses[row] < self.max_uses]

@@ -12,14 +12,17 @@ Shapes: B rows, T tokens, N images, h w the latent grid.
 """
 
 import copy
+import hashlib
+import json
 import math
-from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from modules.config import PipelineShape, PipelineTraining
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.runtime import stream
 
@@ -36,42 +39,7 @@ SCHEDULER = {  # Stable Diffusion 1.x
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The size of every part; the defaults keep a UNet call under .4 GFLOP and a decode under 1 GFLOP at 64 px."""
-
-    resolution: int = 64  # pixels a side, 4 x the latent grid
-    vae_channels: tuple[int, ...] = (32, 48, 64)
-    unet_channels: tuple[int, ...] = (48, 80, 128)
-    text_width: int = 96
-    text_layers: int = 3
-    text_heads: int = 4
-    max_tokens: int = 32
-    vocabulary: int = 1200  # entries of the BPE, the 512 bytes included
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the pipeline is trained."""
-
-    seed: int = 0
-    vae_steps: int = 3000
-    vae_batch: int = 16
-    vae_lr: float = 1.5e-3
-    kl_weight: float = 1e-6
-    unet_steps: int = 6000
-    unet_batch: int = 64
-    unet_lr: float = 1e-3
-    warmup_steps: int = 200
-    caption_dropout: float = 0.1  # share of rows with an empty caption, for classifier-free guidance
-    instance_tokens: float = 0.35  # share of rows whose noun becomes the object's own token
-    object_word: float = 0.1  # share of rows whose noun becomes "object"
-    min_snr_gamma: float = 5.0  # Hang et al. 2023 (2303.09556)
-    ema_decay: float = 0.999
-    bf16: bool = True  # autocast of the VAE's convolutions
-
-
-def build_tokenizer(captions: list[str], shape: Shape) -> CLIPTokenizer:
+def build_tokenizer(captions: list[str], shape: PipelineShape) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from the captions and every inversion template."""
     corpus = captions + [fill(t, "object") for t in OBJECT_TEMPLATES] * max(1, len(captions) // 500)
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
@@ -95,12 +63,10 @@ def build_tokenizer(captions: list[str], shape: Shape) -> CLIPTokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list:
-    import json
-
     return json.loads(bpe.to_str())["model"]["merges"]
 
 
-def build_vae(shape: Shape, seed: int) -> AutoencoderKL:
+def build_vae(shape: PipelineShape, seed: int) -> AutoencoderKL:
     """An untrained AutoencoderKL: pixels -> a grid of 4 channels, 4 times smaller a side."""
     with seeded(seed, "vae"):
         levels = len(shape.vae_channels)
@@ -118,7 +84,7 @@ def build_vae(shape: Shape, seed: int) -> AutoencoderKL:
 
 
 def build_text_and_unet(
-    shape: Shape, tokenizer: CLIPTokenizer, seed: int
+    shape: PipelineShape, tokenizer: CLIPTokenizer, seed: int
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """An untrained text encoder and a UNet with cross-attention below the highest resolution."""
     bos, eos = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
@@ -169,8 +135,8 @@ class seeded:
 class Stage:
     """What both stages share: AdamW with warm-up and cosine, an averaged copy, a whole state that can be saved."""
 
-    def __init__(self, modules: dict[str, torch.nn.Module], extra: list, steps: int, lr: float, recipe: Recipe):
-        self.modules, self.steps, self.lr, self.recipe = modules, steps, lr, recipe
+    def __init__(self, modules: dict, extra: list, steps: int, lr: float, recipe: PipelineTraining, seed: int):
+        self.modules, self.steps, self.lr, self.recipe, self.seed = modules, steps, lr, recipe, seed
         self.averages = {name: copy.deepcopy(module).requires_grad_(False) for name, module in modules.items()}
         self.parameters = [p for module in modules.values() for p in module.parameters()] + extra
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
@@ -215,15 +181,16 @@ class Stage:
         self.step = state["step"]
 
 
-def vae_stage(shape: Shape, recipe: Recipe) -> Stage:
-    vae = build_vae(shape, recipe.seed).to(memory_format=torch.channels_last)
-    return Stage({"vae": vae}, [], recipe.vae_steps, recipe.vae_lr, recipe)
+def vae_stage(shape: PipelineShape, recipe: PipelineTraining, seed: int) -> Stage:
+    """The first stage: AutoencoderKL alone."""
+    vae = build_vae(shape, seed).to(memory_format=torch.channels_last)
+    return Stage({"vae": vae}, [], recipe.vae_steps, recipe.vae_lr, recipe, seed)
 
 
 def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:
     """One reconstruction step: mean squared error of a sampled latent's decode plus a small KL term; returns the error."""
     recipe, vae = stage.recipe, stage.modules["vae"]
-    draw = stream(recipe.seed, "vae step", stage.step)
+    draw = stream(stage.seed, "vae step", stage.step)
     rows = torch.randint(len(pixels_NHWC), (recipe.vae_batch,), generator=draw)
     x = to_unit_range(flip_rows(pixels_NHWC[rows], draw))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
@@ -264,7 +231,12 @@ class Captions:
     """Draws a wording for a row: template, noun, "object" or the object's own token, or nothing."""
 
     def __init__(
-        self, captions: list[str], nouns: list[str], objects: list[str], tokenizer: CLIPTokenizer, recipe: Recipe
+        self,
+        captions: list[str],
+        nouns: list[str],
+        objects: list[str],
+        tokenizer: CLIPTokenizer,
+        recipe: PipelineTraining,
     ):
         self.recipe, self.tokenizer = recipe, tokenizer
         self.phrases = [phrase_of(caption) for caption in captions]
@@ -300,11 +272,12 @@ class Captions:
         return self.cache[text]
 
 
-def unet_stage(shape: Shape, recipe: Recipe, tokenizer: CLIPTokenizer, num_objects: int) -> Stage:
-    text, unet = build_text_and_unet(shape, tokenizer, recipe.seed)
-    table = torch.randn(num_objects, shape.text_width, generator=stream(recipe.seed, "object rows")) * 0.02
+def unet_stage(shape: PipelineShape, recipe: PipelineTraining, tokenizer: CLIPTokenizer, num_objects: int, seed: int):
+    """The second stage: text encoder and UNet together, with one extra row of the embedding table an object."""
+    text, unet = build_text_and_unet(shape, tokenizer, seed)
+    table = torch.randn(num_objects, shape.text_width, generator=stream(seed, "object rows")) * 0.02
     modules = {"text_encoder": text, "unet": unet.to(memory_format=torch.channels_last)}
-    return Stage(modules, [torch.nn.Parameter(table)], recipe.unet_steps, recipe.unet_lr, recipe)
+    return Stage(modules, [torch.nn.Parameter(table)], recipe.unet_steps, recipe.unet_lr, recipe, seed)
 
 
 def unet_step(
@@ -316,7 +289,7 @@ def unet_step(
     """
     recipe = stage.recipe
     text, unet = stage.modules["text_encoder"], stage.modules["unet"]
-    draw = stream(recipe.seed, "unet step", stage.step)
+    draw = stream(stage.seed, "unet step", stage.step)
     rows = torch.randint(len(moments_M8hw), (recipe.unet_batch,), generator=draw)
     ids, own = captions.ids([row % len(captions.phrases) for row in rows.tolist()], draw)
     mean, logvar = moments_M8hw[rows].float().chunk(2, 1)
@@ -359,5 +332,37 @@ def alphas_cumprod(scheduler: dict) -> torch.Tensor:
     return torch.cumprod(1 - betas**2, 0)
 
 
-def recipe_dict(shape: Shape, recipe: Recipe) -> dict:
-    return {"shape": asdict(shape), "recipe": asdict(recipe)}
+def export(folder: Path, vae, text, unet, tokenizer: CLIPTokenizer, scaling: float, facts: dict) -> dict[str, str]:
+    """Write a diffusers folder in fp16 safetensors with `training.json` (what it was made from) beside the parts.
+
+    Returns:
+        sha256 of each weight file, by its path in the folder.
+    """
+    folder = Path(folder)
+    vae.register_to_config(scaling_factor=scaling)
+    for name, part in (("vae", vae), ("text_encoder", text), ("unet", unet)):
+        copy.deepcopy(part).to(torch.float16, memory_format=torch.contiguous_format).save_pretrained(
+            folder / name, safe_serialization=True
+        )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    digests = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    (folder / "training.json").write_text(json.dumps({**facts, "sha256": digests}, indent=1) + "\n")
+    return digests

@@ -1,0 +1,149 @@
+"""All that is printed.
+
+On a terminal: a run card, a progress bar a stage, a live table of phases while training. Off a terminal (a log file, a
+batch system): the same facts as plain lines, one an interval, nothing redrawn.
+"""
+
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from modules.meter import STEP_PHASES
+
+LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
+
+
+class Console:
+    """Prints a run; holds the live display of the current stage."""
+
+    def __init__(self, stream=None):
+        self.rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
+        self.live = self.rich.is_terminal
+        self._display: Live | None = None
+        self._progress: Progress | None = None
+        self._task = None
+        self._last_share = 0.0
+        self._table = None
+
+    def line(self, text: str, style: str = "") -> None:
+        """One plain line."""
+        self.rich.print(Text(text, style=style))
+
+    def warn(self, text: str) -> None:
+        """A choice or a loss the user should know of; never silent, never fatal."""
+        self.line(f"warning: {text}", "yellow")
+
+    def card(self, title: str, rows: list[tuple[str, str, str]]) -> None:
+        """The run card: (what, value, reason) a line."""
+        if not self.live:
+            self.line(title)
+            for what, value, reason in rows:
+                self.line(f"  {what}: {value}" + (f"  ({reason})" if reason else ""))
+            return
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold")
+        grid.add_column()
+        grid.add_column(style="dim")
+        for row in rows:
+            grid.add_row(*row)
+        self.rich.print(Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False))
+
+    @contextmanager
+    def stage(self, name: str):
+        """A stage of the run: yields progress(done, total, note)."""
+        self._last_share = 0.0
+        if not self.live:
+            self.line(f"[{name}]")
+            yield self._plain_progress(name)
+            return
+        self._progress = Progress(
+            TextColumn(f"[bold]{name:<12}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self.rich,
+        )
+        self._task = self._progress.add_task(name, total=None, note="")
+        self._table = None
+        with Live(self._renderable(), console=self.rich, refresh_per_second=4) as self._display:
+            yield self._live_progress
+            self._display.update(self._renderable(), refresh=True)
+        self._display = None
+
+    def step_row(self, row: dict, total: int) -> None:
+        """A metric row of the contrastive stage: the live table of phases, or one plain line."""
+        if self.live and self._display is not None:
+            self._table = _phase_table(row)
+            self._display.update(self._renderable())
+            return
+        parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.3f} (reference {row['reference_level']:.3f})"]
+        if "images_per_s" in row:
+            parts.append(f"{row['images_per_s']:.1f} generated images/s")
+        parts.append(f"{row['step_ms']:.0f} ms/step")
+        shares = [
+            f"{name} {100 * row[f'{name}_ms'] / row['step_ms']:.0f}%" for name in STEP_PHASES if f"{name}_ms" in row
+        ]
+        self.line("  " + " | ".join(parts + [" ".join(shares)]))
+
+    def result(self, title: str, rows: list[tuple[str, str]], footer: str = "") -> None:
+        """The closing table of a verb."""
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if self.live else None, show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        self.rich.print(table)
+        if footer:
+            self.line(footer)
+
+    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
+        """A table with a header; numbers are right-aligned."""
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.rich.print(table)
+
+    def _plain_progress(self, name: str):
+        def progress(done: int, total: int, note: str = "") -> None:
+            share = done / max(1, total)
+            if share - self._last_share >= LINE_SHARE or done == total:
+                self._last_share = share
+                self.line(f"  {name} {done}/{total} {note}".rstrip())
+
+        return progress
+
+    def _live_progress(self, done: int, total: int, note: str = "") -> None:
+        self._progress.update(self._task, completed=done, total=total, note=note)
+
+    def _renderable(self):
+        return Group(self._progress, self._table) if self._table is not None else self._progress
+
+
+def _phase_table(row: dict) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=_headline(row))
+    table.add_column("phase")
+    for name in ("ms", "share"):
+        table.add_column(name, justify="right")
+    for name in STEP_PHASES:
+        if f"{name}_ms" in row:
+            table.add_row(name, f"{row[f'{name}_ms']:.1f}", f"{100 * row[f'{name}_ms'] / row['step_ms']:.0f} %")
+    table.add_row("step", f"{row['step_ms']:.1f}", "100 %", style="bold")
+    return table
+
+
+def _headline(row: dict) -> str:
+    text = f"loss {row['loss']:.3f} (reference {row['reference_level']:.3f})"
+    if "images_per_s" in row:
+        text += (
+            f" · {row['images_per_s']:.1f} generated images/s · reuse {row['reuse']:.2f} · age {row['age_mean']:.0f}"
+        )
+    return text

@@ -1,0 +1,107 @@
+"""The image sets of a run, decoded once: train, val, test, and the OOD sets kept for choosing and for testing.
+
+Training, inversion and generation are handed `train` alone; val chooses settings; test is read once, at the end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from modules.config import Data
+from modules.data.cache import digest_of
+from modules.data.images import Images, load_images
+from modules.data.index import Index, read_far_ood, read_index
+from modules.errors import DataError
+
+SPLITS = (  # name -> (role, split)
+    ("train", "id", "train"),
+    ("val", "id", "val"),
+    ("test", "id", "test"),
+    ("near_ood_val", "near_ood", "val"),
+    ("near_ood_test", "near_ood", "test"),
+)
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Decoded images by name: train, val, test, near_ood_val, near_ood_test, far_ood_test; those that exist."""
+
+    index: Index
+    far_index: Index | None
+    images: dict[str, Images]
+    labels_D: torch.Tensor  # int64, class of each train image
+
+    @property
+    def train(self) -> Images:
+        return self.images["train"]
+
+    def labels(self, name: str) -> torch.Tensor:
+        """Class ids (int64) of an ID set."""
+        return torch.tensor(self.index.label_ids(self.images[name].items))
+
+    def summary(self) -> dict:
+        """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""
+        files = {
+            item.path: {"label": item.label, "set": name, "group": item.group, "sha256": digest}
+            for name, images in self.images.items()
+            for item, digest in zip(images.items, images.digests, strict=True)
+        }
+        return {
+            "root": self.index.root,
+            "far_ood_root": self.far_index.root if self.far_index else "",
+            "kind": self.index.kind,
+            "classes": list(self.index.classes),
+            "notes": list(self.index.notes) + [note for images in self.images.values() for note in images.notes],
+            "digest": digest_of({path: file["sha256"] for path, file in files.items()}),
+            "skipped": [list(entry) for images in self.images.values() for entry in images.skipped],
+            "files": files,
+        }
+
+
+def load_sets(data: Data, seed: int, *, masks: bool, progress=None) -> ImageSets:
+    """Every image of a run at `data.image_size`, uint8.
+
+    Args:
+        masks: object masks are needed of every train image.
+
+    Raises:
+        ConfigError, DataError: as `read_index` and `load_images`; an ID split without images.
+    """
+    index = read_index(data, seed)
+    far_index = read_far_ood(data)
+    chosen = {name: index.select(role, split) for name, role, split in SPLITS}
+    for name in ("train", "val", "test"):
+        if not chosen[name]:
+            raise DataError(
+                f"{index.root}: the {name} split holds no image; give {name} images, or change data.val_fraction"
+            )
+    sources = [(name, index, items) for name, items in chosen.items() if items]
+    if far_index is not None:
+        sources.append(("far_ood_test", far_index, far_index.items))
+    total, before, images = sum(len(items) for _, _, items in sources), 0, {}
+    for name, source, items in sources:
+        images[name] = load_images(
+            source, items, data.image_size, data, _offset(progress, before, total, name),
+            masks=(name == "train") if masks else False,
+        )  # fmt: skip
+        before += len(items)
+    return ImageSets(index, far_index, images, torch.tensor(index.label_ids(images["train"].items)))
+
+
+def load_sources(sets: ImageSets, data: Data, resolution: int, *, masks: bool, progress=None) -> Images:
+    """The train images at the resolution of generation; the same object where that is `data.image_size`.
+
+    Raises:
+        DataError: an image smaller than the pipeline's resolution.
+    """
+    if resolution == data.image_size:
+        return sets.train
+    return load_images(
+        sets.index, sets.train.items, resolution, data, progress, masks=masks or False, min_size=resolution
+    )
+
+
+def _offset(progress, before: int, total: int, name: str):
+    if progress is None:
+        return None
+    return lambda done, _total, note="": progress(before + done, total, note or name)

@@ -1,0 +1,189 @@
+"""Everything that generates, joined: pipeline, tokens, recipes, slots, gate and reservoir behind `advance(step)`.
+
+Nothing here touches a file, PIL or numpy: train moments in, uint8 rows of the reservoir out.
+"""
+
+import torch
+
+from kernels.pixels import pixels
+from modules.config import Config
+from modules.data.reservoir import Entry, Reservoir
+from modules.diffusion.conditioning import Conditioning
+from modules.diffusion.controller import Controller
+from modules.diffusion.gate import Gate
+from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.recipes import Recipes
+from modules.diffusion.requests import Request
+from modules.diffusion.schedule import time_grid
+from modules.diffusion.slots import Slots, Sources
+from modules.diffusion.tokens import PromptBank, Tokens
+from modules.errors import ConfigError
+
+EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
+PREFILL_PATIENCE = 40  # images made per image wanted before prefill gives up
+
+
+class Generator:
+    """Keeps the reservoir fed; its state is the slots in flight, the gate, the controller and the reservoir."""
+
+    def __init__(
+        self,
+        config: Config,
+        pipeline: StableDiffusion,
+        tokens: Tokens | None,
+        sources: Sources,
+        train_DHWC: torch.Tensor,
+        labels: list[int],
+        num_classes: int,
+        reservoir: Reservoir,
+        *,
+        embed=None,
+        has_mask: list[bool] | None = None,
+    ):
+        """A generator with empty slots.
+
+        Args:
+            tokens: learned class tokens; None: prompts use the initializer word.
+            sources: the train split as generation starts from it.
+            train_DHWC: the same images as stored for training, uint8, on the device.
+            embed: features of stored images by the learner, for gate and controller.
+        """
+        self.config, self.reservoir, self.embed = config, reservoir, embed
+        self.train_DHWC, self.labels, self.num_classes = train_DHWC, labels, num_classes
+        generation, seed = config.generation, config.run.seed
+        self.now = 0
+        self.provenance: dict[int, Request] = {}  # of the images that the reservoir holds, by index
+        grid = time_grid(pipeline.scheduler, generation.solver, generation.num_inference_steps)
+        bank = PromptBank(pipeline, tokens, config.inversion.initializer)
+        self.conditioning = Conditioning(bank, seed)
+        self.controller = Controller(config.controller, num_classes) if config.controller.enabled else None
+        self.recipes = Recipes(
+            generation,
+            config.near_ood,
+            grid,
+            labels,
+            num_classes,
+            seed=seed,
+            resolution=pipeline.resolution,
+            preset=config.pipeline.preset,
+            pipeline=pipeline.digest,
+            tokens=self.conditioning.tokens,
+            has_mask=has_mask,
+            controller=self.controller,
+        )
+        judged = config.gate.enabled or self.controller is not None
+        self.gate = Gate(
+            config.gate,
+            store=self.store,
+            sources_DHWC=train_DHWC,
+            accept=self._accept,
+            retry=lambda request: self.slots.retry(request),
+            embed=embed if judged else None,
+            observe=self.controller.observe if self.controller else None,
+        )
+        self.slots = Slots(
+            pipeline,
+            sources,
+            [grid],
+            self.recipes.request,
+            self.conditioning,
+            self.gate.finish,
+            seed=seed,
+            slots=generation.slots,
+            decode_batch=generation.decode_batch,
+            empty_TE=self.conditioning.empty() if self.recipes.guided else None,
+            masked=self.recipes.masked,
+        )
+
+    def store(self, decoded_N3HW: torch.Tensor) -> torch.Tensor:
+        """Decoded pixels as the reservoir keeps them: uint8 [N, size, size, 3] by one antialiased resize."""
+        return pixels(decoded_N3HW, self.config.data.image_size)
+
+    @torch.no_grad()
+    def advance(self, step: int) -> None:
+        """The generation of one optimizer step: act on verdicts, refresh class statistics, take this step's ticks."""
+        self.now = step
+        self.gate.settle()
+        if self.gate.due(step):
+            rows = [self.embed(part) for part in self.train_DHWC.split(EMBED_ROWS)]
+            self.gate.refresh(torch.cat(rows), self.labels, self.num_classes)
+        if self.controller is not None:
+            self.controller.update(step)
+        self.slots.step(self.config.generation.images_per_step)
+
+    @torch.no_grad()
+    def prefill(self, progress=None) -> None:
+        """Make images until every ring that is fed holds `generation.prefill` of its size.
+
+        Raises:
+            ConfigError: the rings do not fill, because nearly every image is rejected.
+        """
+        wanted = self._unfilled()
+        total = sum(wanted.values())
+        limit = PREFILL_PATIENCE * max(total, 1) + 2 * len(self.slots.occupants)
+        while wanted := self._unfilled():
+            self.slots.tick()
+            self.gate.settle(everything=True)
+            if progress is not None:
+                progress(total - sum(wanted.values()), total, "images in the reservoir")
+            if self.slots.counts["finished"] > limit:
+                raise ConfigError(
+                    f"generation.prefill: {self.slots.counts['finished']} images were made and "
+                    f"{sum(wanted.values())} of {total} places are still empty, because nearly all were rejected; "
+                    f"verdicts: {self.gate.statistics()}; choose a milder strength, or look with preview"
+                )
+        if progress is not None and total:
+            progress(total, total, "images in the reservoir")
+
+    def examples(self) -> list[tuple[torch.Tensor, Request]]:
+        """Every image the reservoir holds now with its provenance, by class and role."""
+        found = []
+        for label in range(self.num_classes):
+            for is_ood in (False, True):
+                for row in self.reservoir.held(label, is_ood):
+                    request = self.provenance[self.reservoir.entry(row).image_index]
+                    found.append((self.reservoir.gather([row])[0], request))
+        return found
+
+    def statistics(self) -> dict[str, float]:
+        """Counts of the slots, the reservoir, the gate and the controller, for a metrics row."""
+        counts = self.slots.counts
+        rows = {"images_finished": counts["finished"], "ticks": counts["ticks"], "unet_rows": counts["busy_rows"]}
+        rows |= self.reservoir.statistics() | self.gate.statistics()
+        return rows | (self.controller.statistics() if self.controller else {})
+
+    def state_dict(self) -> dict:
+        state = {"slots": self.slots.state_dict(), "gate": self.gate.state_dict(), "now": self.now}
+        state["reservoir"] = self.reservoir.state_dict()
+        state["provenance"] = [request.as_dict() for request in self._held_provenance().values()]
+        return state | ({"controller": self.controller.state_dict()} if self.controller else {})
+
+    def load_state_dict(self, state: dict) -> None:
+        self.now = state["now"]
+        self.provenance = {values["image_index"]: Request.from_dict(values) for values in state["provenance"]}
+        for name in ("slots", "gate", "reservoir", "controller"):
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])
+
+    def _accept(self, stored_NHWC: torch.Tensor, requests: list[Request]) -> None:
+        entries = [Entry(r.label, r.is_ood, r.source, r.recipe, self.now, r.image_index) for r in requests]
+        self.reservoir.put_batch(stored_NHWC, entries)
+        self.provenance |= {r.image_index: r for r in requests}
+        if len(self.provenance) > 2 * len(self.reservoir.pixels_SHWC):
+            self.provenance = self._held_provenance()
+
+    def _held_provenance(self) -> dict[int, Request]:
+        rows = [row for c in range(self.num_classes) for ood in (False, True) for row in self.reservoir.held(c, ood)]
+        return {index: self.provenance[index] for index in (self.reservoir.entry(row).image_index for row in rows)}
+
+    def _unfilled(self) -> dict[tuple[int, bool], int]:
+        """Images still wanted by each ring that this run feeds."""
+        generation = self.config.generation
+        roles = [False] * (generation.near_ood_fraction < 1) + [True] * (generation.near_ood_fraction > 0)
+        target = round(generation.prefill * generation.ring_size)
+        rings = {
+            (label, is_ood): target - self.reservoir.fill(label, is_ood)
+            for label in range(self.num_classes)
+            for is_ood in roles
+        }
+        return {ring: missing for ring, missing in rings.items() if missing > 0}

@@ -1,0 +1,172 @@
+"""Reads settings: defaults < YAML file < `section.key=value` on the command line.
+
+An unknown key is an error with a suggestion, a value of the wrong type names what was expected, and the origin of
+every value is kept, so that a run can say where each of its settings came from.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from pathlib import Path
+
+import yaml
+
+from modules.config import Config
+from modules.errors import ConfigError
+from modules.rules import check_rules
+
+
+def load_config(path: str | Path, overrides: list[str] = (), schema: type = Config) -> tuple:
+    """The resolved configuration of a YAML file and `section.key=value` overrides, and the origin of every value.
+
+    Returns:
+        (config, origins): config of type `schema`; origins maps "section.key" to "default", the file's path or "command line".
+
+    Raises:
+        ConfigError: unknown key (with a suggestion), wrong type, value out of range, or settings that contradict.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the config file cannot be read ({error.strerror}); name an existing .yaml"
+        ) from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `learning:`, found {type(tree).__name__}")
+    values: dict[str, dict] = {}
+    origins: dict[str, str] = {}
+    for section, content in tree.items():
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: section `{section}` must hold key: value lines, found {content!r}")
+        for key, value in content.items():
+            _put(schema, values, origins, f"{section}.{key}", value, str(path))
+    for override in overrides:
+        name, separator, raw = override.partition("=")
+        if not separator:
+            raise ConfigError(f"command line: {override!r} is not section.key=value")
+        try:
+            value = yaml.safe_load(raw) if raw else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: {override!r}: the value is not valid YAML") from error
+        _put(schema, values, origins, name.strip(), value, "command line")
+    if not values.get("run", {}).get("name"):
+        _put(schema, values, origins, "run.name", path.stem, str(path))
+    config = schema(**{s.name: s.type(**values.get(s.name, {})) for s in dataclasses.fields(schema)})
+    for name in flatten(config):
+        origins.setdefault(name, "default")
+    if schema is Config:
+        check_rules(config)
+    return config, origins
+
+
+def with_settings(config: Config, settings: dict[str, object]) -> Config:
+    """A copy of `config` with "section.key" settings replaced and every rule checked again."""
+    values = {s.name: dataclasses.asdict(getattr(config, s.name)) for s in dataclasses.fields(Config)}
+    for name, value in settings.items():
+        _put(type(config), values, {}, name, value, "here")
+    changed = Config(**{s.name: s.type(**values[s.name]) for s in dataclasses.fields(Config)})
+    check_rules(changed)
+    return changed
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """{"section.key": value} of every setting, in the order of the schema."""
+    return {
+        f"{section.name}.{key.name}": getattr(getattr(config, section.name), key.name)
+        for section in dataclasses.fields(config)
+        for key in dataclasses.fields(section.type)
+    }
+
+
+def to_yaml(config: Config, origins: dict[str, str]) -> str:
+    """The resolved configuration as YAML, the origin of every value beside it."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"{section.name}:")
+        for key in dataclasses.fields(section.type):
+            value = getattr(getattr(config, section.name), key.name)
+            value = list(value) if isinstance(value, tuple) else value
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+            lines.append(f"  {key.name}: {text}  # {origins.get(f'{section.name}.{key.name}', 'default')}")
+    return "\n".join(lines) + "\n"
+
+
+def _put(schema: type, values: dict, origins: dict, name: str, value, origin: str) -> None:
+    section_name, _, key = name.partition(".")
+    sections = {s.name: s.type for s in dataclasses.fields(schema)}
+    if section_name not in sections:
+        raise ConfigError(f"{origin}: unknown section `{section_name}`{_did_you_mean(section_name, sections)}")
+    fields = {f.name: f for f in dataclasses.fields(sections[section_name])}
+    if key not in fields:
+        known = [f"{section_name}.{k}" for k in fields]
+        hint = _did_you_mean(name, known) or _did_you_mean(key, _all_keys(schema))
+        raise ConfigError(f"{origin}: unknown setting `{name}`{hint}")
+    values.setdefault(section_name, {})[key] = _coerce(value, fields[key].type, name, origin)
+    origins[name] = origin
+
+
+def _all_keys(schema: type) -> dict[str, str]:
+    return {k.name: f"{s.name}.{k.name}" for s in dataclasses.fields(schema) for k in dataclasses.fields(s.type)}
+
+
+def _did_you_mean(word: str, known) -> str:
+    """A suggestion for a mistyped word; `known` lists words or maps them to their full names."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if not close:
+        return ""
+    full = known[close[0]] if isinstance(known, dict) and isinstance(known[close[0]], str) else close[0]
+    return f"; did you mean `{full}`?"
+
+
+def _coerce(value, kind, name: str, origin: str):
+    """`value` as the annotated type; YAML's "1e-3" is a string to PyYAML and is accepted for a float."""
+    try:
+        return _coerced(value, kind)
+    except (TypeError, ValueError):
+        shown = getattr(kind, "__name__", str(kind)) if not typing.get_origin(kind) else str(kind)
+        raise ConfigError(f"{origin}: `{name}` is {value!r}; expected {shown}") from None
+
+
+def _coerced(value, kind):
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise TypeError
+        if inner[-1] is Ellipsis:
+            return tuple(_coerced(v, inner[0]) for v in value)
+        if len(value) != len(inner):
+            raise ValueError
+        return tuple(_coerced(v, k) for v, k in zip(value, inner, strict=True))
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise TypeError
+        return {k: _coerced(v, float) for k, v in value.items()}
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind is float:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    if kind is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise TypeError
+        return int(value)
+    if kind is str:
+        if value is None:
+            return ""
+        if isinstance(value, dict | list):
+            raise TypeError
+        return str(value)
+    raise TypeError

@@ -1,0 +1,105 @@
+"""Settings: defaults < file < command line, with origins, suggestions and one clear message for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modules.config import Config, PipelineConfig
+from modules.errors import ConfigError
+from modules.settings import flatten, load_config, to_yaml, with_settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("run: {seed: 3}\nlearning: {lr: 1e-3, steps: 200}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    schema = PipelineConfig if path.stem == "train_pipeline" else Config
+    config, origins = load_config(path, schema=schema)
+    assert config.run.name == path.stem
+    assert any(origin == str(path) for origin in origins.values())
+
+
+def test_command_line_beats_file_beats_default(file):
+    config, origins = load_config(file, ["run.seed=5", "learning.crop_scale=[0.5, 1]"])
+    assert (config.run.seed, config.learning.lr, config.learning.crop_scale) == (5, 1e-3, (0.5, 1.0))
+    assert origins["run.seed"] == "command line"
+    assert origins["learning.lr"] == str(file)
+    assert origins["learning.momentum"] == "default"
+    assert config.run.name == "mine"
+
+
+def test_resolved_yaml_reads_back_as_the_same_config(file):
+    config, origins = load_config(file, ["generation.strengths={0.25: 1, 0.5: 2}", "data.near_ood_classes=[a, b]"])
+    again = yaml.safe_load(to_yaml(config, origins))
+    for name, value in flatten(config).items():
+        section, key = name.split(".")
+        assert again[section][key] == (list(value) if isinstance(value, tuple) else value), name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning.lrr=3", r"unknown setting `learning.lrr`; did you mean `learning.lr`"),
+        ("learning.images_per_step=3", r"did you mean `generation.images_per_step`"),
+        ("lerning.lr=3", r"unknown section `lerning`; did you mean `learning`"),
+        ("learning.lr", r"is not section.key=value"),
+        ("learning.lr=fast", r"`learning.lr` is 'fast'; expected float"),
+        ("learning.steps=1.5", r"`learning.steps` is 1.5; expected int"),
+        ("gate.enabled=3", r"`gate.enabled` is 3; expected bool"),
+        ("learning.crop_scale=[1]", r"`learning.crop_scale` is \[1\]"),
+        ("learning.lr=.nan", r"`learning.lr` is nan"),
+        ("learning.method=supcom", r"choose one of supcon, cross_entropy, simclr"),
+        ("learning.temperature=0", r"`learning.temperature` is 0.0; it must lie in \(0, inf\)"),
+        ("generation.synthetic_fraction=1", r"\[0, 1\)"),
+        ("generation.images_per_step=0.1", r"feeds only 0.8; raise images_per_step to 4"),
+        ("generation.strengths={0.02: 1}", r"int\(20 x 0.02\) = 0 denoising steps"),
+        ("near_ood.strength=0.01", r"= 0 denoising steps"),
+        ("near_ood.recipes={dream: 1}", r"names 'dream'; choose from strength"),
+        ("near_ood.recipes={strength: 0}", r"at least one weight above 0"),
+        ("generation.templates=[a photo]", r"needs exactly one \{\}"),
+        ("near_ood.jigsaw_grid=5", r"does not divide data.image_size 64"),
+        ("learning.method=cross_entropy", r"needs learning.outlier_exposure > 0"),
+        ("learning.warmup_steps=500", r"does not end before learning.steps"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, [override])
+
+
+def test_file_mistakes(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("run: [1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(bad)
+    bad.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected sections"):
+        load_config(bad)
+    bad.write_text("run: 3\n")
+    with pytest.raises(ConfigError, match="must hold key: value"):
+        load_config(bad)
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    bad = tmp_path / "bomb.yaml"
+    bad.write_text(f"run: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'boom'}]\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(bad)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_with_settings_checks_the_rules_again(file):
+    config, _ = load_config(file)
+    assert with_settings(config, {"learning.steps": 99}).learning.steps == 99
+    with pytest.raises(ConfigError, match="method"):
+        with_settings(config, {"learning.method": "none"})

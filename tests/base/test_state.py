@@ -1,0 +1,157 @@
+"""Checkpoints: exact, atomic, newest valid one; a kill at any moment loses nothing."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules import state
+from modules.errors import StorageError
+
+TREE = {
+    "weights": {"a.b": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.float16)},
+    "optimizer": {0: {"exp_avg": torch.zeros(3)}, 1: None},
+    "list": [1, 2.5, "x", True, [torch.tensor(7, dtype=torch.int64)]],
+    "tiny": 0.1 + 0.2,
+}
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b and type(a) is type(b)
+
+
+def test_a_tree_comes_back_exactly(tmp_path):
+    state.save_checkpoint(tmp_path, 12, TREE)
+    step, tree, complaints = state.load_newest(tmp_path)
+    assert (step, complaints) == (12, [])
+    assert equal(TREE, tree)
+
+
+def test_old_checkpoints_go_only_after_the_new_one_stands(tmp_path):
+    for step in (1, 2, 3):
+        state.save_checkpoint(tmp_path, step, TREE, keep=2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no manifest", "garbage manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage):
+    state.save_checkpoint(tmp_path, 1, TREE)
+    newest = state.save_checkpoint(tmp_path, 2, TREE)
+    if damage == "truncate":
+        (newest / "tensors.safetensors").write_bytes(b"\x00" * 10)
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("[]")
+    step, _, complaints = state.load_newest(tmp_path)
+    assert step == 1
+    assert len(complaints) == 1
+    assert "step-00000002" in complaints[0]
+    assert "an older checkpoint is used" in complaints[0]
+
+
+def test_no_valid_checkpoint_left_is_an_error_not_a_restart(tmp_path):
+    path = state.save_checkpoint(tmp_path, 1, TREE)
+    (path / "tree.json").write_text("{}")
+    with pytest.raises(StorageError, match="no valid checkpoint is left"):
+        state.load_newest(tmp_path)
+    assert state.load_newest(tmp_path / "empty") is None
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    state.save_checkpoint(tmp_path, 1, TREE)
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        state.save_checkpoint(tmp_path, 2, TREE)
+    assert state.load_newest(tmp_path)[0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_pickle_is_not_a_checkpoint(tmp_path):
+    path = state.save_checkpoint(tmp_path, 1, TREE)
+    torch.save({"a": 1}, path / "tensors.safetensors")
+    with pytest.raises(StorageError):
+        state.load_newest(tmp_path)
+    with pytest.raises(TypeError, match="plain values"):
+        state.save_checkpoint(tmp_path, 2, {"object": object()})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the writer may catch it or clean up after it."""
+
+
+def test_killed_before_or_after_every_file_operation_nothing_is_lost(tmp_path, monkeypatch):
+    """The writer dies at each of its file operations in turn; the newest valid state is then the old or the new one."""
+    moment, operations = 0, 0
+
+    def dying(operation):
+        def run(*args, **kwargs):
+            nonlocal operations
+            operations += 1
+            if operations == 2 * moment + 1:
+                raise Killed
+            result = operation(*args, **kwargs)
+            operations += 1
+            if operations == 2 * moment + 2:
+                raise Killed
+            return result
+
+        return run
+
+    for owner, name in [(state, "save_file"), (state, "_fsync"), (Path, "write_text"), (Path, "rename")]:
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    monkeypatch.setattr(state.shutil, "rmtree", dying(state.shutil.rmtree))
+    kills, folder, done = 0, tmp_path / "checkpoints", False
+    while not done:
+        operations = -(10**9)  # an undisturbed writer
+        state.save_checkpoint(folder, 1, TREE, keep=1)
+        operations = 0
+        try:
+            state.save_checkpoint(folder, 2, {"new": torch.ones(3)}, keep=1)
+            done = True
+        except Killed:
+            kills += 1
+        operations = -(10**9)
+        step, tree, _ = state.load_newest(folder)
+        assert (step == 2 and torch.equal(tree["new"], torch.ones(3))) or (step == 1 and equal(tree, TREE)), moment
+        state.shutil.rmtree(folder)
+        moment += 1
+    assert kills > 10
+
+
+def test_a_killed_process_leaves_a_valid_state(tmp_path):
+    """A real SIGKILL at an arbitrary moment of a process that does nothing but write checkpoints."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import torch; from modules import state\n"
+        "for n in range(1, 10**6):\n"
+        "    state.save_checkpoint(sys.argv[1], n, {'n': torch.full((20000,), n), 'step': n})\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), root])
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("step-0000000[3-9]")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    step, tree, _ = state.load_newest(tmp_path)
+    assert step >= 3
+    assert tree["step"] == step
+    assert bool((tree["n"] == step).all())

@@ -1,0 +1,113 @@
+"""The story of a run: images in, a trained, probed and OOD-evaluated encoder out.
+
+    python trainer.py run configs/demo.yaml learning.steps=400
+
+One process holds a Stable Diffusion image-to-image engine and trains an image encoder with SupCon while the engine
+generates that encoder's positives and near-OOD negatives in memory. A step is seven phases; a run is six stages:
+data -> tokens -> contrastive -> probe -> evaluate -> report.
+"""
+
+import importlib
+import signal
+import sys
+
+VERBS = {  # verb -> (module below modules.commands, one line of help)
+    "run": ("run", "CONFIG [section.key=value ...]   train, probe, evaluate, report; again: go on, or show the result"),
+    "train-pipeline": ("train_pipeline", "CONFIG [...]   make a small Stable Diffusion pipeline from captioned images"),
+}
+USAGE = "usage: python trainer.py VERB CONFIG [section.key=value ...]\n\n" + "\n".join(
+    f"  {verb:<16}{help_line}" for verb, (_, help_line) in VERBS.items()
+)
+
+
+def step(state) -> None:
+    """One optimizer step in seven phases."""
+    from modules.data.views import two_views
+
+    phase, config = state.meter.phase, state.config
+    log = (state.step + 1) % config.run.log_every == 0
+    with phase("generate"):
+        if state.generator is not None:
+            state.generator.advance(state.step)
+    with phase("mix"):
+        batch = state.mixer.batch(state.step)
+    with phase("augment"):
+        views = two_views(batch.images_BHWC, seed=config.run.seed, step=state.step, learning=config.learning)
+    with phase("encode"), state.autocast():
+        outputs = state.encoder(views, state.objective.output, [entry >= 0 for entry in batch.entries])
+    with phase("loss"):
+        loss, state.logs = state.objective(outputs, batch.labels_B, batch.is_ood_B, log=log)
+    with phase("backward"):
+        state.optimizer.backward(loss)
+    with phase("optimize"):
+        state.optimizer.step(state.step, loss, {"images": batch.images_BHWC, "labels": batch.labels_B})
+        if state.average is not None:
+            state.average.update_parameters(state.encoder)
+    state.forward_rows += len(views)
+    state.step += 1
+
+
+def run(config, origins: dict[str, str], console) -> dict:
+    """A whole run, from wherever its directory stands; returns its results."""
+    from modules.commands import run as stages
+    from modules.workdir import Workdir
+
+    workdir = Workdir(config, origins)
+    try:
+        if (results := workdir.results()) is not None:
+            stages.show(results, workdir, console, "finished before; this is its result")
+            return results
+        job = stages.Job(config, workdir, console)
+        with job.stage("data") as progress:
+            stages.load_data(job, progress)
+        with job.stage("tokens") as progress:
+            stages.learn_tokens(job, progress)
+        with job.stage("contrastive") as progress:
+            state = stages.build(job, progress)
+            stages.train(job, state, step, progress)
+        with job.stage("probe") as progress:
+            features = stages.embed_sets(job, state, progress)
+        with job.stage("evaluate") as progress:
+            outcome = stages.evaluate_features(job, state, features, progress)
+        with job.stage("report") as progress:
+            results = stages.write_results(job, state, features, outcome)
+        stages.show(results, workdir, console)
+        return results
+    finally:
+        workdir.close()
+
+
+def main(arguments: list[str]) -> int:
+    """Run a verb; returns the exit code of the process (see modules/errors.py)."""
+    from modules.errors import Terminated, UserError
+
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in VERBS or not rest:
+        print(
+            f"trainer.py: {f'unknown verb {verb!r}' if verb not in VERBS else f'{verb} needs a CONFIG'}\n\n{USAGE}",
+            file=sys.stderr,
+        )
+        return 2
+
+    def terminate(signum, frame):
+        raise Terminated("SIGTERM before a checkpoint could be written; start the same command again to go on")
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        from modules.console import Console
+
+        importlib.import_module(f"modules.commands.{VERBS[verb][0]}").command(rest[0], rest[1:], Console(), run, step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
