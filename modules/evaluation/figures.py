@@ -33,6 +33,17 @@ STAND_INS = {
     "#070809": "var(--far)",
     "#08090a": "var(--positive)",
 }
+# the page's light colors, for figures outside a page
+PAPER = {
+    "var(--ink)": "#1b2330",
+    "var(--muted)": "#667085",
+    "var(--line)": "#e2e6ec",
+    "var(--surface)": "#ffffff",
+    "var(--id)": "#2f6bd8",
+    "var(--near)": "#d9701e",
+    "var(--far)": "#8257c6",
+    "var(--positive)": "#16876f",
+}
 INK, MUTED, LINE, SURFACE, ID, NEAR, FAR, POSITIVE = STAND_INS
 ROLE_COLORS = {"id": ID, "near_ood": NEAR, "far_ood": FAR}
 ROLE_NAMES = {"id": "in-distribution", "near_ood": "near-OOD", "far_ood": "far-OOD"}
@@ -64,21 +75,27 @@ STYLE = {
 }
 
 
-def to_svg(drawing: Figure, name: str) -> str:
-    """The figure as an SVG element in the page's colors; `name` keeps its ids apart from those of other figures."""
+def to_svg(drawing: Figure, name: str, colors: dict[str, str] | None = None) -> str:
+    """The figure as an SVG element in the page's colors; `name` keeps its ids apart from those of other figures.
+
+    `colors` maps CSS variables to fixed colors, for a figure that stands in a file of its own (see PAPER).
+    """
     buffer = io.StringIO()
+    if colors is not None:
+        drawing.set_facecolor(SURFACE)
     with rc_context(STYLE | {"svg.hashsalt": name}):
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     # ids such as "text_1" and "axes_1" repeat in every figure; only those that are referred to must stay
     svg = re.sub(
         r' id="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|PathCollection|legend)[._0-9a-z]*"', "", svg
     )
     for stand_in, variable in STAND_INS.items():
-        svg = svg.replace(stand_in, variable)
+        svg = svg.replace(stand_in, variable if colors is None else colors[variable])
     return svg
 
 
@@ -156,6 +173,41 @@ def intervals_plot(
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         return to_svg(drawing, name)
+
+
+def arms_plot(
+    arms: Sequence[str],
+    panels: Sequence[tuple[str, Sequence[tuple[float, float | None, float | None, Sequence[float]] | None]]],
+    baseline: str,
+    colors: dict[str, str] | None = None,
+) -> str:
+    """Arms down, one panel a metric: mean with interval as a bar, each seed as a ring, the baseline's mean dashed.
+
+    Each panel is (title, one entry an arm: mean, low, high, values by seed, in [0, 1], or None); `colors` as in to_svg.
+    """
+    with rc_context(STYLE):
+        drawing = Figure(figsize=(10.6, 0.95 + 0.36 * len(arms)), layout="constrained")
+        for axes, (title, entries) in zip(
+            drawing.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels, strict=True
+        ):
+            for position, (arm, entry) in enumerate(zip(arms, entries, strict=True)):
+                if entry is None:
+                    continue
+                mean, low, high, values = entry
+                color = MUTED if arm == baseline else ID
+                if low is not None and high is not None:
+                    axes.plot([100 * low, 100 * high], [position, position], color=color, linewidth=5, alpha=0.3)
+                seeds = [100 * value for value in values]
+                axes.plot(seeds, [position] * len(seeds), "o", color=color, markersize=4, markerfacecolor="none")
+                axes.plot([100 * mean], [position], "o", color=color, markersize=7, markeredgecolor=SURFACE)
+                if arm == baseline:
+                    axes.axvline(100 * mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            axes.set_title(title)
+            axes.set_yticks(range(len(arms)), arms)
+            axes.tick_params(axis="y", length=0, labelcolor=INK)
+            axes.set_ylim(len(arms) - 0.5, -0.5)
+            axes.grid(axis="y", visible=False)
+        return to_svg(drawing, "arms", colors)
 
 
 def confusion_figure(confusion_CC: np.ndarray, classes: Sequence[str]) -> str:

@@ -1,0 +1,293 @@
+"""Arms and seeds that are finished, compared on the same test groups.
+
+Nothing is run here: a trial is a run directory with results.json and predictions.safetensors, and one that lacks them
+is named and left out. All arms must have been judged on the same test images; groups and seeds are then resampled
+jointly, every arm sees the same resample, and a difference between two arms is a difference of paired replicates.
+
+Shapes: Q resamples, K seeds.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from modules.errors import DataError
+from modules.evaluation.features import Progress
+from modules.evaluation.intervals import (
+    check_groups,
+    metric_replicates,
+    over_seeds,
+    percentile_interval,
+    role_weights,
+    seed_draws,
+)
+from modules.evaluation.stored import ROLES, Predictions, load_predictions
+
+TRIAL_NAME = re.compile(r"(?P<arm>.+)-s(?P<seed>\d+)")
+COSTS = ("cost.seconds", "cost.forward_passes", "cost.images_generated", "cost.reuse")
+WITHOUT_INTERVAL = ("test.alignment", "test.uniformity", "test.ece", *COSTS)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One (arm, seed) and its run directory, finished or not."""
+
+    arm: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that can be compared."""
+
+    trial: Trial
+    results: dict
+    settings: dict[str, object]  # "section.key" -> value, of the resolved config
+    environment: dict
+    predictions: Predictions  # rows sorted by (role, path)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A metric of an arm, or the difference of two arms, over seeds."""
+
+    mean: float
+    sd: float | None  # over seeds, with n - 1; None for one seed
+    low: float | None  # group-and-seed bootstrap; None where the metric is no function of test rows
+    high: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What finished trials say."""
+
+    arms: tuple[str, ...]
+    baseline: str
+    headline: str  # OOD score fixed before the runs
+    confidence: float
+    resamples: int
+    groups: dict[str, int]  # role -> test groups
+    images: dict[str, int]  # role -> test images
+    summaries: dict[str, dict[str, Summary]]  # arm -> metric -> Summary
+    differences: dict[tuple[str, str], dict[str, Summary]]  # (arm, other) -> metric -> Summary of arm - other
+    arm_settings: dict[str, dict[str, object]]  # arm -> the settings in which the arms differ
+    finished: tuple[Finished, ...]
+    unfinished: tuple[tuple[Trial, str], ...] = ()  # with the reason
+
+
+def find_trials(folder: Path) -> list[Trial]:
+    """Trials below a comparison's directory, by their names `<arm>-s<seed>`, sorted by arm and seed.
+
+    Raises DataError where there is none.
+    """
+    matches = [(TRIAL_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("*")) if path.is_dir()]
+    trials = [Trial(match["arm"], int(match["seed"]), path) for match, path in matches if match]
+    if not trials:
+        raise DataError(f"{folder}: holds no run directory named <arm>-s<seed>; run the trials first")
+    return sorted(trials, key=lambda trial: (trial.arm, trial.seed))
+
+
+def read_trials(trials: Iterable[Trial]) -> tuple[list[Finished], list[tuple[Trial, str]]]:
+    """(finished trials, unfinished ones with the reason), both in the order given.
+
+    Raises DataError where a finished trial's files cannot be read or its config.yaml states another seed.
+    """
+    finished, unfinished = [], []
+    for trial in trials:
+        lacking = [
+            name
+            for name in ("results.json", "predictions.safetensors", "config.yaml")
+            if not (trial.path / name).exists()
+        ]
+        if lacking:
+            reason = f"no {lacking[0]}" if trial.path.is_dir() else "not started"
+            unfinished.append((trial, reason))
+            continue
+        settings = _flat(yaml.safe_load((trial.path / "config.yaml").read_text()))
+        if settings.get("run.seed") != trial.seed:
+            raise DataError(
+                f"{trial.path}: its config.yaml has run.seed={settings.get('run.seed')}, its name says {trial.seed}; "
+                "move it away and run the trial again"
+            )
+        environment = trial.path / "environment.json"
+        finished.append(
+            Finished(
+                trial,
+                _json(trial.path / "results.json"),
+                settings,
+                _json(environment) if environment.exists() else {},
+                _sorted_rows(load_predictions(trial.path / "predictions.safetensors")),
+            )
+        )
+    return finished, unfinished
+
+
+def compare(
+    finished: Sequence[Finished],
+    unfinished: Sequence[tuple[Trial, str]] = (),
+    *,
+    arms: Sequence[str] = (),
+    baseline: str = "",
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Comparison of finished trials; `arms` gives their order, `baseline` the arm that stands in the tables.
+
+    An arm's value is the mean over its seeds; a difference of two arms is over the seeds both have. Replicate q draws
+    the same groups for every arm and seed, and the same seeds for both sides of a difference.
+
+    Raises DataError: nothing finished, different test images, headline scores, or settings within an arm, too few
+    groups, an arm without a finished trial.
+    """
+    if not finished:
+        raise DataError("no trial is finished: nothing can be compared")
+    _check_comparable(finished)
+    order = list(dict.fromkeys([*arms, *(one.trial.arm for one in finished)]))
+    seeds = {arm: sorted(one.trial.seed for one in finished if one.trial.arm == arm) for arm in order}
+    seeds = {arm: given for arm, given in seeds.items() if given}
+    if baseline and baseline not in seeds:
+        raise DataError(f"the baseline arm {baseline!r} has no finished trial; finished are {', '.join(seeds)}")
+    groups = _groups(finished[0].predictions)
+    check_groups({f"test {role}": members for role, members in groups.items()}, resamples)
+
+    weights = role_weights(finished[0].predictions, resamples, seed=seed)
+    values: dict[tuple[str, int], dict[str, float]] = {}
+    replicates: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for index, one in enumerate(finished):
+        key = (one.trial.arm, one.trial.seed)
+        replicates[key] = metric_replicates(one.predictions, weights)
+        compared = [*replicates[key], *WITHOUT_INTERVAL]
+        values[key] = {metric: one.results[metric] for metric in compared if metric in one.results}
+        if progress is not None:
+            progress(index + 1, len(finished), "bootstrap")
+
+    summaries = {
+        arm: _summarize([values[arm, s] for s in given], [replicates[arm, s] for s in given], confidence, seed)
+        for arm, given in seeds.items()
+    }
+    differences = {}
+    for arm, other in permutations(seeds, 2):
+        common = [s for s in seeds[arm] if s in seeds[other]]
+        if common:
+            differences[arm, other] = _summarize(
+                [_minus(values[arm, s], values[other, s]) for s in common],
+                [_minus(replicates[arm, s], replicates[other, s]) for s in common],
+                confidence,
+                seed,
+            )
+    return Comparison(
+        arms=tuple(seeds),
+        baseline=baseline or next(iter(seeds)),
+        headline=finished[0].results["headline.score"],
+        confidence=confidence,
+        resamples=resamples,
+        groups={role: len(set(members)) for role, members in groups.items()},
+        images={role: len(members) for role, members in groups.items()},
+        summaries=summaries,
+        differences=differences,
+        arm_settings=_arm_settings(finished, tuple(seeds)),
+        finished=tuple(finished),
+        unfinished=tuple(unfinished),
+    )
+
+
+def _summarize(
+    values: Sequence[dict[str, float]], replicates: Sequence[dict[str, Tensor]], confidence: float, seed: int
+) -> dict[str, Summary]:
+    """Summary of every metric that all seeds have, from its value and its replicates [Q] at each seed."""
+    found = {}
+    for metric in [key for key in values[0] if all(key in given for given in values)]:
+        value_K = torch.tensor([given[metric] for given in values], dtype=torch.float64)
+        low = high = None
+        if all(len(given.get(metric, ())) for given in replicates):
+            replicate_KQ = torch.stack([given[metric] for given in replicates])
+            draws_QK = seed_draws(len(replicate_KQ), replicate_KQ.shape[1], seed=seed)
+            low, high = percentile_interval(over_seeds(replicate_KQ, draws_QK), confidence)
+        sd = float(value_K.std()) if len(value_K) > 1 else None
+        found[metric] = Summary(float(value_K.mean()), sd, low, high, len(value_K))
+    return found
+
+
+def _minus(first: dict, second: dict) -> dict:
+    return {key: value - second[key] for key, value in first.items() if key in second}
+
+
+def _check_comparable(finished: Sequence[Finished]) -> None:
+    """One test set, one headline score, one config an arm (but for its seed and where it ran)."""
+    first = finished[0]
+    for one in finished[1:]:
+        mine, others = first.predictions, one.predictions
+        if (mine.paths, mine.groups, mine.classes) != (others.paths, others.groups, others.classes) or not torch.equal(
+            mine.roles_D, others.roles_D
+        ):
+            raise DataError(
+                f"{one.trial.path} was judged on other test images, groups or classes than {first.trial.path}: "
+                "compare runs of one data set only"
+            )
+        if one.results.get("headline.score") != first.results.get("headline.score"):
+            raise DataError(
+                f"{one.trial.path} has the headline score {one.results.get('headline.score')}, {first.trial.path} has "
+                f"{first.results.get('headline.score')}: evaluation.score must be one and fixed before the runs"
+            )
+    heads = {one.trial.arm: one for one in reversed(finished)}
+    for one in finished:
+        head = heads[one.trial.arm]
+        for name in one.settings.keys() | head.settings.keys():
+            if not name.startswith("run.") and one.settings.get(name) != head.settings.get(name):
+                raise DataError(
+                    f"arm {one.trial.arm}: {name} is {head.settings.get(name)!r} at seed {head.trial.seed} and "
+                    f"{one.settings.get(name)!r} at seed {one.trial.seed}; seeds of an arm must share a config"
+                )
+
+
+def _arm_settings(finished: Sequence[Finished], arms: Sequence[str]) -> dict[str, dict[str, object]]:
+    """What makes an arm: its values of the settings that are not the same in all arms."""
+    settings = {one.trial.arm: one.settings for one in finished}
+    names = list(dict.fromkeys(name for arm in arms for name in settings[arm] if not name.startswith("run.")))
+    differing = [name for name in names if any(settings[arm].get(name) != settings[arms[0]].get(name) for arm in arms)]
+    return {arm: {name: settings[arm].get(name) for name in differing} for arm in arms}
+
+
+def _sorted_rows(predictions: Predictions) -> Predictions:
+    """The same predictions with rows ordered by role and path, whatever order the run read its images in."""
+    order = sorted(
+        range(len(predictions.paths)), key=lambda row: (int(predictions.roles_D[row]), predictions.paths[row])
+    )
+    return replace(
+        predictions,
+        paths=tuple(predictions.paths[row] for row in order),
+        groups=tuple(predictions.groups[row] for row in order),
+        roles_D=predictions.roles_D[order],
+        labels_D=predictions.labels_D[order],
+        logits_DC=predictions.logits_DC[order],
+        knn_D=predictions.knn_D[order],
+        scores={name: values_D[order] for name, values_D in predictions.scores.items()},
+    )
+
+
+def _groups(predictions: Predictions) -> dict[str, list[str]]:
+    """Group of every test image by role, for the roles that occur."""
+    found = {role: [predictions.groups[row] for row in predictions.rows(role).tolist()] for role in ROLES}
+    return {role: members for role, members in found.items() if members}
+
+
+def _flat(tree: dict) -> dict[str, object]:
+    return {f"{section}.{key}": value for section, content in tree.items() for key, value in content.items()}
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); evaluate the run again") from error
