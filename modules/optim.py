@@ -45,7 +45,11 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if learning.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=learning.lr, momentum=learning.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=learning.lr, momentum=learning.momentum, fused=True)
+        if learning.momentum > 0:  # torch leaves them uninitialized if its very first update is a skipped one
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if learning.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=learning.lr, fused=True)
     try:

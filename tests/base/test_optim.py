@@ -134,6 +134,20 @@ def test_a_bad_step_is_noted_and_leaves_finite_weights(name, place):
     assert captured[0]["step"] == 3 and torch.equal(captured[0]["tensors"]["images"], images)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_bad_first_step_leaves_no_trace_in_the_moments(name):
+    learning = dataclasses.replace(SGD, optimizer=name)
+    module, reference = make_module(), make_module()
+    optimizer = Optimizer(module, learning, 256)
+    loss = loss_of(module, 0) * torch.nan
+    optimizer.backward(loss)
+    optimizer.step(0, loss)
+    train(module, optimizer, range(1, 4))
+    train(reference, Optimizer(reference, learning, 256), range(1, 4))
+    expected = dict(reference.named_parameters())
+    assert all(torch.equal(p, expected[key]) for key, p in module.named_parameters())
+
+
 def test_finite_steps_raise_nothing():
     module = make_module()
     optimizer = Optimizer(module, SGD, 256)

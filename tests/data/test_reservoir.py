@@ -50,6 +50,7 @@ def test_rings_of_classes_and_roles_are_separate():
     assert everything(reservoir, 1) == [10]
     assert everything(reservoir, 0, True) == [20]
     assert reservoir.fill(0, False) == 3 and reservoir.fill(1, True) == 0
+    assert sorted(identities(reservoir, reservoir.held(0, False))) == [1, 2, 3]
 
 
 def test_a_batch_that_overruns_its_ring_keeps_its_last_images():

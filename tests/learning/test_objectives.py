@@ -86,6 +86,19 @@ def test_value_and_gradient_of_pytorch_metric_learning(variant):
     torch.testing.assert_close(tangent, theirs.grad, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(("variant", "apart"), [("none", True), ("prototype_push", True), ("ood_instance", False)])
+def test_ood_rows_get_gradient_from_id_rows_only_unless_they_are_anchors(variant, apart):
+    """ID rows lie in the first dimensions and near-OOD rows in the others, so a gradient tells where it came from."""
+    z = embeddings(width=8)
+    z[~IS_OOD_B.repeat(2), 4:] = 0
+    z[IS_OOD_B.repeat(2), :4] = 0
+    z = F.normalize(z, dim=1).requires_grad_()
+    build_objective(dataclasses.replace(BASE, ood_variant=variant))(z, LABELS_B, IS_OOD_B)[0].backward()
+    gradient = z.grad[IS_OOD_B.repeat(2)]
+    assert gradient[:, :4].abs().sum() > 0
+    assert (gradient[:, 4:].abs().sum() == 0) == apart
+
+
 def test_simclr_is_supcon_with_a_class_an_image():
     objective = build_objective(dataclasses.replace(BASE, method="simclr"))
     loss, _ = objective(embeddings(), LABELS_B, NO_OOD_B)
