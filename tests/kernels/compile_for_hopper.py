@@ -1,0 +1,93 @@
+"""Compile every kernel for sm_90, as launched on an H200, and print its registers and spilled bytes. Needs no GPU.
+
+python -m tests.kernels.compile_for_hopper
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import group_norm, guided_step, pixels, supcon, views
+
+HALF = ("x", "y", "dx", "dy", "weight", "bias", "conditional", "unconditional")
+POINTERS = {f"{name}_ptr": "*fp16" for name in HALF} | {
+    "key_ptr": "*i32",
+    "op_ptr": "*i32",
+    "images_ptr": "*u8",
+    "row_ptr": "*i64",
+    "unconditional_row_ptr": "*i64",
+    "noise_step_ptr": "*i64",
+}  # the others are fp32
+INTEGERS = {
+    "R",
+    "E",
+    "images",
+    "P",
+    "C",
+    "K",
+    "size",
+    "width",
+    "groups",
+    "B",
+    "V",
+    "H",
+    "W",
+    "out_H",
+    "out_W",
+    "latent",
+}
+INTEGERS |= {"plane", "noise_steps", "conditional_c", "unconditional_c", "stride_n", "stride_c", "stride_h"}
+ALIGNED = INTEGERS - {"V", "K", "images", "width", "groups", "noise_steps"}  # multiples of 16 in real shapes
+
+SUPCON = {"COLUMNS": 1, "OOD_ANCHORS": False, "BLOCK_E": 128}
+TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
+CASES = (
+    (supcon._forward_kernel, SUPCON | {"HARD": True, "BLOCK_I": 64, "BLOCK_J": 32}, {"num_warps": 8, "num_stages": 2}),
+    (supcon._backward_kernel, SUPCON | {"BLOCK_I": 32, "BLOCK_J": 64}, {"num_warps": 8, "num_stages": 1}),
+    (group_norm._statistics_kernel, TILE, {}),
+    (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 256}, {}),
+    (group_norm._normalize_kernel, TILE | {"SILU": True}, {}),
+    (group_norm._backward_sums_kernel, TILE | {"SILU": True}, {}),
+    (group_norm._backward_kernel, TILE | {"SILU": True}, {}),
+    (pixels._pixels_kernel, {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64, "stride_w": 1}, {}),
+    (
+        guided_step._guided_step_kernel,
+        dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True)
+        | {"BLOCK": 1024, "conditional_p": 1, "unconditional_p": 1},
+        {},
+    ),
+    (views._views_kernel, {"TAPS": 2, "BLOCK": 1024}, {"num_warps": 8}),
+)
+
+
+def compile_for_hopper(kernel, constants: dict, options: dict):
+    """The compiled kernel, its signature as a launch on fp16 tensors of ordinary shapes would make it."""
+    names = kernel.arg_names
+    pointers = POINTERS | {"out_ptr": "*u8" if kernel is pixels._pixels_kernel else "*fp16"}
+    kinds = {name: pointers.get(name, "*fp32") if name.endswith("_ptr") else "fp32" for name in names}
+    signature = kinds | {name: "i32" for name in names if name in INTEGERS} | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in ALIGNED}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(compiled) -> tuple[int, int]:
+    """Registers a thread and bytes of stack a thread, from the compiled code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout + report.stderr).groups()
+    return int(registers), int(stack)
+
+
+if __name__ == "__main__":
+    for kernel, constants, options in CASES:
+        registers, stack = resources(compile_for_hopper(kernel, constants, options))
+        print(f"{kernel.__module__}.{kernel.__name__} registers {registers} spilled {stack}")

@@ -1,0 +1,29 @@
+"""The idiom of every parity test: a kernel may err as much as the eager op errs at that dtype, plus a little."""
+
+import pytest
+import torch
+
+from kernels import backend
+
+DEVICE = "cpu" if backend.interpreted() else "cuda"
+# What is added to the eager op's own relative error. The interpreter stores bf16 by cutting off, which doubles its rounding.
+SLACK = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 4e-3 if backend.interpreted() else 1e-3}
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture
+def as_good_as_eager():
+    """check(kernel, eager, truth, dtype): relative errors |out - truth| / |truth| of tensors; NaN never passes."""
+
+    def check(kernel, eager, truth, dtype, what=""):
+        for name, k, e, t in zip(("value", "gradient", "gradient", "gradient"), kernel, eager, truth, strict=False):
+            assert k.shape == t.shape
+            size = t.double().norm().clamp(min=1e-6)
+            error = [((out.double() - t.double()).norm() / size).item() for out in (k, e)]
+            assert error[0] <= error[1] + SLACK[dtype], f"{what} {name}: kernel {error[0]:.2e}, eager {error[1]:.2e}"
+
+    return check

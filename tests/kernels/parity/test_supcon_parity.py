@@ -1,0 +1,124 @@
+"""The streaming loss against the definition in fp64: values and gradients, friendly and hostile batches."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.supcon import OOD_COLUMNS, supcon
+
+# name -> (images, embedding width): one block, several, ragged, a single image
+SHAPES = {"even": (16, 16), "ragged": (19, 20), "single": (1, 5)}
+
+
+def batch(images: int, width: int, seed: int, classes: int = 4, ood: float = 0.3):
+    g = torch.Generator().manual_seed(seed)
+    z = F.normalize(torch.randn(2 * images, width, generator=g, dtype=torch.float64), dim=1)
+    labels = torch.randint(0, classes, (images,), generator=g).repeat(2)
+    return z, labels, (torch.rand(images, generator=g) < ood).repeat(2)
+
+
+def loss_and_gradient(z, labels, is_ood, device, dtype, implementation, **settings):
+    z = z.detach().to(device, dtype, copy=True).requires_grad_()
+    loss = supcon(z, labels.to(device), is_ood.to(device), implementation=implementation, **settings)
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+def compare(check, device, dtype, rows, **settings):
+    z, labels, is_ood = rows
+    z = z.to(dtype).double()  # the truth sees the rounded input too
+    kernel = loss_and_gradient(z, labels, is_ood, device, dtype, "triton", **settings)
+    eager = loss_and_gradient(z, labels, is_ood, device, dtype, "torch", **settings)
+    truth = loss_and_gradient(z, labels, is_ood, device, torch.float64, "torch", **settings)
+    check(kernel, eager, truth, dtype, f"{settings} {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_and_types(shape, dtype, device, as_good_as_eager):
+    compare(as_good_as_eager, device, dtype, batch(*SHAPES[shape], seed=1), temperature=0.07)
+
+
+@pytest.mark.parametrize("columns, hardness", list(itertools.product(OOD_COLUMNS, (0.0, 1.5))))
+def test_every_rule_for_near_ood_columns(columns, hardness, device, as_good_as_eager):
+    settings = dict(temperature=0.1, ood_columns=columns, ood_weight=0.6, hardness=hardness)
+    compare(as_good_as_eager, device, torch.float32, batch(10, 16, seed=2), **settings)
+
+
+def test_near_ood_rows_as_anchors(device, as_good_as_eager):
+    rows = batch(9, 16, seed=3)
+    for columns in OOD_COLUMNS:
+        compare(as_good_as_eager, device, torch.float32, rows, ood_columns=columns, ood_anchors=True, temperature=0.1)
+
+
+@pytest.mark.parametrize("case", ["one_class", "all_ood", "no_ood", "coinciding", "opposed", "duplicates"])
+def test_adversarial_batches(case, device, as_good_as_eager):
+    z, labels, is_ood = batch(9, 8, seed=4)
+    if case == "one_class":
+        labels = torch.zeros_like(labels)
+    elif case in ("all_ood", "no_ood"):
+        is_ood = torch.full_like(is_ood, case == "all_ood")
+    elif case == "coinciding":
+        z = z[:1].repeat(len(z), 1)
+    elif case == "opposed":  # views of an image point away from each other: positives far below negatives
+        z = torch.cat([z[:9], -z[:9]])
+    elif case == "duplicates":
+        z = z[:3].repeat(6, 1)
+    for hardness in (0.0, 2.0):
+        rows = (z, labels, is_ood)
+        if case == "coinciding":  # its true gradient is tangential noise: only the value says something
+            value = loss_and_gradient(*rows, device, torch.float32, "triton", hardness=hardness)[0]
+            truth = loss_and_gradient(*rows, device, torch.float64, "torch", hardness=hardness)[0]
+            torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=0)
+        else:
+            compare(as_good_as_eager, device, torch.float32, rows, temperature=0.05, hardness=hardness)
+
+
+def test_hard_weights_far_below_the_positives_do_not_vanish(device, as_good_as_eager):
+    """exp(6 * (-1/.05)) relative to a positive is 1e-52: lost in fp32 unless negatives keep a maximum of their own."""
+    z = torch.zeros(8, 4, dtype=torch.float64)
+    z[:, 0] = torch.tensor([1, 1, -1, -1, 1, 1, -1, -1.0])
+    labels, is_ood = torch.tensor([0, 0, 1, 1] * 2), torch.zeros(8, dtype=torch.bool)
+    compare(as_good_as_eager, device, torch.float32, (z, labels, is_ood), temperature=0.05, hardness=6.0)
+
+
+def test_training_takes_the_same_course_with_the_kernel(device):
+    """Eight steps of a small encoder: the loss traces of kernel and definition agree."""
+    g = torch.Generator().manual_seed(5)
+    x, labels, is_ood = torch.randn(16, 10, generator=g), torch.arange(8).remainder(3).repeat(2), torch.zeros(16) > 0
+    is_ood[[5, 13]] = True
+    start = torch.randn(10, 6, generator=g) * 0.3
+    traces = {}
+    for implementation in ("torch", "triton"):
+        weight = start.clone().to(device).requires_grad_()
+        optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+        traces[implementation] = []
+        for _ in range(8):
+            z = F.normalize(x.to(device) @ weight, dim=1)
+            loss = supcon(z, labels.to(device), is_ood.to(device), implementation=implementation, hardness=1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            traces[implementation].append(loss.item())
+    assert traces["torch"][-1] < traces["torch"][0] - 0.5
+    torch.testing.assert_close(torch.tensor(traces["triton"]), torch.tensor(traces["torch"]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_graph_keeps_no_square_matrix(device):
+    z, labels, is_ood = batch(16, 16, seed=6)
+    loss = supcon(
+        z.to(device, torch.float32).requires_grad_(), labels.to(device), is_ood.to(device), implementation="triton"
+    )
+    node = loss.grad_fn
+    while not hasattr(node, "saved_tensors"):
+        node = node.next_functions[0][0]
+    assert sum(t.numel() for t in node.saved_tensors) <= 32 * (16 + 5)
+
+
+def test_refuses_what_it_cannot_hold(device):
+    labels, is_ood = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, dtype=torch.bool, device=device)
+    for z in (torch.ones(4, 300), torch.ones(4, 8, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"z_RE is float(32|64)\[4, .*Triton kernel takes"):
+            supcon(z.to(device), labels, is_ood, implementation="triton")
