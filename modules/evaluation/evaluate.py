@@ -106,8 +106,8 @@ def evaluate(
     tests = ({"test": test} if test is not None else {}) | {f"test {name}": given for name, given in ood_tests.items()}
     check_groups({name: given.groups for name, given in tests.items()}, evaluation.bootstrap)
     near_ood_val = near_ood_val if near_ood_val is not None and len(near_ood_val) else None
-    with_head = generated_near_ood_DF is not None or near_ood_val is not None
-    check_score_name(evaluation.score, with_head)
+    source = _head_source(near_ood_val, generated_near_ood_DF)
+    check_score_name(evaluation.score, source != "none")
 
     report(0, 4, "probe")
     readout = classifier or train_probe(
@@ -131,7 +131,7 @@ def evaluate(
         results |= {f"probe.val_accuracy.lr_{lr:g}": accuracy for lr, accuracy in readout.val_accuracy.items()}
 
     report(1, 4, "OOD scores")
-    head, source = _binary_head(train, val, near_ood_val, generated_near_ood_DF, generated_id_DF, probe, seed)
+    head = _binary_head(source, train, val, near_ood_val, generated_near_ood_DF, generated_id_DF, probe, seed)
     results["binary_head.trained_on"] = source
     states = fit_scores(Fitting(train.features_DF, train.labels_D, head))
     judge = _Judge(train, readout, states, len(classes))
@@ -210,7 +210,17 @@ class _Judge:
         }
 
 
+def _head_source(near_ood_val: FeatureSet | None, generated_near_ood_DF: Tensor | None) -> str:
+    """What the OOD rows of the binary head are: generated, near_ood_val, or none where nothing can be held out."""
+    if generated_near_ood_DF is not None and len(generated_near_ood_DF) > (0 if near_ood_val is not None else 1):
+        return "generated"
+    if near_ood_val is not None and len(set(near_ood_val.groups)) > 1:
+        return "near_ood_val"
+    return "none"
+
+
 def _binary_head(
+    source: str,
     train: FeatureSet,
     val: FeatureSet,
     near_ood_val: FeatureSet | None,
@@ -218,32 +228,26 @@ def _binary_head(
     generated_id_DF: Tensor | None,
     settings: config.Probe,
     seed: int,
-) -> tuple[Probe | None, str]:
-    """The ID/OOD head and what its OOD rows were: generated, near_ood_val, or none (and then no head)."""
-    if generated_near_ood_DF is None and near_ood_val is None:
-        return None, "none"
-    # the binary head is a softmax over two classes, so probe.lrs hold for it too
+) -> Probe | None:
+    """The ID/OOD head, chosen on ID val images against OOD rows it was not trained on; None without OOD rows."""
+    if source == "none":
+        return None
     id_DF = train.features_DF
-    if generated_near_ood_DF is not None:
+    if source == "generated":
         if generated_id_DF is not None:
             id_DF = torch.cat([id_DF, generated_id_DF])
         if near_ood_val is not None:
             fit_DF, choose_DF = generated_near_ood_DF, near_ood_val.features_DF
         else:
             fit_DF, choose_DF = _halves(generated_near_ood_DF, range(len(generated_near_ood_DF)), seed)
-        source = "generated"
     else:
         fit_DF, choose_DF = _halves(near_ood_val.features_DF, near_ood_val.groups, seed)
-        source = "near_ood_val"
-    head = train_binary_head(id_DF, fit_DF, val.features_DF, choose_DF, settings=settings, seed=seed)
-    return head, source
+    return train_binary_head(id_DF, fit_DF, val.features_DF, choose_DF, settings=settings, seed=seed)
 
 
 def _halves(features_DF: Tensor, groups: Sequence, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of a drawn half of the groups, and the others."""
+    """Rows of a drawn half of the groups, and the others; at least two groups."""
     names = sorted(set(groups))
-    if len(names) < 2:
-        raise DataError("the binary ID/OOD head needs near-OOD val images of at least two groups, there is one")
     order = torch.randperm(len(names), generator=stream(seed, "binary head", "halves")).tolist()
     first = {names[position] for position in order[: math.ceil(len(names) / 2)]}
     in_first_D = torch.tensor([group in first for group in groups])

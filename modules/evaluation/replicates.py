@@ -2,7 +2,7 @@
 
 A resample repeats row i of the test set w_i times, so each metric is a function of integer row weights, and sorting a
 score once serves every resample. One interval needs 1,000 resamples of five metrics for each of eight scores: through
-scikit-learn that is 40,000 calls and about a minute on a CPU core; here it is cumulative sums, a few seconds in all.
+scikit-learn that is 40,000 calls and minutes of a CPU core; here it is cumulative sums, a few seconds in all.
 Each function is tested to equal scikit-learn on the physically repeated rows.
 
 Shapes: Q resamples, D images, C classes, T thresholds.

@@ -81,6 +81,9 @@ def test_the_binary_head_does_not_report_on_images_it_was_trained_on(outcome):
     assert found["test.near_ood.binary.auroc"] > 0.6
     alone = run(given | {"near_ood_val": None, "generated_id_DF": clusters("positives", range(4)).features_DF})
     assert alone.results["test.near_ood.binary.auroc"] > 0.6
+    one_group = dataclasses.replace(given["near_ood_val"], groups=("one",) * 24)
+    without = run(sets() | {"near_ood_val": one_group, "generated_near_ood_DF": torch.zeros(0, 16)})
+    assert without.results["binary_head.trained_on"] == "none" and "binary" not in without.detector.states
 
 
 def test_without_any_ood_images_there_is_accuracy_and_no_binary_head():
