@@ -1,0 +1,63 @@
+"""Which implementation runs is decided in one place, with a reason."""
+
+import pytest
+import torch
+
+from kernels import backend
+
+
+@pytest.fixture(autouse=True)
+def restore_default():
+    yield
+    backend.set_default("auto")
+
+
+def test_a_cpu_runs_the_definitions():
+    assert backend.choose("views") == ("torch", "the definition in plain torch is the CPU path")
+
+
+def test_a_gpu_runs_a_kernel_only_once_a_benchmark_row_judged_it(monkeypatch):
+    monkeypatch.setattr(backend, "_obstacle", lambda kind: "")
+    name, reason = backend.choose("supcon", "auto", "cuda")
+    assert name == "torch" and "no GPU benchmark row" in reason
+    monkeypatch.setitem(backend.JUDGED, "supcon", "5.1x torch.compile at R = 8192, row 12")
+    assert backend.choose("supcon", "auto", "cuda") == ("triton", "5.1x torch.compile at R = 8192, row 12")
+    assert backend.choose("views", "auto", "cuda").name == "torch"
+
+
+def test_a_setting_forces_either(monkeypatch):
+    monkeypatch.setattr(backend, "_obstacle", lambda kind: "")
+    monkeypatch.setitem(backend.JUDGED, "supcon", "judged")
+    assert backend.choose("supcon", "torch", "cuda") == ("torch", "asked for")
+    assert backend.choose("views", "triton", "cuda") == ("triton", "asked for")
+    backend.set_default("torch")
+    assert backend.choose("supcon", "auto", "cuda") == ("torch", "set by run.kernels")
+    assert backend.choose("supcon", "triton", "cuda").name == "triton", "the call has the last word"
+
+
+def test_triton_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_INTERPRET", False)
+    with pytest.raises(ValueError, match="of views: .*(CUDA GPU|not installed).*use 'auto' or 'torch'"):
+        backend.choose("views", "triton", "cpu")
+    monkeypatch.setattr(backend, "triton", None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        backend.choose("views", "triton", "cuda")
+    assert backend.choose("views", "auto", "cuda") == ("torch", "Triton is not installed")
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        backend.choose("views", "cuda")
+    with pytest.raises(ValueError, match="op='attention'"):
+        backend.choose("attention")
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        backend.set_default("fast")
+
+
+def test_every_op_is_explained():
+    assert set(backend.explain(torch.device("cpu"))) == set(backend.OPS)
+
+
+@pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_next_power_of_two(n, expected):
+    assert backend.next_power_of_2(n) == expected
