@@ -34,8 +34,8 @@ CHOICES = {
         "knn",
         "mahalanobis",
         "relative_mahalanobis",
-        "max_cosine",
-        "binary_head",
+        "cosine",
+        "binary",
     ),
 }
 RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded

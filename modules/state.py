@@ -5,6 +5,7 @@ with the sizes and hashes of both. It is built under a temporary name, fsynced a
 manifest agrees is the state. Nothing is pickled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,7 +93,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         _fsync(temporary)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: could not be written ({error}); free some disk space or set run.dir") from error
 
 

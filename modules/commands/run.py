@@ -26,9 +26,10 @@ from modules.diffusion.prompts import check_prompts, trained_words
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
 from modules.ema import build_average
-from modules.errors import Terminated
+from modules.errors import StorageError, Terminated
 from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
 from modules.evaluation.features import embed_images, knn_accuracy
+from modules.evaluation.intervals import check_groups
 from modules.evaluation.probe import Probe
 from modules.learning.encoder import build_encoder, choose_arch
 from modules.learning.geometry import CollapseAlarm
@@ -39,7 +40,10 @@ from modules.optim import Optimizer
 from modules.rules import generated_rows, generates
 from modules.runtime import environment, resolve_runtime
 from modules.settings import load_config
+from modules.termination import termination
 from modules.workdir import Workdir
+
+TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
 
 
 def command(path: str, overrides: list[str], console, run, step) -> None:
@@ -131,6 +135,9 @@ def load_data(job: Job, progress) -> None:
     job.workdir.write_json("data.json", job.sets.summary())
     for note in (*job.sets.index.notes, *job.sets.train.notes):
         job.console.line(f"  {note}")
+    tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
+    groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
+    check_groups(groups, config.evaluation.bootstrap)
     tested = [job.sets.images[name] for name in ("train", "val", "test")]
     if pairs := near_duplicates(*tested):
         job.console.warn(describe_duplicates(pairs))
@@ -187,12 +194,13 @@ def _tokens(job: Job, pixels, moments, progress):
     _load(folder, inversion, job.console)
     try:
         while inversion.done < inversion.steps:
-            loss = inversion.step()
-            if inversion.done % 20 == 0 or inversion.done == inversion.steps:
-                inversion.check_finite()
-                progress(inversion.done, inversion.steps, f"class tokens, denoising loss {loss.item():.4f}")
-            if inversion.done % 200 == 0:
-                checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
+            with termination.whole():
+                loss = inversion.step()
+                if inversion.done % 20 == 0 or inversion.done == inversion.steps:
+                    inversion.check_finite()
+                    progress(inversion.done, inversion.steps, f"class tokens, denoising loss {loss.item():.4f}")
+                if inversion.done % TOKEN_CHECKPOINT_STEPS == 0:
+                    checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
     except Terminated:
         checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
         raise Terminated(f"SIGTERM in stage tokens: checkpointed at step {inversion.done}") from None
@@ -302,39 +310,64 @@ def train(job: Job, state: State, step, progress) -> None:
     config, workdir, console = job.config, job.workdir, job.console
     folder, total = workdir.checkpoints / "contrastive", config.learning.steps
     state.meter.restart_interval()
-    since = state.step
-    finished = 0 if state.generator is None else state.generator.slots.counts["finished"]
+    begun = _progress_of(state)
     try:
         while state.step < total:
-            step(state)
-            if state.step % config.run.log_every == 0 or state.step == total:
-                state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
-                row = _metric_row(job, state, state.step - since, finished)
-                workdir.log(row)
-                console.step_row(row, total)
-                since, finished = state.step, row.get("images_finished", 0)
-            progress(state.step, total)
-            if state.step % config.run.checkpoint_every == 0 and state.step < total:
-                checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)
-                state.meter.restart_interval()
-                since = state.step
+            with termination.whole():
+                step(state)
+                logs = state.step % config.run.log_every == 0 or state.step == total
+                saves = state.step % config.run.checkpoint_every == 0 or state.step == total
+                if logs or saves:
+                    state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
+                if logs:
+                    row = _metric_row(job, state, begun)
+                    workdir.log(row)
+                    console.step_row(row, total)
+                progress(state.step, total)
+                if saves:
+                    _save_or_warn(job, state)
+                if logs or saves:
+                    state.meter.restart_interval()
+                    begun = _progress_of(state)
     except Terminated:
+        state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
         checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)
         raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
 
 
-def _metric_row(job: Job, state: State, steps: int, finished: int) -> dict:
-    """One row of metrics.jsonl: losses, geometry, mixture, reservoir, times."""
+def _progress_of(state: State) -> tuple[int, int]:
+    """Optimizer steps taken and images generated so far."""
+    return state.step, 0 if state.generator is None else state.generator.slots.counts["finished"]
+
+
+def _save_or_warn(job: Job, state: State) -> None:
+    """A checkpoint in passing: a full disk costs this one, not the run, and the older one stays."""
+    run = job.config.run
+    try:
+        checkpoints.save_checkpoint(
+            job.workdir.checkpoints / "contrastive", state.step, state.state_dict(), run.keep_checkpoints
+        )
+    except StorageError as error:
+        job.console.warn(str(error))
+
+
+def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
+    """One row of metrics.jsonl: losses, geometry, mixture, reservoir, times.
+
+    Args:
+        begun: `_progress_of` the state where the interval of the times began.
+    """
     row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
     row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
+    steps, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
     times = state.meter.interval(steps)
     if state.generator is not None:
         row |= state.mixer.statistics() | state.generator.statistics()
-        row["images_per_s"] = (row["images_finished"] - finished) / max(1e-9, times["step_ms"] * steps / 1e3)
+        times["images_per_s"] = images / max(1e-9, times["step_ms"] * steps / 1e3)
         for alarm in state.generator.gate.alarms():
             job.console.warn(alarm)
-    every = job.config.evaluation.knn_every
-    if every and state.step % every < steps:
+    every, last_row = job.config.evaluation.knn_every, (state.step - 1) // job.config.run.log_every
+    if every and state.step // every > last_row * job.config.run.log_every // every:
         row["val.knn_accuracy"] = _knn_accuracy(job, state)
     if "id_cosine" in row and (text := state.alarm.update(state.step, row["id_cosine"], row["id_spread"])):
         job.console.warn(text)
@@ -374,7 +407,7 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
         encoder = state.encoder if state.average is None else state.average.module
         linear = encoder.linear
         classifier = Probe(
-            linear.weight.detach().float().cpu().T.contiguous(), linear.bias.detach().float().cpu(), 0.0, {}
+            linear.weight.detach().float().cpu().T.contiguous(), linear.bias.detach().float().cpu(), float("nan"), {}
         )
     return evaluate(
         train=features["train"],
@@ -404,8 +437,10 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
         results |= {f"mix.{name}": value for name, value in state.mixer.statistics().items()}
     results |= {
         "learning.steps": state.step,
-        "learning.forward_rows": state.forward_rows,
-        "run.seconds": sum(value for name, value in job.meter.seconds.items() if name.startswith("stage.")),
+        "cost.seconds": sum(value for name, value in job.meter.seconds.items() if name.startswith("stage.")),
+        "cost.forward_passes": state.forward_rows,
+        "cost.images_generated": results.get("generation.images_finished", 0),
+        "cost.reuse": results.get("generation.reuse", 0.0),
         "run.peak_memory_gib": job.meter.peak_memory_gib(),
     }
     results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}
@@ -433,8 +468,8 @@ def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
         ("test kNN accuracy", interval("test.knn_accuracy")),
         (f"near-OOD AUROC ({score})", interval(f"test.near_ood.{score}.auroc")),
         (f"far-OOD AUROC ({score})", interval(f"test.far_ood.{score}.auroc")),
-        ("images generated", f"{results.get('generation.images_finished', 0):.0f}"),
-        ("time", f"{results['run.seconds']:.0f} s, peak memory {results['run.peak_memory_gib']:.2f} GiB"),
+        ("images generated", f"{results['cost.images_generated']:.0f}"),
+        ("time", f"{results['cost.seconds']:.0f} s, peak memory {results['run.peak_memory_gib']:.2f} GiB"),
     ]
     title = f"{workdir.path}" + (f" ({note})" if note else "")
     console.result(title, [row for row in rows if row[1] != "-"], f"report: {workdir.path / 'report.html'}")
