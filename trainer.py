@@ -8,7 +8,6 @@ data -> tokens -> contrastive -> probe -> evaluate -> report.
 """
 
 import importlib
-import signal
 import sys
 
 VERBS = {  # verb -> (module below modules.commands, one line of help)
@@ -79,7 +78,8 @@ def run(config, origins: dict[str, str], console) -> dict:
 
 def main(arguments: list[str]) -> int:
     """Run a verb; returns the exit code of the process (see modules/errors.py)."""
-    from modules.errors import Terminated, UserError
+    from modules.errors import UserError
+    from modules.termination import termination
 
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -92,10 +92,7 @@ def main(arguments: list[str]) -> int:
         )
         return 2
 
-    def terminate(signum, frame):
-        raise Terminated("SIGTERM before a checkpoint could be written; start the same command again to go on")
-
-    signal.signal(signal.SIGTERM, terminate)
+    termination.listen()
     try:
         from modules.console import Console
 

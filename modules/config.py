@@ -171,7 +171,7 @@ class Probe:
 @dataclass(frozen=True)
 class Evaluation:
     score: str = "knn"  # headline OOD score, fixed before the run
-    bootstrap: int = 1000  # resamples of groups
+    bootstrap: int = 1000  # resamples of groups; 0: no intervals
     confidence: float = 0.95
     batch_size: int = 256
     knn_every: int = 0  # steps between kNN accuracies on val while training; 0: at the end only

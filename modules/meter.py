@@ -28,6 +28,7 @@ class Meter:
         self._interval: dict[str, float] = defaultdict(float)
         self._interval_start = time.perf_counter()
         self._pending: deque = deque()
+        self._stage: tuple[str, float] | None = None  # the stage under way and when it began
 
     @contextmanager
     def phase(self, name: str):
@@ -48,9 +49,10 @@ class Meter:
     @contextmanager
     def stage(self, name: str):
         """Attribute a whole stage, host time included."""
-        start = time.perf_counter()
+        self._stage = (f"stage.{name}", time.perf_counter())
         yield
-        self._add(f"stage.{name}", time.perf_counter() - start)
+        self._add(self._stage[0], time.perf_counter() - self._stage[1])
+        self._stage = None
 
     def interval(self, steps: int) -> dict[str, float]:
         """Milliseconds a step of each phase since the last call, and the wall time a step; starts a new interval."""
@@ -77,12 +79,19 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def state_dict(self) -> dict:
+        """Seconds and counts of the run so far, the stage under way included."""
         self._poll()
-        return {"seconds": dict(self.seconds), "counts": dict(self.counts)}
+        seconds = dict(self.seconds)
+        if self._stage is not None:
+            name, start = self._stage
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        return {"seconds": seconds, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seconds.update(state["seconds"])
-        self.counts.update(state["counts"])
+        """Add what earlier processes of this run spent: a stage that two of them went through took both times."""
+        for total, before in ((self.seconds, state["seconds"]), (self.counts, state["counts"])):
+            for name, value in before.items():
+                total[name] += value
 
     def _poll(self) -> None:
         while self._pending and self._pending[0][2].query():

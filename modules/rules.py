@@ -95,7 +95,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "learning.max_grad_norm": (0, None, ""),
     "probe.epochs": (1, None, ""),
     "probe.batch_size": (1, None, ""),
-    "evaluation.bootstrap": (1, None, ""),
+    "evaluation.bootstrap": (0, None, ""),
     "evaluation.confidence": (0, 1, "()"),
     "evaluation.batch_size": (1, None, ""),
     "tune.steps": (1, None, ""),

@@ -1,0 +1,52 @@
+"""SIGTERM, obeyed between steps.
+
+A batch system that wants its machine back sends SIGTERM and waits a little before it kills. In the middle of a step the
+state is neither that before it nor that after it, and a checkpoint of it would go on differently from a run that never
+stopped. So a step runs inside `whole()`, at whose end the signal is raised; everywhere else it is raised at once.
+"""
+
+import signal
+from contextlib import contextmanager
+
+from modules.errors import Terminated
+
+
+class Termination:
+    """What is known of SIGTERM in this process."""
+
+    def __init__(self):
+        self._asked = False
+        self._whole = False
+
+    def listen(self) -> None:
+        """Turn SIGTERM into `Terminated` from here on."""
+        self._asked = self._whole = False
+        signal.signal(signal.SIGTERM, self._arrive)
+
+    @contextmanager
+    def whole(self):
+        """What runs inside is brought to its end; then a SIGTERM that came meanwhile is raised.
+
+        Raises:
+            Terminated: SIGTERM came inside.
+        """
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+        if self._asked:
+            raise self._terminated()
+
+    def _arrive(self, signum, frame) -> None:
+        if self._asked:  # it is being obeyed: a second one must not cut the checkpoint short
+            return
+        self._asked = True
+        if not self._whole:
+            raise self._terminated()
+
+    def _terminated(self) -> Terminated:
+        return Terminated("SIGTERM: stopped; the same command goes on from the last checkpoint")
+
+
+termination = Termination()
