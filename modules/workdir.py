@@ -102,20 +102,27 @@ class Workdir:
         state.write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def _refuse_other_settings(self, config: Config) -> None:
-        path = self.path / "config.yaml"
-        if not path.exists():
-            return
-        old = yaml.safe_load(path.read_text())
-        changed = []
-        for name, value in flatten(config).items():
-            section, key = name.split(".")
-            before = old.get(section, {}).get(key)
-            value = list(value) if isinstance(value, tuple) else value
-            if before != value and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS):
-                changed.append(f"{name} was {before!r}, now {value!r}")
-        if changed:
+        if changed := changed_settings(self.path, config):
             self.close()
             raise ConfigError(
                 f"{self.path}: holds a run of other settings ({'; '.join(changed)}); set run.name to start another "
                 "run, or restore the settings to go on with this one"
             )
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """What keeps `config` from going on with the run below `path`: "<setting> was <old>, now <new>" for each setting.
+
+    Empty where there is no run yet, or where only settings differ that do not change results.
+    """
+    if not (path / "config.yaml").exists():
+        return []
+    old = yaml.safe_load((path / "config.yaml").read_text())
+    changed = []
+    for name, value in flatten(config).items():
+        section, key = name.split(".")
+        before = old.get(section, {}).get(key)
+        value = list(value) if isinstance(value, tuple) else value
+        if before != value and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS):
+            changed.append(f"{name} was {before!r}, now {value!r}")
+    return changed
