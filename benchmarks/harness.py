@@ -1,0 +1,237 @@
+"""How this project measures: ratios side by side in one process, quantiles, ceilings of the same run, appended rows.
+
+A figure alone says nothing on a machine that is shared, throttled or simply another one. So candidates run in
+alternating blocks (A B C A A B C A ...), the first one twice a round, so that the spread of equal code is printed
+beside every ratio; matrix product and copy are measured in the same run as ceilings; and each row carries commit, date,
+device, versions, switches, peak memory and what quality the timed code had. Rows are appended, never edited.
+"""
+
+import csv
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from modules.runtime import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CONDITIONS = ("date", "commit", "device", "torch", "triton", "threads", "load")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call of one candidate, one mean per block."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return 1e3 * statistics.median(self.seconds)
+
+    def quantile_ms(self, q: float) -> float:
+        """The q-quantile over blocks by linear interpolation."""
+        return 1e3 * torch.tensor(self.seconds, dtype=torch.float64).quantile(q).item()
+
+    def row(self) -> dict[str, float | int]:
+        """median_ms, p10_ms, p90_ms and blocks, as columns."""
+        return {
+            "median_ms": round(self.median_ms, 5),
+            "p10_ms": round(self.quantile_ms(0.1), 5),
+            "p90_ms": round(self.quantile_ms(0.9), 5),
+            "blocks": len(self.seconds),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Timings of candidates that ran in alternating blocks; the first is the baseline."""
+
+    timings: dict[str, Timing]
+    spread_pct: float  # how far two sets of blocks of the baseline itself lie apart, in percent of its median
+    failures: dict[str, str] = field(default_factory=dict)  # candidates that could not run, and why
+
+    def speedup(self, name: str) -> float:
+        """Time of the baseline over time of `name`: > 1 is faster."""
+        baseline = next(iter(self.timings.values()))
+        return baseline.median_ms / self.timings[name].median_ms
+
+
+class Budget:
+    """A bound on the wall time of a benchmark, asked between measurements."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self._start = seconds, time.perf_counter()
+
+    @property
+    def left(self) -> float:
+        """Seconds left; negative when it is spent. 0 as the bound means no bound."""
+        return self.seconds - (time.perf_counter() - self._start) if self.seconds else float("inf")
+
+
+def compare(
+    candidates: dict[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    blocks: int = 5,
+    block_seconds: float = 0.05,
+    max_seconds: float = float("inf"),
+) -> Comparison:
+    """Time candidates in alternating blocks after a warm-up call each.
+
+    Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted; at least one round is
+    run, and a new one only while `max_seconds` lasts. A candidate that runs out of memory in its warm-up is reported in
+    `failures`; if that is the first, the next one is the baseline. Raises ValueError if none is left.
+    """
+    repeats, failures = {}, {}
+    for name, function in candidates.items():
+        try:
+            block(function, 1, device)  # compiles, allocates, fills caches
+            repeats[name] = max(1, round(block_seconds / max(block(function, 1, device), 1e-9)))
+        except torch.OutOfMemoryError as error:
+            failures[name] = str(error).splitlines()[0]
+    if not repeats:
+        raise ValueError(f"no candidate of {', '.join(candidates)} could run: {failures}")
+    baseline = next(iter(repeats))
+    seconds: dict[str, list[float]] = {name: [] for name in repeats}
+    again: list[float] = []
+    start = time.perf_counter()
+    for done in range(blocks):
+        if done and time.perf_counter() - start > max_seconds:
+            break
+        for name, count in repeats.items():
+            seconds[name].append(block(candidates[name], count, device))
+        again.append(block(candidates[baseline], repeats[baseline], device))
+    timings = {name: Timing(name, tuple(values)) for name, values in seconds.items()}
+    spread = abs(statistics.median(again) / statistics.median(seconds[baseline]) - 1)
+    return Comparison(timings, round(100 * spread, 2), failures)
+
+
+def block(function: Callable[[], object], count: int, device: torch.device | str) -> float:
+    """Mean seconds a call of `count` calls: device events on a GPU, the wall clock on a CPU."""
+    if torch.device(device).type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(count):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count
+    begin = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - begin) / count
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device gives a library at its best, in this run."""
+
+    matmul_tflop_per_s: float
+    copy_gib_per_s: float  # bytes read plus bytes written
+    note: str
+
+
+def measure_ceilings(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Ceilings:
+    """A large matrix product and a large copy of random numbers: fp16 of 8192 and 1 GiB on a GPU, fp32 of 1024 and
+    64 MiB on a CPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = dtype or (torch.float16 if on_gpu else torch.float32)
+    n, mib = (8192, 1024) if on_gpu else (1024, 64)
+    generator = torch.Generator(device=device).manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randint(0, 256, (mib * 2**20,), generator=generator, device=device, dtype=torch.uint8)
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    timings = compare(
+        {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}, device
+    ).timings
+    return Ceilings(
+        matmul_tflop_per_s=2 * n**3 / timings["matmul"].median_ms / 1e9,
+        copy_gib_per_s=2 * mib / 2**10 / timings["copy"].median_ms * 1e3,
+        note=f"{str(dtype).removeprefix('torch.')} product of {n}, copy of {mib} MiB",
+    )
+
+
+def peak_mib(function: Callable[[], object], device: torch.device | str = "cpu") -> float | None:
+    """Memory that one call needs beyond what is held before it, MiB; None where the system does not tell.
+
+    On a GPU by torch's allocator; on a Linux CPU by the high-water mark of the process, which sees whole pages only.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+
+    def kib(field_name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field_name))
+
+    try:
+        reset.write_text("5")
+    except OSError:  # a container may forbid it
+        return None
+    before = kib("VmRSS")
+    function()
+    return round(max(0, kib("VmHWM") - before) / 2**10, 2)
+
+
+def conditions(device: torch.device | str = "cpu") -> dict[str, object]:
+    """The columns every row begins with: CONDITIONS."""
+    found = environment()
+    packages = found["packages"]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": found["commit"],
+        "device": found["gpu"] if torch.device(device).type == "cuda" else f"{found['cpu']}, {found['cores']} cores",
+        "torch": packages.get("torch") or torch.__version__,
+        "triton": packages.get("triton") or "",
+        "threads": torch.get_num_threads(),
+        "load": _load(),
+    }
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Append rows to a CSV file, made with their keys as its header if it is new; nothing in it is ever changed.
+
+    Raises ValueError if a row's keys are not the header: then the file keeps its meaning and the rows want another one.
+    """
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+    for row in rows:
+        if list(row) != columns:
+            raise ValueError(f"{path} has columns {columns}, a row has {list(row)}; write to another file")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def finish(document: dict[str, object]) -> None:
+    """Print the benchmark's outcome as one line of JSON, the last line of its output."""
+    print(json.dumps(document, default=str), flush=True)
+
+
+def _load() -> float:
+    """Processes that wanted a core in the last minute, ours among them: above `cores`, times are upper bounds."""
+    try:
+        return float(Path("/proc/loadavg").read_text().split()[0])
+    except OSError:
+        return float("nan")

@@ -1,0 +1,92 @@
+"""The benchmark harness: what it times, what it writes, and that it never rewrites."""
+
+import csv
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import harness
+
+
+def test_candidates_alternate_and_the_baseline_runs_twice_a_round():
+    calls = []
+
+    def named(name, seconds=0.0):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    outcome = harness.compare({"a": named("a", 0.004), "b": named("b", 0.002)}, blocks=3, block_seconds=0.0)
+    assert calls == ["a", "a", "b", "b"] + ["a", "b", "a"] * 3
+    assert outcome.speedup("a") == 1 and 1.2 < outcome.speedup("b") < 3
+    assert len(outcome.timings["b"].seconds) == 3 and outcome.spread_pct < 60
+
+
+def test_a_block_repeats_a_fast_candidate():
+    count = 0
+
+    def call():
+        nonlocal count
+        count += 1
+        time.sleep(0.001)
+
+    harness.compare({"fast": call}, blocks=1, block_seconds=0.02)
+    assert 8 < count < 60
+
+
+def test_rounds_end_with_the_budget_but_one_is_always_run():
+    outcome = harness.compare({"slow": lambda: time.sleep(0.01)}, blocks=50, block_seconds=0, max_seconds=0.03)
+    assert 1 <= len(outcome.timings["slow"].seconds) < 10
+    budget = harness.Budget(0.01)
+    time.sleep(0.02)
+    assert budget.left < 0 and harness.Budget(0).left == float("inf")
+
+
+def test_out_of_memory_is_an_outcome_of_its_candidate():
+    def exhausts():
+        raise torch.OutOfMemoryError("no room for 17 GiB\nand a trace")
+
+    outcome = harness.compare({"big": exhausts, "small": lambda: None}, blocks=1, block_seconds=0)
+    assert outcome.failures == {"big": "no room for 17 GiB"} and set(outcome.timings) == {"small"}
+    with pytest.raises(ValueError, match="no candidate of big could run"):
+        harness.compare({"big": exhausts})
+
+
+def test_quantiles_over_blocks():
+    row = harness.Timing("x", tuple(i / 1e3 for i in range(1, 12))).row()
+    assert row == {"median_ms": 6.0, "p10_ms": 2.0, "p90_ms": 10.0, "blocks": 11}
+
+
+def test_peak_memory_sees_what_a_call_allocates_and_frees():
+    torch.ones(2**20).sum()
+    needed = harness.peak_mib(lambda: torch.ones(16 * 2**20).sum())
+    if needed is None:
+        pytest.skip("the system does not tell the high-water mark of a process")
+    assert 60 < needed < 90
+
+
+def test_rows_are_appended_and_a_changed_header_is_refused(tmp_path):
+    path = tmp_path / "sub" / "rows.csv"
+    harness.append_rows(path, [{"a": 1, "b": "x, y"}])
+    before = path.read_text()
+    harness.append_rows(path, [{"a": 2, "b": "z"}])
+    assert path.read_text().startswith(before)
+    assert list(csv.DictReader(path.open())) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z"}]
+    with pytest.raises(ValueError, match="write to another file"):
+        harness.append_rows(path, [{"a": 3, "c": 1}])
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_conditions_name_commit_device_and_versions():
+    row = harness.conditions("cpu")
+    assert tuple(row) == harness.CONDITIONS
+    assert row["torch"].startswith("2.") and "cores" in row["device"] and len(row["date"]) == 16
+
+
+def test_the_last_line_is_one_json_document(capsys):
+    harness.finish({"img_per_s": 1.5, "where": harness.RESULTS})
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["img_per_s"] == 1.5
