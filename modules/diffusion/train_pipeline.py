@@ -41,7 +41,7 @@ SCHEDULER = {  # Stable Diffusion 1.x
 
 def build_tokenizer(captions: list[str], shape: PipelineShape) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from the captions and every inversion template."""
-    corpus = captions + [fill(t, "object") for t in OBJECT_TEMPLATES] * max(1, len(captions) // 500)
+    corpus = captions + [fill(t, "object") for t in OBJECT_TEMPLATES] * max(2, len(captions) // 500)
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
