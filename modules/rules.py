@@ -225,5 +225,10 @@ def _check_learning(config) -> None:
             f"learning.warmup_steps {learning.warmup_steps} does not end before learning.steps {learning.steps}; "
             "lower it"
         )
+    if learning.method == "simclr" and learning.ood_columns in ("own_class", "foreign_class"):
+        raise ConfigError(
+            f"learning.ood_columns is {learning.ood_columns!r}, but learning.method simclr knows no classes; use none "
+            "or global"
+        )
     if learning.method == "simclr" and learning.ood_variant != "none":
         raise ConfigError("learning.ood_variant belongs to supcon; set learning.method supcon or leave it at none")
