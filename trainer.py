@@ -12,6 +12,8 @@ import sys
 
 VERBS = {  # verb -> (module below modules.commands, one line of help)
     "run": ("run", "CONFIG [section.key=value ...]   train, probe, evaluate, report; again: go on, or show the result"),
+    "compare": ("compare", "CONFIG [--arms A,B] [--seeds 0,1,2] [...]   run every arm at every seed, compare the finished"),
+    "evaluate": ("evaluate", "RUN [data.root=...]   probe and scores again from a saved run, or judge other images by it"),
     "train-pipeline": ("train_pipeline", "CONFIG [...]   make a small Stable Diffusion pipeline from captioned images"),
 }
 USAGE = "usage: python trainer.py VERB CONFIG [section.key=value ...]\n\n" + "\n".join(
@@ -49,12 +51,14 @@ def step(state) -> None:
 def run(config, origins: dict[str, str], console) -> dict:
     """A whole run, from wherever its directory stands; returns its results."""
     from modules.commands import run as stages
+    from modules.commands.run_results import embed_sets, evaluate_features, show, write_results
+    from modules.commands.run_training import train
     from modules.workdir import Workdir
 
     workdir = Workdir(config, origins)
     try:
         if (results := workdir.results()) is not None:
-            stages.show(results, workdir, console, "finished before; this is its result")
+            show(results, workdir, console, "finished before; this is its result")
             return results
         job = stages.Job(config, workdir, console)
         with job.stage("data") as progress:
@@ -63,14 +67,14 @@ def run(config, origins: dict[str, str], console) -> dict:
             stages.learn_tokens(job, progress)
         with job.stage("contrastive") as progress:
             state = stages.build(job, progress)
-            stages.train(job, state, step, progress)
+            train(job, state, step, progress)
         with job.stage("probe") as progress:
-            features = stages.embed_sets(job, state, progress)
+            features = embed_sets(job, state, progress)
         with job.stage("evaluate") as progress:
-            outcome = stages.evaluate_features(job, state, features, progress)
+            outcome = evaluate_features(job, state, features, progress)
         with job.stage("report") as progress:
-            results = stages.write_results(job, state, features, outcome)
-        stages.show(results, workdir, console)
+            results = write_results(job, state, features, outcome)
+        show(results, workdir, console)
         return results
     finally:
         workdir.close()

@@ -1,47 +1,37 @@
-"""The stages of a run, each a function that `trainer.run` calls in its order.
+"""Stages data and tokens of a run, and the state that its steps start from; `trainer.run` calls them in order.
 
 What a stage makes for the next ones stands in `Job` (data, pipeline, tokens); what a step reads stands in `State`.
 """
 
-import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from modules import state as checkpoints
-from modules.config import Config
+from modules.commands.job import Job, State
 from modules.data.duplicates import describe_duplicates, near_duplicates
 from modules.data.mixer import Mixer
 from modules.data.reservoir import Reservoir
-from modules.data.sets import ImageSets, load_sets, load_sources
-from modules.data.views import plain_view
+from modules.data.sets import load_sets, load_sources
 from modules.diffusion import tokens as token_files
 from modules.diffusion.generator import Generator
 from modules.diffusion.inversion import Inversion, token_cache_key
-from modules.diffusion.pipeline import StableDiffusion, load_pipeline
+from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.prompts import check_prompts, trained_words
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
 from modules.ema import build_average
-from modules.errors import StorageError, Terminated
-from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
-from modules.evaluation.features import embed_images, knn_accuracy
+from modules.errors import Terminated
 from modules.evaluation.intervals import check_groups
-from modules.evaluation.probe import Probe
 from modules.learning.encoder import build_encoder, choose_arch
 from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
-from modules.meter import Meter
 from modules.optim import Optimizer
 from modules.rules import generated_rows, generates
-from modules.runtime import environment, resolve_runtime
 from modules.settings import load_config
 from modules.termination import termination
-from modules.workdir import Workdir
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
 
@@ -50,81 +40,6 @@ def command(path: str, overrides: list[str], console, run, step) -> None:
     """`trainer.py run CONFIG [section.key=value ...]`."""
     config, origins = load_config(path, overrides)
     run(config, origins, console)
-
-
-@dataclass
-class Job:
-    """A run under way: its settings, its directory, and what the stages have made so far."""
-
-    config: Config
-    workdir: Workdir
-    console: object
-    sets: ImageSets | None = None
-    pipeline: StableDiffusion | None = None
-    tokens: object = None
-    sources: Sources | None = None
-    judge: object = None
-    inversion_rows: list[dict] = field(default_factory=list)
-    card: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.runtime = resolve_runtime(self.config.run, self.config.pipeline)
-        self.device = self.runtime.device.value
-        self.meter = Meter(self.device)
-        self.workdir.write_json("environment.json", environment())
-
-    @property
-    def cache_dir(self) -> Path:
-        """Where tokens and judge are kept, shared by runs."""
-        return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
-
-    @contextmanager
-    def stage(self, name: str):
-        """A timed stage with its progress display."""
-        with self.meter.stage(name), self.console.stage(name) as progress:
-            yield progress
-
-
-@dataclass
-class State:
-    """Everything a step reads that a later step could miss."""
-
-    config: Config
-    meter: Meter
-    autocast: object  # () -> context manager
-    generator: Generator | None  # None in arms without generated rows
-    mixer: Mixer
-    encoder: torch.nn.Module
-    objective: object
-    optimizer: Optimizer
-    average: object  # averaged encoder, or None
-    alarm: CollapseAlarm
-    step: int = 0
-    forward_rows: int = 0  # views that went through the encoder
-    logs: dict = field(default_factory=dict)  # device tensors of the last step
-
-    def embed(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of stored images by the averaged encoder where there is one, in evaluation mode."""
-        encoder = self.encoder if self.average is None else self.average.module
-        training = encoder.training
-        encoder.eval()
-        with torch.no_grad(), self.autocast():
-            features_BF = encoder(plain_view(images_BHWC.to(next(encoder.parameters()).device))).float()
-        encoder.train(training)
-        return features_BF
-
-    def _parts(self) -> dict:
-        parts = ("generator", "mixer", "encoder", "optimizer", "average", "alarm", "meter")
-        return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}
-
-    def state_dict(self) -> dict:
-        own = {"step": self.step, "forward_rows": self.forward_rows}
-        return own | {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, tree: dict) -> None:
-        self.step, self.forward_rows = tree["step"], tree["forward_rows"]
-        for name, part in self._parts().items():
-            part.load_state_dict(tree[name])
 
 
 def load_data(job: Job, progress) -> None:
@@ -298,192 +213,6 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
         ("positives", str(generation.strengths), "strength: weight"),
         ("near-OOD", str(config.near_ood.recipes), f"{100 * generation.near_ood_fraction:.0f} % of generated images"),
     ]  # fmt: skip
-
-
-def train(job: Job, state: State, step, progress) -> None:
-    """Stage contrastive: steps to the end, with metric rows and whole-state checkpoints.
-
-    Raises:
-        Terminated: SIGTERM came; the state was checkpointed first.
-        NonFinite: an update was refused; a capture was written.
-    """
-    config, workdir, console = job.config, job.workdir, job.console
-    folder, total = workdir.checkpoints / "contrastive", config.learning.steps
-    state.meter.restart_interval()
-    begun = _progress_of(state)
-    try:
-        while state.step < total:
-            with termination.whole():
-                step(state)
-                logs = state.step % config.run.log_every == 0 or state.step == total
-                saves = state.step % config.run.checkpoint_every == 0 or state.step == total
-                if logs or saves:
-                    state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
-                if logs:
-                    row = _metric_row(job, state, begun)
-                    workdir.log(row)
-                    console.step_row(row, total)
-                progress(state.step, total)
-                if saves:
-                    _save_or_warn(job, state)
-                if logs or saves:
-                    state.meter.restart_interval()
-                    begun = _progress_of(state)
-    except Terminated:
-        state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
-        checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)
-        raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
-
-
-def _progress_of(state: State) -> tuple[int, int]:
-    """Optimizer steps taken and images generated so far."""
-    return state.step, 0 if state.generator is None else state.generator.slots.counts["finished"]
-
-
-def _save_or_warn(job: Job, state: State) -> None:
-    """A checkpoint in passing: a full disk costs this one, not the run, and the older one stays."""
-    run = job.config.run
-    try:
-        checkpoints.save_checkpoint(
-            job.workdir.checkpoints / "contrastive", state.step, state.state_dict(), run.keep_checkpoints
-        )
-    except StorageError as error:
-        job.console.warn(str(error))
-
-
-def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
-    """One row of metrics.jsonl: losses, geometry, mixture, reservoir, times.
-
-    Args:
-        begun: `_progress_of` the state where the interval of the times began.
-    """
-    row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
-    row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
-    steps, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
-    times = state.meter.interval(steps)
-    if state.generator is not None:
-        row |= state.mixer.statistics() | state.generator.statistics()
-        times["images_per_s"] = images / max(1e-9, times["step_ms"] * steps / 1e3)
-        for alarm in state.generator.gate.alarms():
-            job.console.warn(alarm)
-    every, last_row = job.config.evaluation.knn_every, (state.step - 1) // job.config.run.log_every
-    if every and state.step // every > last_row * job.config.run.log_every // every:
-        row["val.knn_accuracy"] = _knn_accuracy(job, state)
-    if "id_cosine" in row and (text := state.alarm.update(state.step, row["id_cosine"], row["id_spread"])):
-        job.console.warn(text)
-    return row | times
-
-
-def _knn_accuracy(job: Job, state: State) -> float:
-    sets, size = job.sets, job.config.evaluation.batch_size
-    train, val = (embed_images(state.embed, sets.images[name].pixels_DHWC, size) for name in ("train", "val"))
-    return knn_accuracy(train, sets.labels_D, val, sets.labels("val"), len(sets.index.classes))
-
-
-def embed_sets(job: Job, state: State, progress) -> dict[str, FeatureSet]:
-    """Stage probe, first half: frozen features of every image set, and of generated images under "generated"."""
-    features, classes = {}, job.sets.index.classes
-    total, done = sum(len(images.items) for images in job.sets.images.values()), 0
-    for name, images in job.sets.images.items():
-        found = embed_images(state.embed, images.pixels_DHWC, job.config.evaluation.batch_size)
-        known = classes if name in ("train", "val", "test") else ()
-        features[name] = feature_set(images.items, found, known)
-        done += len(images.items)
-        progress(done, total, name)
-    return features
-
-
-def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], progress) -> Outcome:
-    """Stages probe and evaluate: readout and thresholds on train and val, then test, once."""
-    config = job.config
-    generated = {}
-    if state.generator is not None:
-        for name, is_ood in (("generated_id_DF", False), ("generated_near_ood_DF", True)):
-            images = [pixels for pixels, request in state.generator.examples() if request.is_ood == is_ood]
-            if images:
-                generated[name] = embed_images(state.embed, torch.stack(images), config.evaluation.batch_size)
-    classifier = None
-    if config.learning.method == "cross_entropy":
-        encoder = state.encoder if state.average is None else state.average.module
-        linear = encoder.linear
-        classifier = Probe(
-            linear.weight.detach().float().cpu().T.contiguous(), linear.bias.detach().float().cpu(), float("nan"), {}
-        )
-    return evaluate(
-        train=features["train"],
-        val=features["val"],
-        test=features["test"],
-        near_ood_val=features.get("near_ood_val"),
-        near_ood_test=features.get("near_ood_test"),
-        far_ood_test=features.get("far_ood_test"),
-        **generated,
-        classes=job.sets.index.classes,
-        probe=config.probe,
-        evaluation=config.evaluation,
-        seed=config.run.seed,
-        classifier=classifier,
-        progress=progress,
-    )
-
-
-def write_results(job: Job, state: State, features: dict[str, FeatureSet], outcome: Outcome) -> dict:
-    """Stage report: predictions, export, report.html, results.json; results last, because they say "finished"."""
-    from modules.commands.run_report import export, write_run_report
-
-    results = dict(outcome.results)
-    if state.generator is not None:
-        counts = state.generator.statistics()
-        results |= {f"generation.{name}": value for name, value in counts.items() if not name.startswith("gate.")}
-        results |= {f"mix.{name}": value for name, value in state.mixer.statistics().items()}
-    results |= {
-        "learning.steps": state.step,
-        "cost.seconds": sum(value for name, value in job.meter.seconds.items() if name.startswith("stage.")),
-        "cost.forward_passes": state.forward_rows,
-        "cost.images_generated": results.get("generation.images_finished", 0),
-        "cost.reuse": results.get("generation.reuse", 0.0),
-        "run.peak_memory_gib": job.meter.peak_memory_gib(),
-    }
-    results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}
-    export(job, state, outcome)
-    write_run_report(job, state, features, outcome, results)
-    job.workdir.write_json("results.json", results)
-    shutil.rmtree(job.workdir.checkpoints, ignore_errors=True)
-    return results
-
-
-def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
-    """The closing table."""
-
-    def interval(key: str, scale: float = 100.0, unit: str = " %") -> str:
-        if key not in results:
-            return "-"
-        ends = ""
-        if f"{key}_low" in results:
-            ends = f"  [{scale * results[f'{key}_low']:.1f}, {scale * results[f'{key}_high']:.1f}]"
-        return f"{scale * results[key]:.1f}{unit}{ends}"
-
-    score = results["headline.score"]
-    rows = [
-        ("test accuracy", interval("test.accuracy")),
-        ("test kNN accuracy", interval("test.knn_accuracy")),
-        (f"near-OOD AUROC ({score})", interval(f"test.near_ood.{score}.auroc")),
-        (f"far-OOD AUROC ({score})", interval(f"test.far_ood.{score}.auroc")),
-        ("images generated", f"{results['cost.images_generated']:.0f}"),
-        ("time", f"{results['cost.seconds']:.0f} s, peak memory {results['run.peak_memory_gib']:.2f} GiB"),
-    ]
-    title = f"{workdir.path}" + (f" ({note})" if note else "")
-    console.result(title, [row for row in rows if row[1] != "-"], f"report: {workdir.path / 'report.html'}")
-
-
-def _write_capture(workdir: Workdir, failure: dict) -> str:
-    """Store the batch and figures of a refused update for replay; says where."""
-    from safetensors.torch import save
-
-    path = workdir.path / "nonfinite.safetensors"
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in failure["tensors"].items()}
-    facts = {name: str(failure[name]) for name in ("step", "loss", "gradient_norm")}
-    checkpoints.write_atomic(path, save(tensors, metadata=facts))
-    return str(path)
 
 
 def _load(folder: Path, part, console) -> bool:

@@ -1,0 +1,95 @@
+"""What the stages of a run hand on to each other, and everything that a step reads."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from modules.config import Config
+from modules.data.mixer import Mixer
+from modules.data.sets import ImageSets
+from modules.data.views import plain_view
+from modules.diffusion.generator import Generator
+from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.slots import Sources
+from modules.learning.geometry import CollapseAlarm
+from modules.meter import Meter
+from modules.optim import Optimizer
+from modules.runtime import environment, resolve_runtime
+from modules.workdir import Workdir
+
+
+@dataclass
+class Job:
+    """A run under way: its settings, its directory, and what the stages have made so far."""
+
+    config: Config
+    workdir: Workdir
+    console: object
+    sets: ImageSets | None = None
+    pipeline: StableDiffusion | None = None
+    tokens: object = None
+    sources: Sources | None = None
+    judge: object = None
+    inversion_rows: list[dict] = field(default_factory=list)
+    card: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.runtime = resolve_runtime(self.config.run, self.config.pipeline)
+        self.device = self.runtime.device.value
+        self.meter = Meter(self.device)
+        self.workdir.write_json("environment.json", environment())
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokens and judge are kept, shared by runs."""
+        return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
+
+    @contextmanager
+    def stage(self, name: str):
+        """A timed stage with its progress display."""
+        with self.meter.stage(name), self.console.stage(name) as progress:
+            yield progress
+
+
+@dataclass
+class State:
+    """Everything a step reads that a later step could miss."""
+
+    config: Config
+    meter: Meter
+    autocast: object  # () -> context manager
+    generator: Generator | None  # None in arms without generated rows
+    mixer: Mixer
+    encoder: torch.nn.Module
+    objective: object
+    optimizer: Optimizer
+    average: object  # averaged encoder, or None
+    alarm: CollapseAlarm
+    step: int = 0
+    forward_rows: int = 0  # views that went through the encoder
+    logs: dict = field(default_factory=dict)  # device tensors of the last step
+
+    def embed(self, images_BHWC: torch.Tensor) -> torch.Tensor:
+        """Features [B, F] of stored images by the averaged encoder where there is one, in evaluation mode."""
+        encoder = self.encoder if self.average is None else self.average.module
+        training = encoder.training
+        encoder.eval()
+        with torch.no_grad(), self.autocast():
+            features_BF = encoder(plain_view(images_BHWC.to(next(encoder.parameters()).device))).float()
+        encoder.train(training)
+        return features_BF
+
+    def _parts(self) -> dict:
+        parts = ("generator", "mixer", "encoder", "optimizer", "average", "alarm", "meter")
+        return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}
+
+    def state_dict(self) -> dict:
+        own = {"step": self.step, "forward_rows": self.forward_rows}
+        return own | {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, tree: dict) -> None:
+        self.step, self.forward_rows = tree["step"], tree["forward_rows"]
+        for name, part in self._parts().items():
+            part.load_state_dict(tree[name])

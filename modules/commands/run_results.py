@@ -1,0 +1,105 @@
+"""Stages probe, evaluate and report of a run: features, readout, scores, what is kept of them and what is shown."""
+
+import shutil
+
+import torch
+
+from modules.commands.job import Job, State
+from modules.commands.run_report import export, write_run_report
+from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
+from modules.evaluation.features import embed_images
+from modules.evaluation.probe import Probe
+from modules.workdir import Workdir
+
+
+def embed_sets(job: Job, state: State, progress) -> dict[str, FeatureSet]:
+    """Stage probe, first half: frozen features of every image set, and of generated images under "generated"."""
+    features, classes = {}, job.sets.index.classes
+    total, done = sum(len(images.items) for images in job.sets.images.values()), 0
+    for name, images in job.sets.images.items():
+        found = embed_images(state.embed, images.pixels_DHWC, job.config.evaluation.batch_size)
+        known = classes if name in ("train", "val", "test") else ()
+        features[name] = feature_set(images.items, found, known)
+        done += len(images.items)
+        progress(done, total, name)
+    return features
+
+
+def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], progress) -> Outcome:
+    """Stages probe and evaluate: readout and thresholds on train and val, then test, once."""
+    config = job.config
+    generated = {}
+    if state.generator is not None:
+        for name, is_ood in (("generated_id_DF", False), ("generated_near_ood_DF", True)):
+            images = [pixels for pixels, request in state.generator.examples() if request.is_ood == is_ood]
+            if images:
+                generated[name] = embed_images(state.embed, torch.stack(images), config.evaluation.batch_size)
+    classifier = None
+    if config.learning.method == "cross_entropy":
+        encoder = state.encoder if state.average is None else state.average.module
+        linear = encoder.linear
+        classifier = Probe(
+            linear.weight.detach().float().cpu().T.contiguous(), linear.bias.detach().float().cpu(), float("nan"), {}
+        )
+    return evaluate(
+        train=features["train"],
+        val=features["val"],
+        test=features["test"],
+        near_ood_val=features.get("near_ood_val"),
+        near_ood_test=features.get("near_ood_test"),
+        far_ood_test=features.get("far_ood_test"),
+        **generated,
+        classes=job.sets.index.classes,
+        probe=config.probe,
+        evaluation=config.evaluation,
+        seed=config.run.seed,
+        classifier=classifier,
+        progress=progress,
+    )
+
+
+def write_results(job: Job, state: State, features: dict[str, FeatureSet], outcome: Outcome) -> dict:
+    """Stage report: predictions, export, report.html, results.json; results last, because they say "finished"."""
+    results = dict(outcome.results)
+    if state.generator is not None:
+        counts = state.generator.statistics()
+        results |= {f"generation.{name}": value for name, value in counts.items() if not name.startswith("gate.")}
+        results |= {f"mix.{name}": value for name, value in state.mixer.statistics().items()}
+    results |= {
+        "learning.steps": state.step,
+        "cost.seconds": sum(value for name, value in job.meter.seconds.items() if name.startswith("stage.")),
+        "cost.forward_passes": state.forward_rows,
+        "cost.images_generated": results.get("generation.images_finished", 0),
+        "cost.reuse": results.get("generation.reuse", 0.0),
+        "run.peak_memory_gib": job.meter.peak_memory_gib(),
+    }
+    results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}
+    export(job, state, outcome)
+    write_run_report(job, state, features, outcome, results)
+    job.workdir.write_json("results.json", results)
+    shutil.rmtree(job.workdir.checkpoints, ignore_errors=True)
+    return results
+
+
+def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
+    """The closing table."""
+
+    def interval(key: str, scale: float = 100.0, unit: str = " %") -> str:
+        if key not in results:
+            return "-"
+        ends = ""
+        if f"{key}_low" in results:
+            ends = f"  [{scale * results[f'{key}_low']:.1f}, {scale * results[f'{key}_high']:.1f}]"
+        return f"{scale * results[key]:.1f}{unit}{ends}"
+
+    score = results["headline.score"]
+    rows = [
+        ("test accuracy", interval("test.accuracy")),
+        ("test kNN accuracy", interval("test.knn_accuracy")),
+        (f"near-OOD AUROC ({score})", interval(f"test.near_ood.{score}.auroc")),
+        (f"far-OOD AUROC ({score})", interval(f"test.far_ood.{score}.auroc")),
+        ("images generated", f"{results['cost.images_generated']:.0f}"),
+        ("time", f"{results['cost.seconds']:.0f} s, peak memory {results['run.peak_memory_gib']:.2f} GiB"),
+    ]
+    title = f"{workdir.path}" + (f" ({note})" if note else "")
+    console.result(title, [row for row in rows if row[1] != "-"], f"report: {workdir.path / 'report.html'}")

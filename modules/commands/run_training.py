@@ -1,0 +1,101 @@
+"""Stage contrastive of a run: steps to the end, metric rows, checkpoints, and a stop that loses nothing."""
+
+from functools import partial
+
+from modules import state as checkpoints
+from modules.commands.job import Job, State
+from modules.errors import StorageError, Terminated
+from modules.evaluation.features import embed_images, knn_accuracy
+from modules.termination import termination
+from modules.workdir import Workdir
+
+
+def train(job: Job, state: State, step, progress) -> None:
+    """Stage contrastive: steps to the end, with metric rows and whole-state checkpoints.
+
+    Raises:
+        Terminated: SIGTERM came; the state was checkpointed first.
+        NonFinite: an update was refused; a capture was written.
+    """
+    config, workdir, console = job.config, job.workdir, job.console
+    folder, total = workdir.checkpoints / "contrastive", config.learning.steps
+    state.meter.restart_interval()
+    begun = _progress_of(state)
+    try:
+        while state.step < total:
+            with termination.whole():
+                step(state)
+                logs = state.step % config.run.log_every == 0 or state.step == total
+                saves = state.step % config.run.checkpoint_every == 0 or state.step == total
+                if logs or saves:
+                    state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
+                if logs:
+                    row = _metric_row(job, state, begun)
+                    workdir.log(row)
+                    console.step_row(row, total)
+                progress(state.step, total)
+                if saves:
+                    _save_or_warn(job, state)
+                if logs or saves:
+                    state.meter.restart_interval()
+                    begun = _progress_of(state)
+    except Terminated:
+        state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
+        checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)
+        raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
+
+
+def _progress_of(state: State) -> tuple[int, int]:
+    """Optimizer steps taken and images generated so far."""
+    return state.step, 0 if state.generator is None else state.generator.slots.counts["finished"]
+
+
+def _save_or_warn(job: Job, state: State) -> None:
+    """A checkpoint in passing: a full disk costs this one, not the run, and the older one stays."""
+    run = job.config.run
+    try:
+        checkpoints.save_checkpoint(
+            job.workdir.checkpoints / "contrastive", state.step, state.state_dict(), run.keep_checkpoints
+        )
+    except StorageError as error:
+        job.console.warn(str(error))
+
+
+def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
+    """One row of metrics.jsonl: losses, geometry, mixture, reservoir, times.
+
+    Args:
+        begun: `_progress_of` the state where the interval of the times began.
+    """
+    row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
+    row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
+    steps, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
+    times = state.meter.interval(steps)
+    if state.generator is not None:
+        row |= state.mixer.statistics() | state.generator.statistics()
+        times["images_per_s"] = images / max(1e-9, times["step_ms"] * steps / 1e3)
+        for alarm in state.generator.gate.alarms():
+            job.console.warn(alarm)
+    every, last_row = job.config.evaluation.knn_every, (state.step - 1) // job.config.run.log_every
+    if every and state.step // every > last_row * job.config.run.log_every // every:
+        row["val.knn_accuracy"] = _knn_accuracy(job, state)
+    if "id_cosine" in row and (text := state.alarm.update(state.step, row["id_cosine"], row["id_spread"])):
+        job.console.warn(text)
+    return row | times
+
+
+def _knn_accuracy(job: Job, state: State) -> float:
+    sets, size = job.sets, job.config.evaluation.batch_size
+    train, val = (embed_images(state.embed, sets.images[name].pixels_DHWC, size) for name in ("train", "val"))
+    return knn_accuracy(train, sets.labels_D, val, sets.labels("val"), len(sets.index.classes))
+
+
+def _write_capture(workdir: Workdir, failure: dict) -> str:
+    """Store the batch and figures of a refused update for replay; says where."""
+    from safetensors.torch import save
+
+    path = workdir.path / "nonfinite.safetensors"
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in failure["tensors"].items()}
+    facts = {name: str(failure[name]) for name in ("step", "loss", "gradient_norm")}
+    checkpoints.write_atomic(path, save(tensors, metadata=facts))
+    return str(path)
