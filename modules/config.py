@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Run:
+    """One run: its directory, seed, device and rhythm."""
+
     name: str = ""  # directory below `dir`; empty: the config file's stem
     dir: str = "runs"  # parent of run directories
     seed: int = 0  # >= 0; every random draw is a function of it and of what is drawn
@@ -26,6 +28,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
+    """The image set and how it is read."""
+
     root: str = "embedded:parts64"  # class folders, a CSV file, a zip pack, an MVIP tree, or embedded:<pack>
     image_size: int = 64  # pixels a side at which real and generated images are stored and learned from
     shots_per_class: int = 0  # train images a class, drawn from the seed, spread over groups first; 0: all
@@ -45,6 +49,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Pipeline:
+    """The Stable Diffusion that generates."""
+
     path: str = "embedded"  # diffusers folder, single .safetensors file, or embedded
     weights: str = "file"  # file | random: random builds the exact SD 1.5 shape, for timing where no weights are
     family: str = "auto"  # auto | sd1 | sd2 | turbo | lcm
@@ -61,6 +67,8 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Inversion:
+    """Textual inversion: how class tokens are learned."""
+
     images_per_class: int = 200  # training images seen a class (DA-Fusion: 4,000)
     batch_size: int = 20  # rows a step, drawn from several classes
     num_vectors: int = 1  # token vectors a class
@@ -72,6 +80,8 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Generation:
+    """How many images are generated, how, and what share of a batch they are."""
+
     images_per_step: float = 4.0  # diffusion images finished an optimizer step: what generation costs
     synthetic_fraction: float = 0.4  # [0, 1): share of generated rows in a batch: what a batch is made of
     near_ood_fraction: float = 0.5  # [0, 1]: share of near-OOD images among the generated ones
@@ -96,6 +106,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class NearOOD:
+    """What near-OOD images are made of."""
+
     recipes: dict = field(default_factory=lambda: {"strength": 1.0, "token_mix": 1.0})  # recipe -> weight
     strength: float = 0.75  # of every diffusion recipe
     mix: tuple[float, float] = (0.35, 0.65)  # token_mix: range of the partner's weight
@@ -107,6 +119,8 @@ class NearOOD:
 
 @dataclass(frozen=True)
 class Gate:
+    """Which generated images may be learned from."""
+
     enabled: bool = False
     start_step: int = 50  # optimizer step from which images are judged
     refresh_every: int = 25  # steps between refreshes of the class statistics
@@ -117,6 +131,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class Controller:
+    """The closed loop from the learner back to the strength."""
+
     enabled: bool = False
     target_low: float = 0.55  # band of the mean similarity of positives to their class
     target_high: float = 0.85
@@ -126,6 +142,8 @@ class Controller:
 
 @dataclass(frozen=True)
 class Encoder:
+    """The image encoder and its projection head."""
+
     arch: str = "auto"  # auto | small_resnet | resnet18 | resnet50; auto chooses by data.image_size
     width: int = 32  # channels of small_resnet's first stage
     head_dim: int = 128  # E, width of the projection
@@ -135,6 +153,8 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Learning:
+    """What the encoder learns from a batch, and for how long."""
+
     method: str = "supcon"  # supcon | cross_entropy | simclr
     steps: int = 300  # optimizer steps
     classes_per_batch: int = 16  # P
@@ -162,6 +182,8 @@ class Learning:
 
 @dataclass(frozen=True)
 class Probe:
+    """The linear readout of frozen features."""
+
     lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)  # trained at once, chosen on val
     epochs: int = 100
     batch_size: int = 256
@@ -170,6 +192,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Scores, intervals, and what is looked at on the way."""
+
     score: str = "knn"  # headline OOD score, fixed before the run
     bootstrap: int = 1000  # resamples of groups; 0: no intervals
     confidence: float = 0.95
@@ -181,6 +205,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Tune:
+    """The search for the right ratio of generated images a step."""
+
     grid: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)  # images_per_step tried
     steps: int = 12  # timed steps a grid point
     max_hours: float = 0.0  # bound on the run; 0: none
@@ -190,6 +216,8 @@ class Tune:
 
 @dataclass(frozen=True)
 class Config:
+    """The settings of every verb but `train-pipeline`."""
+
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     pipeline: Pipeline = field(default_factory=Pipeline)

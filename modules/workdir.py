@@ -113,9 +113,10 @@ class Workdir:
 def changed_settings(path: Path, config: Config) -> list[str]:
     """What keeps `config` from going on with the run below `path`: "<setting> was <old>, now <new>" for each setting.
 
-    Empty where there is no run yet, or where only settings differ that do not change results.
+    Empty where there is nothing to go on with yet (a command that ended at a mistyped path may be corrected), or where
+    only settings differ that do not change results.
     """
-    if not (path / "config.yaml").exists():
+    if not (path / "config.yaml").exists() or not _holds_work(path):
         return []
     old = yaml.safe_load((path / "config.yaml").read_text())
     changed = []
@@ -126,3 +127,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
         if before != value and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS):
             changed.append(f"{name} was {before!r}, now {value!r}")
     return changed
+
+
+def _holds_work(path: Path) -> bool:
+    return (path / "results.json").exists() or any((path / "checkpoints").rglob("manifest.json"))

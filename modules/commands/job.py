@@ -13,10 +13,12 @@ from modules.data.views import plain_view
 from modules.diffusion.generator import Generator
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.slots import Sources
+from modules.errors import DataError
 from modules.learning.geometry import CollapseAlarm
 from modules.meter import Meter
 from modules.optim import Optimizer
 from modules.runtime import environment, resolve_runtime
+from modules.settings import flatten
 from modules.workdir import Workdir
 
 
@@ -67,6 +69,7 @@ class State:
     optimizer: Optimizer
     average: object  # averaged encoder, or None
     alarm: CollapseAlarm
+    inputs: dict[str, str]  # setting -> sha256 of the files it names
     step: int = 0
     forward_rows: int = 0  # views that went through the encoder
     logs: dict = field(default_factory=dict)  # device tensors of the last step
@@ -86,10 +89,21 @@ class State:
         return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}
 
     def state_dict(self) -> dict:
-        own = {"step": self.step, "forward_rows": self.forward_rows}
+        own = {"step": self.step, "forward_rows": self.forward_rows, "inputs": self.inputs}
         return own | {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, tree: dict) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            DataError: images or pipeline are not those that the state was reached with.
+        """
+        for name, digest in self.inputs.items():
+            if tree["inputs"].get(name) != digest:
+                raise DataError(
+                    f"{name} {flatten(self.config)[name]}: these files are not those that this run began "
+                    "with; restore them, or set run.name to begin another run"
+                )
         self.step, self.forward_rows = tree["step"], tree["forward_rows"]
         for name, part in self._parts().items():
             part.load_state_dict(tree[name])

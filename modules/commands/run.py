@@ -3,6 +3,7 @@
 What a stage makes for the next ones stands in `Job` (data, pipeline, tokens); what a step reads stands in `State`.
 """
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.data.duplicates import describe_duplicates, near_duplicates
-from modules.data.mixer import Mixer
+from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
 from modules.data.sets import load_sets, load_sources
 from modules.diffusion import tokens as token_files
@@ -53,6 +54,7 @@ def load_data(job: Job, progress) -> None:
     tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
     groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
     check_groups(groups, config.evaluation.bootstrap)
+    check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
     tested = [job.sets.images[name] for name in ("train", "val", "test")]
     if pairs := near_duplicates(*tested):
         job.console.warn(describe_duplicates(pairs))
@@ -74,6 +76,7 @@ def learn_tokens(job: Job, progress) -> None:
     job.sources = Sources(moments, pixels, masks)
     if not config.inversion.class_agnostic:
         job.tokens = _tokens(job, pixels, moments, progress)
+        shutil.rmtree(job.workdir.path / "tokens", ignore_errors=True)
         token_files.save_tokens(job.tokens, job.workdir.path / "tokens")
         val = sets.images["val"] if pipeline.resolution == config.data.image_size else None
         if val is not None:
@@ -121,6 +124,7 @@ def _tokens(job: Job, pixels, moments, progress):
         raise Terminated(f"SIGTERM in stage tokens: checkpointed at step {inversion.done}") from None
     learned = inversion.tokens()
     token_files.store_tokens(job.cache_dir, key, learned)
+    shutil.rmtree(folder, ignore_errors=True)
     return learned
 
 
@@ -150,6 +154,7 @@ def build(job: Job, progress) -> State:
         optimizer=Optimizer(encoder, learning, rows, loss_scaling=precision == torch.float16),
         average=build_average(encoder, learning.ema_decay),
         alarm=CollapseAlarm(learning.warmup_steps),
+        inputs={"data.root": sets.digest} | ({"pipeline.path": job.pipeline.digest} if job.pipeline else {}),
     )
     for warning in state.mixer.warnings:
         job.console.warn(warning)

@@ -38,6 +38,7 @@ class Images:
     skipped: tuple[tuple[str, str], ...]  # (path, reason) of files left out
     digests: tuple[str, ...]  # sha256 of the bytes of each image file
     notes: tuple[str, ...] = ()  # counts worth saying: enlarged, cut to a square, left out
+    sides: tuple[int, ...] = ()  # pixels a side of each image's square before it was resized
 
 
 def load_images(
@@ -90,6 +91,7 @@ def load_images(
             skipped=skipped,
             digests=tuple(results[i].digest for i in kept),
             notes=notes,
+            sides=tuple(results[i].side for i in kept),
         )
         for pixels, mask in zip(job.pixels, job.masks, strict=True)
     )

@@ -154,17 +154,7 @@ class Mixer:
         self._counts = dict(state["counts"])
 
     def _check(self) -> None:
-        empty = [label for label, rows in enumerate(self._rows_of) if not rows]
-        if empty:
-            raise DataError(
-                f"class {empty[0]} of {len(self._rows_of)} has no train image; add one, or take the class out of the set"
-            )
-        classes_per_batch = self._learning.classes_per_batch
-        if classes_per_batch > len(self._rows_of):
-            raise ConfigError(
-                f"learning.classes_per_batch is {classes_per_batch}, but the train split has {len(self._rows_of)} "
-                f"classes; set it to {len(self._rows_of)} or fewer"
-            )
+        check_balance(self._learning, [len(rows) for rows in self._rows_of])
         if self._roundtrip_fraction and self._roundtrip_DHWC is None:
             raise ConfigError(
                 f"generation.roundtrip_fraction is {float(self._roundtrip_fraction)}, but there is no pipeline that "
@@ -219,6 +209,25 @@ class Mixer:
     def _count(self, **added: int) -> None:
         for name, number in added.items():
             self._counts[name] += number
+
+
+def check_balance(learning: Learning, images_per_class: list[int]) -> None:
+    """Whether class-balanced batches can be drawn from these train images a class; to be asked before anything is learned.
+
+    Raises:
+        DataError: a class without an image.
+        ConfigError: more classes a batch than there are.
+    """
+    if 0 in images_per_class:
+        raise DataError(
+            f"class {images_per_class.index(0)} of {len(images_per_class)} has no train image; add one, or take the class "
+            "out of the set"
+        )
+    if learning.classes_per_batch > len(images_per_class):
+        raise ConfigError(
+            f"learning.classes_per_batch is {learning.classes_per_batch}, but the train split has "
+            f"{len(images_per_class)} classes; set it to {len(images_per_class)} or fewer"
+        )
 
 
 def pair_warnings(learning: Learning, images_per_class: list[int], num_views: int = 2) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Training, inversion and generation are handed `train` alone; val chooses settings; test is read once, at the end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,13 @@ class ImageSets:
     def train(self) -> Images:
         return self.images["train"]
 
+    @property
+    def digest(self) -> str:
+        """sha256 over the path and content of every image of every set."""
+        return digest_of(
+            {name: [[item.path for item in found.items], found.digests] for name, found in self.images.items()}
+        )
+
     def labels(self, name: str) -> torch.Tensor:
         """Class ids (int64) of an ID set."""
         return torch.tensor(self.index.label_ids(self.images[name].items))
@@ -52,7 +59,7 @@ class ImageSets:
             "kind": self.index.kind,
             "classes": list(self.index.classes),
             "notes": list(self.index.notes) + [note for images in self.images.values() for note in images.notes],
-            "digest": digest_of({path: file["sha256"] for path, file in files.items()}),
+            "digest": self.digest,
             "skipped": [list(entry) for images in self.images.values() for entry in images.skipped],
             "files": files,
         }
@@ -94,11 +101,19 @@ def load_sources(sets: ImageSets, data: Data, resolution: int, *, masks: bool, p
     Raises:
         DataError: an image smaller than the pipeline's resolution.
     """
+    train = sets.train
+    small = [(side, item.path) for side, item in zip(train.sides, train.items, strict=True) if side < resolution]
+    if small:
+        side, path = min(small)
+        raise DataError(
+            f"{sets.index.root}: {len(small)} of {len(train.items)} train images are smaller than the {resolution} px at "
+            f"which the pipeline generates, the smallest {path} with {side} px; remove them, or set pipeline.resolution "
+            "or pipeline.path to a smaller one"
+        )
     if resolution == data.image_size:
-        return sets.train
-    return load_images(
-        sets.index, sets.train.items, resolution, data, progress, masks=masks or False, min_size=resolution
-    )
+        return train
+    whole = replace(data, on_bad_image="fail")  # a row left out here would shift every later one against its label
+    return load_images(sets.index, train.items, resolution, whole, progress, masks=masks)
 
 
 def _offset(progress, before: int, total: int, name: str):
