@@ -7,6 +7,7 @@ device, versions, switches, peak memory and what quality the timed code had. Row
 """
 
 import csv
+import ctypes
 import datetime
 import json
 import statistics
@@ -81,18 +82,20 @@ def compare(
     blocks: int = 5,
     block_seconds: float = 0.05,
     max_seconds: float = float("inf"),
+    clock: str = "wall",
 ) -> Comparison:
     """Time candidates in alternating blocks after a warm-up call each.
 
     Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted; at least one round is
     run, and a new one only while `max_seconds` lasts. A candidate that runs out of memory in its warm-up is reported in
-    `failures`; if that is the first, the next one is the baseline. Raises ValueError if none is left.
+    `failures`; if that is the first, the next one is the baseline. Raises ValueError if none is left. `clock`: see
+    `block`.
     """
     repeats, failures = {}, {}
     for name, function in candidates.items():
         try:
-            block(function, 1, device)  # compiles, allocates, fills caches
-            repeats[name] = max(1, round(block_seconds / max(block(function, 1, device), 1e-9)))
+            block(function, 1, device, clock)  # compiles, allocates, fills caches
+            repeats[name] = max(1, round(block_seconds / max(block(function, 1, device, clock), 1e-9)))
         except torch.OutOfMemoryError as error:
             failures[name] = str(error).splitlines()[0]
     if not repeats:
@@ -105,15 +108,16 @@ def compare(
         if done and time.perf_counter() - start > max_seconds:
             break
         for name, count in repeats.items():
-            seconds[name].append(block(candidates[name], count, device))
-        again.append(block(candidates[baseline], repeats[baseline], device))
+            seconds[name].append(block(candidates[name], count, device, clock))
+        again.append(block(candidates[baseline], repeats[baseline], device, clock))
     timings = {name: Timing(name, tuple(values)) for name, values in seconds.items()}
     spread = abs(statistics.median(again) / statistics.median(seconds[baseline]) - 1)
     return Comparison(timings, round(100 * spread, 2), failures)
 
 
-def block(function: Callable[[], object], count: int, device: torch.device | str) -> float:
-    """Mean seconds a call of `count` calls: device events on a GPU, the wall clock on a CPU."""
+def block(function: Callable[[], object], count: int, device: torch.device | str, clock: str = "wall") -> float:
+    """Mean seconds a call of `count` calls: device events on a GPU; on a CPU the wall clock, or with clock "process"
+    the processor time of all our threads, which others on the machine disturb less (compare one thread with one)."""
     if torch.device(device).type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -123,10 +127,11 @@ def block(function: Callable[[], object], count: int, device: torch.device | str
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / count
-    begin = time.perf_counter()
+    now = time.process_time if clock == "process" else time.perf_counter
+    start = now()
     for _ in range(count):
         function()
-    return (time.perf_counter() - begin) / count
+    return (now() - start) / count
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ class Ceilings:
     note: str
 
 
-def measure_ceilings(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Ceilings:
+def measure_ceilings(
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, clock: str = "wall"
+) -> Ceilings:
     """A large matrix product and a large copy of random numbers: fp16 of 8192 and 1 GiB on a GPU, fp32 of 1024 and
     64 MiB on a CPU."""
     on_gpu = torch.device(device).type == "cuda"
@@ -148,9 +155,8 @@ def measure_ceilings(device: torch.device | str = "cpu", dtype: torch.dtype | No
     a, b = (torch.randn(n, n, generator=generator, device=device, dtype=dtype) for _ in range(2))
     source = torch.randint(0, 256, (mib * 2**20,), generator=generator, device=device, dtype=torch.uint8)
     target, product = torch.empty_like(source), torch.empty_like(a)
-    timings = compare(
-        {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}, device
-    ).timings
+    calls = {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
+    timings = compare(calls, device, clock=clock).timings
     return Ceilings(
         matmul_tflop_per_s=2 * n**3 / timings["matmul"].median_ms / 1e9,
         copy_gib_per_s=2 * mib / 2**10 / timings["copy"].median_ms * 1e3,
@@ -178,6 +184,7 @@ def peak_mib(function: Callable[[], object], device: torch.device | str = "cpu")
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field_name))
 
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed but kept would hide what the call needs
         reset.write_text("5")
     except OSError:  # a container may forbid it
         return None

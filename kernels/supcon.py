@@ -75,22 +75,25 @@ def supcon_reference(z_RE, labels_R, is_ood_R, num_views, temperature, ood_colum
     count_R = positive_RR.sum(1)
     anchor_R = count_R > 0
     logits_RR = z_RE @ z_RE.T / temperature
-
-    log_weight_RR = torch.zeros_like(logits_RR)
-    if ood_weight > 0:  # at weight 0 the caller passes ood_columns "none"
-        log_weight_RR.masked_fill_(ood_negative_RR, math.log(ood_weight))
+    weighted_RR = logits_RR
+    if ood_weight not in (0, 1):  # at weight 0 the caller passes ood_columns "none"
+        weighted_RR = logits_RR + math.log(ood_weight) * ood_negative_RR.to(logits_RR.dtype)
     if hardness > 0:
-        reweighted_RR = (log_weight_RR + hardness * logits_RR.detach()).masked_fill(~negative_RR, -math.inf)
-        log_count_R1 = log_weight_RR.masked_fill(~negative_RR, -math.inf).logsumexp(1, keepdim=True)
-        hard_RR = reweighted_RR - reweighted_RR.logsumexp(1, keepdim=True) + log_count_R1
-        log_weight_RR = torch.where(negative_RR, hard_RR, log_weight_RR)
-    log_weight_RR = log_weight_RR.masked_fill(~(positive_RR | negative_RR), -math.inf)
-
-    # Rows that are no anchors may have no column at all: a constant row keeps logsumexp and its gradient finite.
-    denominator_RR = (logits_RR + log_weight_RR).masked_fill(~anchor_R[:, None], 0.0)
+        weighted_RR = weighted_RR + _log_hard_weights(logits_RR, weighted_RR, negative_RR, hardness)
+    # Rows that are no anchors may have no column at all: all of theirs are let in, which keeps logsumexp finite.
+    excluded_RR = ~(positive_RR | negative_RR) & anchor_R[:, None]
+    log_denominator_R = weighted_RR.masked_fill(excluded_RR, -math.inf).logsumexp(1)
     mean_positive_R = (logits_RR * positive_RR).sum(1) / count_R.clamp(min=1)
-    loss_R = (denominator_RR.logsumexp(1) - mean_positive_R) * anchor_R
-    return loss_R.sum() / anchor_R.sum().clamp(min=1)
+    return ((log_denominator_R - mean_positive_R) * anchor_R).sum() / anchor_R.sum().clamp(min=1)
+
+
+def _log_hard_weights(logits_RR, weighted_RR, negative_RR, hardness: float) -> torch.Tensor:
+    """log w_ij of negatives, 0 of other columns; not differentiated. weighted_RR: s_ij + log c_j."""
+    logits_RR, weighted_RR = logits_RR.detach(), weighted_RR.detach()
+    log_c_RR = (weighted_RR - logits_RR).masked_fill(~negative_RR, -math.inf)
+    hard_RR = hardness * logits_RR
+    log_weight_RR = hard_RR - (hard_RR + log_c_RR).logsumexp(1, keepdim=True) + log_c_RR.logsumexp(1, keepdim=True)
+    return torch.where(negative_RR, log_weight_RR, 0.0)
 
 
 def masks(labels_R, is_ood_R, num_views: int, ood_columns: str, ood_anchors: bool = False):

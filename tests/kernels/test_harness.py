@@ -10,40 +10,62 @@ import torch
 from benchmarks import harness
 
 
-def test_candidates_alternate_and_the_baseline_runs_twice_a_round():
+@pytest.fixture
+def clock(monkeypatch):
+    """A wall clock that stands still but for `clock.sleep`, so that no other process can disturb these tests."""
+
+    class Clock:
+        now = 0.0
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_candidates_alternate_and_the_baseline_runs_twice_a_round(clock):
     calls = []
 
-    def named(name, seconds=0.0):
+    def named(name, seconds):
         def call():
             calls.append(name)
-            time.sleep(seconds)
+            clock.sleep(seconds)
 
         return call
 
     outcome = harness.compare({"a": named("a", 0.004), "b": named("b", 0.002)}, blocks=3, block_seconds=0.0)
     assert calls == ["a", "a", "b", "b"] + ["a", "b", "a"] * 3
-    assert outcome.speedup("a") == 1 and 1.2 < outcome.speedup("b") < 3
-    assert len(outcome.timings["b"].seconds) == 3 and outcome.spread_pct < 60
+    assert outcome.speedup("a") == 1 and outcome.speedup("b") == pytest.approx(2)
+    assert len(outcome.timings["b"].seconds) == 3 and outcome.spread_pct == 0
 
 
-def test_a_block_repeats_a_fast_candidate():
-    count = 0
+def test_the_spread_of_the_baseline_with_itself_is_told(clock):
+    durations = iter([1, 1, 1, 1, 1.0, 1.5])  # two warm-up calls, then a block and its repetition, twice
 
-    def call():
-        nonlocal count
-        count += 1
-        time.sleep(0.001)
-
-    harness.compare({"fast": call}, blocks=1, block_seconds=0.02)
-    assert 8 < count < 60
+    outcome = harness.compare({"a": lambda: clock.sleep(next(durations))}, blocks=2, block_seconds=0.0)
+    assert outcome.spread_pct == pytest.approx(25)
 
 
-def test_rounds_end_with_the_budget_but_one_is_always_run():
-    outcome = harness.compare({"slow": lambda: time.sleep(0.01)}, blocks=50, block_seconds=0, max_seconds=0.03)
-    assert 1 <= len(outcome.timings["slow"].seconds) < 10
+def test_a_block_repeats_a_fast_candidate_until_it_lasts(clock):
+    calls = []
+    harness.compare({"fast": lambda: (calls.append(1), clock.sleep(0.001))}, blocks=2, block_seconds=0.02)
+    assert len(calls) == 2 + 2 * (20 + 20)
+
+
+def test_rounds_end_with_the_budget_but_one_is_always_run(clock):
+    for allowed, rounds in ((0.0, 1), (0.05, 3), (9.0, 5)):
+        outcome = harness.compare({"slow": lambda: clock.sleep(0.01)}, block_seconds=0, max_seconds=allowed)
+        assert len(outcome.timings["slow"].seconds) == rounds
     budget = harness.Budget(0.01)
-    time.sleep(0.02)
+    clock.sleep(0.02)
     assert budget.left < 0 and harness.Budget(0).left == float("inf")
+
+
+def test_the_process_clock_does_not_count_waiting():
+    waited = harness.block(lambda: time.sleep(0.02), 1, "cpu", clock="process")
+    assert waited < 0.01
 
 
 def test_out_of_memory_is_an_outcome_of_its_candidate():
