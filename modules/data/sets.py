@@ -48,11 +48,11 @@ class ImageSets:
 
     def summary(self) -> dict:
         """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""
-        files = {
-            item.path: {"label": item.label, "set": name, "group": item.group, "sha256": digest}
-            for name, images in self.images.items()
-            for item, digest in zip(images.items, images.digests, strict=True)
-        }
+        files = {}
+        for name, images in self.images.items():
+            root = f"{self.far_index.root}/" if name == "far_ood_test" else ""  # another set may use the same paths
+            for item, digest in zip(images.items, images.digests, strict=True):
+                files[root + item.path] = {"label": item.label, "set": name, "group": item.group, "sha256": digest}
         return {
             "root": self.index.root,
             "far_ood_root": self.far_index.root if self.far_index else "",
