@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from benchmarks.kernel_cases import CASES, Case
+from benchmarks.kernel_cases import SWEEPS, Case
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> dict:
     switches = f"compile={options.compile} clock={options.clock}"
     rows = []
     for op in options.ops:
-        for case in CASES[op](device, options.compile, options.reduced):
+        for case in SWEEPS[op].cases(device, options.compile, options.reduced):
             if budget.left <= 0:
                 print(f"budget of {budget.seconds:g} s is spent; left out: {op} {case.shape} and what follows")
                 break
@@ -71,7 +71,7 @@ def measure(
             "tflop_per_s": round(tflop_per_s, 4),
             "ceiling_pct": round(100 * share, 2),
             "peak_mib": harness.peak_mib(case.candidates[name], device) if timing else "",
-            "quality": quality(case, name) if timing else outcome.failures[name],
+            "quality": case.error(name) if timing else outcome.failures[name],
         }
         rows.append(row)
         print(f"  {name:26s} {row['median_ms'] or 'failed':>10} ms  x{row['speedup']}  {row['ceiling_pct']} % of ceiling  "
@@ -79,20 +79,11 @@ def measure(
     return rows
 
 
-def quality(case: Case, name: str) -> str:
-    """The error of a candidate, or why it has none: peers that draw their own views answer another question."""
-    if case.op == "views" and name in ("torchvision v2 per row", "kornia"):
-        return "draws its own parameters"
-    if case.op == "guided_step" and name.startswith("diffusers"):
-        return "its own coefficients"
-    return case.error(name)
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--ops", default=",".join(CASES), help="comma-separated: " + ", ".join(CASES))
+    parser.add_argument("--ops", default=",".join(SWEEPS), help="comma-separated: " + ", ".join(SWEEPS))
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each candidate, >= 5 for quantiles")
     parser.add_argument(
         "--budget-seconds", type=float, default=0.0, help="stop beginning cases after this; 0: no bound"
@@ -109,8 +100,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
     options = parser.parse_args(argv)
     options.ops = [op.strip() for op in options.ops.split(",") if op.strip()]
-    if unknown := [op for op in options.ops if op not in CASES]:
-        parser.error(f"--ops has {', '.join(unknown)}; known are {', '.join(CASES)}")
+    if unknown := [op for op in options.ops if op not in SWEEPS]:
+        parser.error(f"--ops has {', '.join(unknown)}; known are {', '.join(SWEEPS)}")
     kind = torch.device(options.device).type
     options.reduced = kind == "cpu" if options.reduced is None else options.reduced
     default = harness.RESULTS / f"kernels_{'gpu' if kind == 'cuda' else 'cpu'}.csv"

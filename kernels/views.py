@@ -80,7 +80,7 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
             rows = grey_R[r].nonzero().squeeze(1).to(device, non_blocking=True)
             if len(rows):
                 x_b3HW[rows] = _grey(x_b3HW[rows]).expand(-1, 3, -1, -1)
-            out_RHWC[r].copy_(torch.addcmul(shift_3, x_b3HW, scale_3, out=x_b3HW).permute(0, 2, 3, 1))
+            out_RHWC[r].copy_(x_b3HW.mul_(scale_3).add_(shift_3).permute(0, 2, 3, 1))
     return out_RHWC.permute(0, 3, 1, 2)
 
 
@@ -136,9 +136,8 @@ def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
     chroma = high - low
     hue = torch.where(g == high, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
     hue = torch.where(r == high, g - b, hue)
-    hue.div_(chroma.clamp(min=1e-12)).add_(6 * turn_b[:, None, None]).remainder_(
-        6
-    )  # a grey pixel has no hue: 0 / 1e-12
+    hue.div_(chroma.clamp(min=1e-12)).add_(6 * turn_b[:, None, None])  # a grey pixel has no hue: 0 / 1e-12
+    hue.sub_(torch.floor(hue / 6), alpha=6)
     out_b3HW = torch.empty_like(x_b3HW)
     red, green, blue = out_b3HW.unbind(1)
     torch.sub(hue, 3, out=red).abs_().sub_(1)
