@@ -12,8 +12,13 @@ import sys
 
 VERBS = {  # verb -> (module below modules.commands, one line of help)
     "run": ("run", "CONFIG [section.key=value ...]   train, probe, evaluate, report; again: go on, or show the result"),
-    "compare": ("compare", "CONFIG [--arms A,B] [--seeds 0,1,2] [...]   run every arm at every seed, compare the finished"),
-    "evaluate": ("evaluate", "RUN [data.root=...]   probe and scores again from a saved run, or judge other images by it"),
+    "compare": ("compare", "CONFIG [--arms A,B] [--seeds 0,1] [...]   every arm at every seed, then one comparison"),
+    "evaluate": ("evaluate", "RUN [data.root=...]   probe and score a saved run again, or judge other images by it"),
+    "tune": ("tune", "CONFIG [--quality] [--presets] [...]   the ratio of generation to training that pays, measured"),
+    "profile": ("profile", "CONFIG [...]   where the milliseconds of a step go, and three changes likely to help"),
+    "preview": ("preview", "CONFIG [--classes=a,b] [--strengths=.2,.5] [...]   see what a run would generate"),
+    "check": ("check", "CONFIG [...]   data found, memory, checkpoint and time of a run, before it is started"),
+    "doctor": ("doctor", "[--device=cpu]   what this machine has and what of it really works; needs no CONFIG"),
     "train-pipeline": ("train_pipeline", "CONFIG [...]   make a small Stable Diffusion pipeline from captioned images"),
 }
 USAGE = "usage: python trainer.py VERB CONFIG [section.key=value ...]\n\n" + "\n".join(
@@ -26,7 +31,7 @@ def step(state) -> None:
     from modules.data.views import two_views
 
     phase, config = state.meter.phase, state.config
-    log = (state.step + 1) % config.run.log_every == 0
+    log = (state.step + 1) % config.run.log_every == 0 or state.step + 1 == config.learning.steps
     with phase("generate"):
         if state.generator is not None:
             state.generator.advance(state.step)
@@ -89,7 +94,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     verb, *rest = arguments
-    if verb not in VERBS or not rest:
+    if verb not in VERBS or not (rest or VERBS[verb][1].startswith("[")):
         print(
             f"trainer.py: {f'unknown verb {verb!r}' if verb not in VERBS else f'{verb} needs a CONFIG'}\n\n{USAGE}",
             file=sys.stderr,
@@ -100,7 +105,8 @@ def main(arguments: list[str]) -> int:
     try:
         from modules.console import Console
 
-        importlib.import_module(f"modules.commands.{VERBS[verb][0]}").command(rest[0], rest[1:], Console(), run, step)
+        path, *overrides = rest or [""]
+        importlib.import_module(f"modules.commands.{VERBS[verb][0]}").command(path, overrides, Console(), run, step)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

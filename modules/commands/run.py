@@ -25,6 +25,7 @@ from modules.diffusion.token_report import token_report
 from modules.ema import build_average
 from modules.errors import Terminated
 from modules.evaluation.intervals import check_groups
+from modules.evaluation.ood import check_score_name
 from modules.learning.encoder import build_encoder, choose_arch
 from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
@@ -54,6 +55,8 @@ def load_data(job: Job, progress) -> None:
     tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
     groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
     check_groups(groups, config.evaluation.bootstrap)
+    negatives = generates(config) and config.generation.near_ood_fraction > 0
+    check_score_name(config.evaluation.score, negatives or "near_ood_val" in job.sets.images)
     check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
     tested = [job.sets.images[name] for name in ("train", "val", "test")]
     if pairs := near_duplicates(*tested):
