@@ -101,25 +101,20 @@ def masks(labels_R, is_ood_R, num_views: int, ood_columns: str, ood_anchors: boo
 
     Rows that are no anchors are False throughout. The sum over a row of the first two counts its denominator's terms.
     """
-    R = labels_R.shape[0]
-    id_R, row_R = ~is_ood_R, torch.arange(R, device=labels_R.device)
-    other_RR = row_R[:, None] != row_R
-    same_class_RR = labels_R[:, None] == labels_R
-    positive_RR = same_class_RR & other_RR & id_R[:, None] & id_R
-    anchor_R = id_R
-    if ood_anchors:
-        image_R = row_R % (R // num_views)
-        positive_RR |= (image_R[:, None] == image_R) & other_RR & is_ood_R[:, None] & is_ood_R
-        anchor_R = torch.ones_like(is_ood_R)
-    seen_RR = {
-        "none": torch.zeros_like(other_RR),
-        "global": torch.ones_like(other_RR),
-        "own_class": same_class_RR,
-        "foreign_class": ~same_class_RR,
-    }[ood_columns]
-    candidate_RR = other_RR & ~positive_RR & anchor_R[:, None]
-    ood_negative_RR = candidate_RR & is_ood_R & seen_RR
-    return positive_RR, (candidate_RR & id_R) | ood_negative_RR, ood_negative_RR
+    # One number a row that is equal for positives: the class of ID rows, something no other row has for OOD rows.
+    row_R = torch.arange(len(labels_R), device=labels_R.device)
+    identity_R = row_R % (len(labels_R) // num_views) if ood_anchors else row_R
+    key_R = torch.where(is_ood_R, -1 - identity_R, labels_R)
+    positive_RR = (key_R[:, None] == key_R).fill_diagonal_(False)
+    negative_RR = (~positive_RR).fill_diagonal_(False)
+    if not ood_anchors:
+        negative_RR &= ~is_ood_R[:, None]
+    if ood_columns == "none":
+        negative_RR &= ~is_ood_R
+    elif ood_columns != "global":
+        same_class_RR = labels_R[:, None] == labels_R
+        negative_RR &= ~is_ood_R | (same_class_RR if ood_columns == "own_class" else ~same_class_RR)
+    return positive_RR, negative_RR, negative_RR & is_ood_R
 
 
 def reference_level(
