@@ -32,7 +32,7 @@ from modules.diffusion.tokens import Tokens
 from modules.errors import DataError, NonFinite, OutOfMemory
 from modules.runtime import stream
 
-ALGORITHM = 1  # part of the cache key; raised when the same settings would learn other vectors
+ALGORITHM = 2  # part of the cache key; raised when the same settings would learn other vectors
 ROWS_PER_VISIT = 4  # images of a class in a batch, the ancestors' batch
 WARMUP_VISITS = 5  # visits of a class over which its learning rate rises
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -106,7 +106,7 @@ class Inversion:
             raise ValueError(
                 f"moments_FD8hw: {tuple(moments_FD8hw.shape)} lacks the mirror images inversion.flip asks for"
             )
-        self.pipeline, self.moments_FD8hw, self.labels_D = pipeline, moments_FD8hw, list(labels_D)
+        self.pipeline, self.moments_FD8hw, self.labels_D = pipeline, moments_FD8hw, [int(c) for c in labels_D]
         self.classes, self.settings, self.seed, self.templates = tuple(classes), settings, seed, tuple(templates)
         self.order = schedule(self.labels_D, self.classes, settings.images_per_class, seed)
         self.steps = math.ceil(len(self.order) / settings.batch_size)

@@ -346,3 +346,12 @@ def test_half_precision_learns_on_a_gpu():
     tokens = learn(inversion)
     held_out = make_moments(pipeline, 12, "held out")[0]
     assert all(r["gain"] > 0 for r in token_report(pipeline, tokens, held_out, [row % 3 for row in range(12)]))
+
+
+def test_labels_may_be_a_tensor(pipeline):
+    """Entries of a tensor are objects of their own: taken as they are, no two rows would share a class."""
+    labels = torch.arange(9) % len(CLASSES)
+    given = Inversion(pipeline, make_moments(pipeline, 9), labels, CLASSES, SETTINGS, 0)
+    expected = make(pipeline)
+    assert run(given, 2) == run(expected, 2)
+    assert torch.equal(given.vectors_CKE, expected.vectors_CKE)
