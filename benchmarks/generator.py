@@ -1,0 +1,207 @@
+"""Images a second, one row a technique, against its peers in the same process: `python -m benchmarks.generator`.
+
+A waterfall: DA-Fusion's loop as published, diffusers' image-to-image pipeline at its best batch (default attention,
+xformers, compiled), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM steps under guidance
+7.5, the same weights, sources, prompts, dtype, threads and output size; blocks alternate. Each row has the share of the
+matrix product measured in this run (MFU), the share of the floor (the time the UNet calls and the decoding would take
+at that rate) and the PSNR of its images against diffusers' from the same latents and the same noise.
+
+Rows are appended to benchmarks/results/generator_gpu.csv or generator_cpu.csv; the last line printed is one JSON
+document with `ratios`: the fastest exact engine row over each peer.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, inputs, peers
+from benchmarks.techniques import COMPILED, DA_FUSION, DIFFUSERS, SLOTS, XFORMERS, Bench, Candidate
+from modules.runtime import quiet_libraries
+
+RATIOS = {
+    "da_fusion_loop": DA_FUSION,
+    "diffusers_best_batch": DIFFUSERS,
+    "diffusers_xformers": XFORMERS,
+    "diffusers_compiled": COMPILED,
+}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure, append rows, print a table and the JSON document; returns that document."""
+    options = _parse(argv)
+    quiet_libraries()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    budget = harness.Budget(options.budget_s)
+    bench = Bench(options)
+    conditions, ceilings = harness.conditions(bench.device), harness.measure_ceilings(bench.device)
+    candidates = ready(bench)
+    images = images_a_block(candidates, bench.setting.images, bench.batch, options.blocks, budget.left)
+    comparison = alternate(candidates, images, bench.device, options.blocks, budget.left)
+    floor = (
+        ceilings.matmul_tflop_per_s * 1e12 / bench.work.of_image(bench.setting, bench.pipeline.scheduler, peer=False)
+    )
+    rows = [_row(bench, candidate, images, comparison, ceilings, floor) for candidate in candidates]
+    rows.sort(key=lambda row: row["images_per_s"])
+    document = _document(bench, conditions, ceilings, floor, comparison, images, rows)
+    _print_table(document)
+    if options.out:
+        harness.append_rows(options.out, [conditions | row for row in rows])
+    harness.finish(document)
+    return document
+
+
+def ready(bench: Bench) -> list[Candidate]:
+    """Every technique that can run here, warmed up over one batch; bench.skipped says which cannot, and why."""
+    found = []
+    for maker in bench.makers():
+        begin = time.perf_counter()
+        try:
+            candidate = maker()
+        except peers.Unavailable as error:
+            bench.skipped[error.technique] = error.reason
+            print(f"skipped {error.technique}: {error.reason}", flush=True)
+            continue
+        candidate.peak_mib = harness.peak_mib(lambda c=candidate: c.call(bench.batch), bench.device)
+        bench.wait()
+        candidate.ready_s = time.perf_counter() - begin
+        candidate.batch_s = harness.block(lambda c=candidate: c.call(bench.batch), 1, bench.device)
+        print(f"{candidate.name}: ready after {candidate.ready_s:.1f} s, a batch {candidate.batch_s:.2f} s  "
+              f"{candidate.quality}", flush=True)  # fmt: skip
+        found.append(candidate)
+    return found
+
+
+def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks: int, seconds: float) -> int:
+    """As many images as `blocks` rounds of all candidates have time for: whole batches, at least one, at most `images`."""
+    once = sum(c.batch_s for c in candidates) + candidates[0].batch_s  # the first runs twice a round
+    affordable = seconds / max(1e-9, blocks * once)
+    batches = max(1, min(images // batch, int(min(affordable, images))))
+    if batches * batch < images:
+        print(f"budget: {batches * batch} images a block instead of {images}", flush=True)
+    return batches * batch
+
+
+def alternate(candidates: list[Candidate], images: int, device, blocks: int, seconds: float) -> harness.Comparison:
+    """Alternating blocks of all candidates, the first twice a round; a new round begins only while `seconds` last."""
+    times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    again: list[float] = []
+    begin = time.perf_counter()
+    for done in range(blocks):
+        if done and time.perf_counter() - begin > seconds * (blocks - 0.5) / blocks:
+            break
+        for candidate in candidates:
+            times[candidate.name].append(harness.block(lambda c=candidate: c.call(images), 1, device))
+        again.append(harness.block(lambda: candidates[0].call(images), 1, device))
+    spread = abs(statistics.median(again) / statistics.median(times[candidates[0].name]) - 1)
+    timings = {name: harness.Timing(name, tuple(values)) for name, values in times.items()}
+    return harness.Comparison(timings, round(100 * spread, 2))
+
+
+def _row(bench: Bench, candidate: Candidate, images: int, comparison, ceilings, floor: float) -> dict[str, object]:
+    timing, made = comparison.timings[candidate.name], min(images, candidate.at_most)
+    rate = {q: 1e3 * made / timing.quantile_ms(1 - q) for q in (0.1, 0.5, 0.9)}
+    calls, guided = bench.setting.calls(bench.pipeline.scheduler)
+    operations = bench.work.of_image(bench.setting, bench.pipeline.scheduler, peer=candidate.peer)
+    return {
+        "technique": candidate.name,
+        "images_per_s": round(rate[0.5], 4),
+        "p10": round(rate[0.1], 4),
+        "p90": round(rate[0.9], 4),
+        "blocks": len(timing.seconds),
+        "images_a_block": made,
+        "spread_pct": comparison.spread_pct,
+        "unet_evaluations_per_s": round(rate[0.5] * (calls + guided), 2),
+        "mfu_pct": round(100 * rate[0.5] * operations / ceilings.matmul_tflop_per_s / 1e12, 2),
+        "floor_pct": round(100 * rate[0.5] / floor, 2),
+        "peak_mib": candidate.peak_mib,
+        "batch": candidate.batch,
+        "px": bench.pipeline.resolution,
+        "dtype": str(bench.pipeline.dtype).removeprefix("torch."),
+        "pipeline": bench.pipeline.digest[:16],
+        "ready_s": round(candidate.ready_s, 2),
+        "switches": candidate.switches,
+        "quality": candidate.quality,
+    }
+
+
+def _document(bench: Bench, conditions, ceilings, floor: float, comparison, images: int, rows: list[dict]) -> dict:
+    per_s = {row["technique"]: row["images_per_s"] for row in rows}
+    own = max(bench.engines, key=per_s.get)
+
+    def ratios(of: str) -> dict[str, float]:
+        return {key: round(per_s[of] / per_s[peer], 3) for key, peer in RATIOS.items() if peer in per_s}
+
+    return {
+        "benchmark": "generator",
+        **conditions,
+        "setting": vars(bench.setting) | {"resolution": bench.pipeline.resolution, "images": images},
+        "ceilings": vars(ceilings),
+        "gflop": {part: round(count / 1e9, 3) for part, count in vars(bench.work).items()},
+        "floor_images_per_s": round(floor, 3),
+        "aa_spread_pct": comparison.spread_pct,
+        "tick": tick(bench, ceilings, own),
+        "rows": rows,
+        "skipped": bench.skipped,
+        "ratios": ratios(own),
+        "ratios_of": own,
+        "ratios_without_compile": ratios(SLOTS),
+        "written": str(bench.options.out or ""),
+    }
+
+
+def tick(bench: Bench, ceilings: harness.Ceilings, name: str) -> dict[str, object]:
+    """One UNet call with its solver step, of an engine: rows, milliseconds, and the share of the matrix product."""
+    engine = bench.engines[name]
+    engine.make(len(engine.slots.occupants))  # latents as after real work, since zeros would run faster
+    found = harness.compare({"tick": torch.no_grad()(engine.slots.in_flight.step)}, bench.device)
+    rows = len(engine.slots.occupants) + engine.slots.unconditional_rows
+    ms = found.timings["tick"].median_ms
+    tflop_per_s = rows * bench.work.unet / ms / 1e9
+    mfu_pct = round(100 * tflop_per_s / ceilings.matmul_tflop_per_s, 2)
+    return {"technique": name, "rows": rows, "ms": round(ms, 3), "mfu_pct": mfu_pct}
+
+
+def _print_table(document: dict) -> None:
+    """The waterfall, slowest first."""
+    setting = document["setting"]
+    print(f"{document['device']}, torch {document['torch']}, {document['threads']} threads; {setting['resolution']} px, "
+          f"strength {setting['strength']} of {setting['num_inference_steps']}, guidance {setting['guidance_scale']}; "
+          f"floor {document['floor_images_per_s']} images/s; A/A spread {document['aa_spread_pct']} %")  # fmt: skip
+    print(f"one tick: {document['tick']}")
+    slowest = document["rows"][0]["images_per_s"]
+    for row in document["rows"]:
+        print(f"{row['technique']:36s} {row['images_per_s']:9.3f} images/s [{row['p10']}, {row['p90']}]  "
+              f"x{row['images_per_s'] / slowest:<6.2f} MFU {row['mfu_pct']:5.1f} %  floor {row['floor_pct']:5.1f} %  "
+              f"{row['peak_mib']} MiB  {row['quality']}")  # fmt: skip
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="benchmarks.generator", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--pipeline", default="", help="random | embedded | path; default: random on a GPU, else embedded"
+    )
+    parser.add_argument("--resolution", type=int, default=0, help="pixels a side; 0: the UNet's own")
+    parser.add_argument("--images", type=int, default=64, help="images a block, fewer where the budget asks for it")
+    parser.add_argument("--da-fusion-images", type=int, default=8, help="images a block of DA-Fusion's loop at most")
+    parser.add_argument("--batch", type=int, default=0, help="batch of diffusers and slots; 0: the best is measured")
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
+    parser.add_argument("--budget-s", type=float, default=0.0, help="fit the blocks into this time; 0: no bound")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    options = parser.parse_args(argv)
+    options.pipeline = options.pipeline or inputs.default_pipeline(torch.device(options.device))
+    options.out = (
+        None if options.out == "none" else Path(options.out or inputs.results_file("generator", options.device))
+    )
+    return options
+
+
+if __name__ == "__main__":
+    main()

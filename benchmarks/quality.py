@@ -1,0 +1,200 @@
+"""What cheaper generation costs in quality: `python -m benchmarks.quality`.
+
+Short runs on the embedded default, each with one choice changed: strength, solver and steps, or how often an image is
+used (fewer images a step, each in more batches). Every row has label agreement and diversity of what was generated, by a
+judge fixed before training, and accuracy of the probe and near-OOD AUROC of the encoder. Only val is read: these rows
+are for choosing settings, and the probe's learning rate is chosen on the same val images, so its accuracy flatters
+every row alike. A lossy choice passes the gate if it loses at most `TOLERANCE` in agreement, accuracy and AUROC.
+
+Rows are appended to benchmarks/results/quality_gpu.csv or quality_cpu.csv; the last line printed is one JSON document.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import trainer
+from benchmarks import harness, inputs
+from benchmarks.session import DEMO, session
+from modules.commands.job import Job, State
+from modules.diffusion.suitability import ALL, judge_images, suitability
+from modules.evaluation.evaluate import evaluate, feature_set
+from modules.evaluation.features import embed_images
+from modules.runtime import quiet_libraries
+
+TOLERANCE = 0.03  # of agreement, accuracy and AUROC that a lossy choice may lose
+JUDGED = ("agreement", "val_accuracy", "near_ood_auroc")
+EXACT = "exact"  # the demo as it is: what the others are compared with
+CHOICES: dict[str, dict[str, object]] = {
+    EXACT: {},
+    "strength 0.2": {"generation.strengths": {0.2: 1.0}},
+    "strength 0.3": {"generation.strengths": {0.3: 1.0}},
+    "strength 0.5": {"generation.strengths": {0.5: 1.0}},
+    "strength 0.6": {"generation.strengths": {0.6: 1.0}},
+    "dpmpp_2m 10 steps": {"generation.solver": "dpmpp_2m", "generation.num_inference_steps": 10},
+    "max_uses 4": {"generation.max_uses": 4, "generation.images_per_step": 8.0},
+    "max_uses 24": {"generation.max_uses": 24, "generation.images_per_step": 1.5},
+    "max_uses 48": {"generation.max_uses": 48, "generation.images_per_step": 0.75},
+}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the choices, append their rows, print a table and the JSON document; returns that document."""
+    options = _parse(argv)
+    quiet_libraries()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
+    rows, skipped, longest = [], [], 0.0
+    with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as cache:
+        for name in options.choices:
+            if budget.left < longest:
+                skipped.append(name)
+                continue
+            begin = time.perf_counter()
+            settings = _settings(options, cache) | CHOICES[name]
+            with session(settings, options.config) as (job, state):
+                rows.append(conditions | measure(name, job, state, options.steps))
+            longest = max(longest, time.perf_counter() - begin)
+            _print_row(rows[-1])
+    gate = {row["choice"]: _passes(row, rows[0]) for row in rows[1:]}
+    document = {
+        "benchmark": "quality",
+        **conditions,
+        "rows": [{k: v for k, v in row.items() if k not in conditions} for row in rows],
+        "within_tolerance": gate,
+        "tolerance": TOLERANCE,
+        "skipped": {name: "budget" for name in skipped},
+        "written": str(options.out or ""),
+    }
+    if options.out:
+        harness.append_rows(options.out, rows)
+    harness.finish(document)
+    return document
+
+
+def measure(name: str, job: Job, state: State, steps: int) -> dict[str, object]:
+    """The row of a choice: train for `steps` steps, then look at what was generated and at val."""
+    begin = time.perf_counter()
+    for _ in range(steps):
+        trainer.step(state)
+    state.optimizer.raise_if_nonfinite(lambda failure: "the benchmark's own run")
+    seconds = time.perf_counter() - begin
+    config, counts = job.config, state.generator.statistics()
+    return {
+        "choice": name,
+        "strengths": " ".join(f"{s:g}" for s in config.generation.strengths),
+        "solver": f"{config.generation.solver} {config.generation.num_inference_steps}",
+        "images_per_step": config.generation.images_per_step,
+        "max_uses": config.generation.max_uses,
+        "steps": steps,
+        "seed": config.run.seed,
+        "ms_a_step": round(1e3 * seconds / steps, 1),
+        "unet_rows_a_step": round(counts["unet_rows"] / steps, 2),
+        "reuse": round(counts["reuse"], 2),
+        "age_mean": round(counts["age_mean"], 2),
+        **_suitability(job, state),
+        **_val(job, state),
+    }
+
+
+def _suitability(job: Job, state: State) -> dict[str, float]:
+    """Agreement and diversity of the positives that the reservoir holds, agreement of its near-OOD images."""
+    shown = state.generator.examples()
+    judged = judge_images(job.judge, torch.stack([image for image, _ in shown]))
+    requests = [request for _, request in shown]
+    real = judge_images(job.judge, job.sets.train.pixels_DHWC.to(job.device))
+    table = suitability(
+        judged,
+        [request.label for request in requests],
+        ["near_ood" if request.is_ood else "positive" for request in requests],
+        [request.source for request in requests],
+        real,
+        job.sets.labels_D.tolist(),
+        job.sets.index.classes,
+    )
+    rows = {row["recipe"]: row for row in table if row["class"] == ALL}
+    positive, near_ood = rows["positive"], rows["near_ood"]
+    return {
+        "images_judged": len(shown),
+        "agreement": _rounded(positive["agreement"]),
+        "real_agreement": _rounded(positive["real_agreement"]),
+        "diversity_share": _rounded(positive["diversity_share"]),
+        "distance_share": _rounded(positive["distance_share"]),
+        "near_ood_agreement": _rounded(near_ood["agreement"]),
+    }
+
+
+def _val(job: Job, state: State) -> dict[str, float]:
+    """Accuracy and near-OOD AUROC on val; no test image is embedded."""
+    config, classes = job.config, job.sets.index.classes
+    features = {}
+    for name in ("train", "val", "near_ood_val"):
+        images = job.sets.images[name]
+        found = embed_images(state.embed, images.pixels_DHWC, config.evaluation.batch_size)
+        features[name] = feature_set(images.items, found, classes if name != "near_ood_val" else ())
+    outcome = evaluate(
+        **features, test=None, classes=classes, probe=config.probe, evaluation=config.evaluation, seed=config.run.seed
+    )
+    results, score = outcome.results, config.evaluation.score
+    return {
+        "val_accuracy": _rounded(results["val.accuracy"]),
+        "val_knn_accuracy": _rounded(results["val.knn_accuracy"]),
+        "near_ood_auroc": _rounded(results[f"val.near_ood.{score}.auroc"]),
+        "score": score,
+        "val_images": results["val.images"],
+        "near_ood_val_images": results["val.near_ood.images"],
+    }
+
+
+def _passes(row: dict, exact: dict) -> bool:
+    return all(row[name] >= exact[name] - TOLERANCE for name in JUDGED)
+
+
+def _settings(options: argparse.Namespace, cache: str) -> dict[str, object]:
+    settings = {
+        "run.cache_dir": cache,
+        "run.seed": options.seed,
+        "run.device": options.device,
+        "learning.steps": options.steps,
+        "learning.warmup_steps": max(1, options.steps // 10),
+        "evaluation.bootstrap": 0,
+        "evaluation.knn_every": 0,
+    }
+    return settings | ({"pipeline.path": options.pipeline} if options.pipeline else {})
+
+
+def _rounded(value: float | None) -> float | str:
+    return "" if value is None else round(value, 4)
+
+
+def _print_row(row: dict) -> None:
+    print(f"{row['choice']:20s} {row['ms_a_step']:8.1f} ms/step  {row['unet_rows_a_step']:6.2f} UNet rows  "
+          f"agreement {row['agreement']} (real {row['real_agreement']})  diversity {row['diversity_share']}  "
+          f"val accuracy {row['val_accuracy']}  near-OOD AUROC {row['near_ood_auroc']}", flush=True)  # fmt: skip
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--config", type=Path, default=DEMO)
+    parser.add_argument("--pipeline", default="", help="path of another pipeline than the config's")
+    parser.add_argument("--choices", default=",".join(CHOICES), help="comma-separated; the first is compared with")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
+    parser.add_argument("--budget-s", type=float, default=0.0, help="begin no run that may end after this; 0: no bound")
+    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    options = parser.parse_args(argv)
+    options.choices = [name.strip() for name in options.choices.split(",") if name.strip()]
+    if unknown := [name for name in options.choices if name not in CHOICES]:
+        parser.error(f"--choices has {', '.join(unknown)}; known are {'; '.join(CHOICES)}")
+    options.out = None if options.out == "none" else Path(options.out or inputs.results_file("quality", options.device))
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The joint step, generation and training together: `python -m benchmarks.step`.
+
+Over the ratio (images_per_step) and the overlap mode, with a small ResNet at 64 px on the embedded set and, on a GPU,
+ResNet-50 at 224 px beside a generator of SD 1.5's shape at 512 px. Measured are the step and its phases, the share of
+generation, how much of it overlap hides, what mixing, augmenting and bookkeeping cost, host syncs and bytes written
+during a step; then that a step's cost grows linearly with images_per_step, and not with the number of train images.
+
+Overlap efficiency = (T_generate + T_train) / T_joint, each alone and together; it cannot exceed
+(T_generate + T_train) / max(T_generate, T_train).
+
+Rows are appended to benchmarks/results/step_gpu.csv or step_cpu.csv; the last line printed is one JSON document.
+"""
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, inputs
+from benchmarks.session import session
+from benchmarks.stepper import Stepper
+from modules.meter import STEP_PHASES
+from modules.runtime import quiet_libraries
+
+COMMON = {  # settings of every case: nothing to learn beforehand, rings that never run dry
+    "inversion.class_agnostic": True,
+    "near_ood.recipes": {"strength": 1.0},
+    "evaluation.judge_steps": 0,
+    "evaluation.bootstrap": 0,
+    "generation.max_uses": 10**6,
+    "generation.ring_size": 4,
+    "generation.prefill": 0.25,
+    "learning.steps": 10**6,
+    "run.log_every": 10**6,
+}
+FEW_SHOTS = 4  # train images a class of the small side, where the cost of more of them is shown
+
+
+@dataclass(frozen=True)
+class Case:
+    """One encoder beside one generator."""
+
+    name: str
+    settings: dict[str, object]
+    grid: tuple[float, ...]  # images_per_step; 0 comes first and is training alone
+    usual: float  # the ratio of the config, at which one figure stands for all
+    image_folder: tuple[int, int, int] | None = None  # classes, images a class, pixels a side, where no set is shipped
+    modes: tuple[str, ...] = ("sequential",)
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """The cases this device gets."""
+    on_gpu = torch.device(options.device).type == "cuda"
+    modes = ("sequential", "stream") if on_gpu else ("sequential",)
+    small = {"pipeline.path": options.pipeline, "run.device": options.device}
+    found = [Case("small_resnet 64 px", small, (0.0, 1.0, 2.0, 3.0, 4.0, 8.0), 3.0, modes=modes)]
+    if on_gpu:
+        large = {
+            "run.device": options.device,
+            "pipeline.weights": "random",
+            "data.image_size": 224,
+            "encoder.arch": "resnet50",
+            "generation.num_inference_steps": 50,
+            "generation.strengths": {0.5: 1.0},
+            "near_ood.strength": 0.5,
+            "generation.guidance_scale": 7.5,
+            "generation.slots": 8,
+        }
+        found.append(Case("resnet50 224 px", large, (0.0, 0.1, 0.25, 0.5, 1.0), 0.25, (20, 12, 512), modes))
+    return [case for case in found if not options.cases or case.name.split()[0] in options.cases]
+
+
+def measure(case: Case, mode: str, options: argparse.Namespace, seconds: float) -> tuple[list[dict], dict[str, float]]:
+    """Rows of one case in one mode, and the straight line through them."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-images-") as folder:
+        settings = COMMON | case.settings | {"generation.mode": mode, "generation.images_per_step": case.usual}
+        if case.image_folder:
+            settings["data.root"] = str(inputs.write_images(Path(folder), *case.image_folder))
+        with session(settings) as (_job, state):
+            stepper = Stepper(state, options.steps)
+            calls = {f"step {x:g}": stepper.at(x) for x in case.grid}
+            calls |= {f"generate {x:g}": stepper.generating(x) for x in case.grid[1:]}
+            found = harness.compare(calls, stepper.device, blocks=options.blocks, max_seconds=seconds)
+            rows = [_row(case, mode, x, stepper, found) for x in case.grid]
+    return rows, straight_line(case.grid, [row["step_ms"] for row in rows])
+
+
+def _row(case: Case, mode: str, images: float, stepper: Stepper, found: harness.Comparison) -> dict[str, object]:
+    joint = found.timings[f"step {images:g}"]
+    train_ms = found.timings["step 0"].median_ms / stepper.steps(0.0)
+    generate = found.timings.get(f"generate {images:g}")
+    count = stepper.steps(images)
+    generate_ms = generate.median_ms / count if generate else 0.0
+    joint_ms = joint.median_ms / count
+    phases = stepper.phases(images)
+    overhead = phases["mix"] + phases["augment"] + phases["bookkeeping"]
+    mixed = stepper.state.mixer.statistics()
+    run = stepper.config.run
+    return {
+        "case": case.name,
+        "mode": mode,
+        "images_per_step": images,
+        "step_ms": round(joint_ms, 3),
+        "p10_ms": round(joint.quantile_ms(0.1) / count, 3),
+        "p90_ms": round(joint.quantile_ms(0.9) / count, 3),
+        "blocks": len(joint.seconds),
+        "steps_a_block": count,
+        "spread_pct": found.spread_pct,
+        "train_images": stepper.train_images,
+        "generate_alone_ms": round(generate_ms, 3),
+        "generation_share_pct": round(100 * phases["generate"] / phases["step"], 2),
+        "overlap_efficiency": round((train_ms + generate_ms) / joint_ms, 4),
+        "overlap_bound": round((train_ms + generate_ms) / max(train_ms, generate_ms), 4),
+        **{f"{name}_ms": round(phases[name], 3) for name in (*STEP_PHASES, "bookkeeping")},
+        "overhead_pct": round(100 * overhead / phases["step"], 2),
+        "host_syncs": _or_blank(stepper.host_syncs(images)),
+        "bytes_written": _or_blank(stepper.bytes_written(images)),
+        "peak_mib": _or_blank(harness.peak_mib(stepper.at(images), stepper.device)),
+        "switches": f"precision={run.precision} kernels={run.kernels} compile={stepper.config.pipeline.compile}",
+        "quality": f"loss {float(stepper.state.logs['loss']):.3f}, generated rows {mixed['realized_fraction']:.3f} "
+        f"of {stepper.config.generation.synthetic_fraction:g}",
+    }
+
+
+def straight_line(x: tuple[float, ...], y: list[float]) -> dict[str, float]:
+    """Least-squares line y = base + slope x, its R^2 and the largest distance of a point from it in percent of y."""
+    design = torch.stack([torch.ones(len(x), dtype=torch.float64), torch.tensor(x, dtype=torch.float64)], 1)
+    values = torch.tensor(y, dtype=torch.float64)
+    base, slope = torch.linalg.lstsq(design, values[:, None]).solution[:, 0].tolist()
+    residual = values - base - slope * design[:, 1]
+    spread = (values - values.mean()).square().sum().item()
+    return {
+        "ms_without_generation": round(base, 3),
+        "ms_an_image": round(slope, 3),
+        "r2": round(1 - residual.square().sum().item() / spread, 5) if spread else 1.0,
+        "largest_deviation_pct": round(100 * (residual / values).abs().max().item(), 2),
+    }
+
+
+def over_train_images(case: Case, options: argparse.Namespace, seconds: float) -> dict[str, object]:
+    """Milliseconds of the same step on few and on all train images of the embedded set, in alternating blocks."""
+    few, every = ({"data.shots_per_class": shots} for shots in (FEW_SHOTS, 0))
+    settings = COMMON | case.settings | {"generation.images_per_step": case.usual}
+    with session(settings | few) as (_, small), session(settings | every) as (_, large):
+        steppers = [Stepper(state, options.steps) for state in (small, large)]
+        calls = {str(stepper.train_images): stepper.at(case.usual) for stepper in steppers}
+        found = harness.compare(calls, options.device, blocks=options.blocks, max_seconds=seconds)
+        count = steppers[0].steps(case.usual)
+    return {
+        "step_ms": {images: round(found.timings[images].median_ms / count, 3) for images in calls},
+        "ratio": round(1 / found.speedup(list(calls)[-1]), 4),
+        "spread_pct": found.spread_pct,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure, append rows, print a table and the JSON document; returns that document."""
+    options = _parse(argv)
+    quiet_libraries()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
+    rows, lines, skipped = [], {}, {}
+    chosen = [(case, mode) for case in cases(options) for mode in case.modes]
+    for number, (case, mode) in enumerate(chosen):
+        name = f"{case.name}, {mode}"
+        if budget.left <= 0:
+            skipped[name] = "budget"
+            continue
+        share = budget.left / (len(chosen) - number + 1)
+        found, lines[name] = measure(case, mode, options, share)
+        rows += found
+        _print_rows(found)
+    constant = None
+    if options.train_images and budget.left > 0:
+        constant = over_train_images(chosen[0][0], options, budget.left)
+    document = {
+        "benchmark": "step",
+        **conditions,
+        "rows": rows,
+        "linear_in_images_per_step": lines,
+        "constant_in_train_images": constant,
+        "host_syncs": _total(rows, "host_syncs"),
+        "bytes_written": _total(rows, "bytes_written"),
+        "skipped": skipped,
+        "written": str(options.out or ""),
+    }
+    print(f"straight lines: {lines}\ntrain images: {constant}", flush=True)
+    if options.out:
+        harness.append_rows(options.out, [conditions | row for row in rows])
+    harness.finish(document)
+    return document
+
+
+def _total(rows: list[dict], name: str) -> int | None:
+    known = [row[name] for row in rows if row[name] != ""]
+    return sum(known) if known else None
+
+
+def _or_blank(value):
+    return "" if value is None else value
+
+
+def _print_rows(rows: list[dict]) -> None:
+    for row in rows:
+        print(f"{row['case']:20s} {row['mode']:11s} {row['images_per_step']:5g} images/step  {row['step_ms']:9.2f} ms  "
+              f"generation {row['generation_share_pct']:5.1f} %  overlap {row['overlap_efficiency']:.3f} "
+              f"(bound {row['overlap_bound']:.3f})  overhead {row['overhead_pct']:5.2f} %  "
+              f"syncs {row['host_syncs']}  bytes {row['bytes_written']}", flush=True)  # fmt: skip
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--pipeline", default="embedded", help="generator of the small case: embedded or a path")
+    parser.add_argument(
+        "--cases", default="", help="comma-separated: small_resnet, resnet50; default: what fits the device"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a block, at least")
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
+    parser.add_argument("--train-images", action=argparse.BooleanOptionalAction, default=True, help="few against all")
+    parser.add_argument("--budget-s", type=float, default=0.0, help="begin nothing after this; 0: no bound")
+    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    options = parser.parse_args(argv)
+    options.cases = [name for name in options.cases.split(",") if name]
+    options.out = None if options.out == "none" else Path(options.out or inputs.results_file("step", options.device))
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Every benchmark in one call, within a budget: `python -m benchmarks.suite [--only ...] [--budget-s 540]`.
+
+Correctness first, and what is wrong is not timed; then generator, kernels, step and quality, each with a share of the
+time that is left. Each part is a process of its own, so that a crash or a full memory in one costs no other, and is
+stopped when the budget is spent. On a CPU every part runs in a reduced form. Rows go to $OUT where it is set, else to
+benchmarks/results; a short table comes last, the last line is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_S = 20.0  # a part that would get less is left out
+CLOSING_S = 10.0  # of a part's share: for starting, peak memory and writing, beside what it is told to fill
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark of the suite."""
+
+    name: str
+    share: float  # of the time left when its turn comes
+    arguments: Callable[[argparse.Namespace, float], list[str]]  # (options, seconds) -> its command line
+    summary: Callable[[dict], str]  # one line of its document
+
+
+@dataclass
+class Outcome:
+    """How a part ended."""
+
+    part: str
+    status: str  # done | failed: ... | skipped: ...
+    seconds: float = 0.0
+    summary: str = ""
+    document: dict | None = None
+
+
+def _device(options: argparse.Namespace) -> list[str]:
+    return ["--device", options.device]
+
+
+def _pipeline(options: argparse.Namespace) -> list[str]:
+    return ["--pipeline", options.pipeline] if options.pipeline else []
+
+
+def _correctness(options, seconds: float) -> list[str]:
+    return _device(options) + _pipeline(options)
+
+
+def _generator(options, seconds: float) -> list[str]:
+    reduced = [] if options.gpu else ["--images", "16", "--da-fusion-images", "4"]
+    return _device(options) + _pipeline(options) + reduced + ["--budget-s", f"{seconds:.0f}"]
+
+
+def _kernels(options, seconds: float) -> list[str]:
+    name = "kernels_gpu.csv" if options.gpu else "kernels_cpu.csv"
+    out = inputs.results_file("kernels", options.device).with_name(name)
+    return _device(options) + ["--budget-seconds", f"{seconds:.0f}", "--out", str(out)]
+
+
+def _step(options, seconds: float) -> list[str]:
+    small = _pipeline(options) if options.pipeline not in ("", "random") else []
+    reduced = [] if options.gpu else ["--steps", "6"]
+    return _device(options) + small + reduced + ["--budget-s", f"{seconds:.0f}"]
+
+
+def _quality(options, seconds: float) -> list[str]:
+    small = _pipeline(options) if options.pipeline not in ("", "random") else []
+    reduced = [] if options.gpu else ["--steps", "40"]
+    return _device(options) + small + reduced + ["--budget-s", f"{seconds:.0f}"]
+
+
+def _of_generator(document: dict) -> str:
+    ratios = ", ".join(f"{name} {value}x" for name, value in document["ratios"].items())
+    fastest = document["rows"][-1]
+    return f"{fastest['technique']} {fastest['images_per_s']} images/s; {ratios}"
+
+
+def _of_kernels(document: dict) -> str:
+    faster = {}
+    for row in document["rows"]:
+        if row["implementation"] == "triton":
+            faster.setdefault(row["op"], []).append(row["speedup"])
+    return "; ".join(f"{op} {min(found)}-{max(found)}x eager" for op, found in faster.items()) or (
+        f"{len(document['rows'])} rows"
+    )
+
+
+def _of_step(document: dict) -> str:
+    lines = "; ".join(
+        f"{name}: {line['ms_an_image']} ms an image, R2 {line['r2']}"
+        for name, line in document["linear_in_images_per_step"].items()
+    )
+    return f"{lines}; syncs {document['host_syncs']}, bytes written {document['bytes_written']}"
+
+
+def _of_quality(document: dict) -> str:
+    return "; ".join(f"{name} {'within' if good else 'beyond'}" for name, good in document["within_tolerance"].items())
+
+
+PARTS = (
+    Part("correctness", 0.5, _correctness, lambda document: f"{len(document['checks'])} checks"),
+    Part("generator", 0.55, _generator, _of_generator),
+    Part("kernels", 0.35, _kernels, _of_kernels),
+    Part("step", 0.6, _step, _of_step),
+    Part("quality", 1.0, _quality, _of_quality),
+)
+
+
+def command_of(part: Part, options: argparse.Namespace, seconds: float) -> list[str]:
+    """The command of a part that is to fill `seconds`."""
+    return [sys.executable, "-u", "-m", f"benchmarks.{part.name}", *part.arguments(options, seconds)]
+
+
+def run_part(part: Part, options: argparse.Namespace, left: float) -> Outcome:
+    """Run a part in a process of its own, its output passed on; stopped when `left` seconds are over."""
+    command = command_of(part, options, max(LEAST_S / 2, part.share * left - CLOSING_S))
+    print(f"\n== {part.name}: {' '.join(command[2:])}", flush=True)
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    stop = threading.Timer(left, process.kill)
+    stop.start()
+    last = ""
+    try:
+        for line in process.stdout:
+            last = line.strip() or last
+            if not last.startswith("{"):
+                print(line, end="", flush=True)
+        code = process.wait()
+    finally:
+        stop.cancel()
+    took = round(time.perf_counter() - begin, 1)
+    document = json.loads(last) if last.startswith("{") else None
+    if document is None:
+        status = "failed: stopped, the budget was spent" if took >= left else f"failed: exit code {code}"
+        return Outcome(part.name, status, took)
+    status = "done" if code == 0 else f"failed: exit code {code}"
+    return Outcome(part.name, status, took, part.summary(document), document)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the parts, print the table and the JSON document; returns that document."""
+    options = _parse(argv)
+    budget = harness.Budget(options.budget_s)
+    outcomes: list[Outcome] = []
+    wrong = False
+    for part in PARTS:
+        if part.name not in options.only:
+            continue
+        if wrong:
+            outcomes.append(Outcome(part.name, "skipped: correctness failed"))
+        elif budget.left < LEAST_S:
+            outcomes.append(Outcome(part.name, "skipped: budget"))
+        else:
+            outcomes.append(run_part(part, options, budget.left))
+            failed = outcomes[-1].status != "done"
+            wrong = part.name == "correctness" and failed and not options.keep_going
+    conditions = harness.conditions(options.device)
+    rows = [{"part": o.part, "status": o.status, "seconds": o.seconds, "summary": o.summary} for o in outcomes]
+    document = {
+        "benchmark": "suite",
+        **conditions,
+        "budget_s": options.budget_s,
+        "passed": all(not row["status"].startswith("failed") for row in rows),
+        "parts": {row["part"]: row for row in rows},
+    }
+    out = inputs.results_file("suite", options.device)
+    harness.append_rows(out, [conditions | row for row in rows])
+    if os.environ.get("OUT"):  # the documents of the parts whole, where files are carried away
+        whole = {outcome.part: outcome.document for outcome in outcomes}
+        out.with_suffix(".json").write_text(json.dumps(document | {"documents": whole}, default=str) + "\n")
+    print(
+        f"\n{document['device']}, torch {document['torch']}, triton {document['triton']}, commit {document['commit']}"
+    )
+    for row in rows:
+        print(f"{row['part']:12s} {row['seconds']:7.1f} s  {row['status']}  {row['summary']}")
+    harness.finish(document)
+    return document
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    names = [part.name for part in PARTS]
+    parser = argparse.ArgumentParser(prog="benchmarks.suite", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(names), help="comma-separated: " + ", ".join(names))
+    parser.add_argument("--budget-s", type=float, default=540.0, help="wall time of the whole suite")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pipeline", default="", help="another pipeline than each part's own: a path")
+    parser.add_argument("--keep-going", action="store_true", help="measure although correctness failed")
+    options = parser.parse_args(argv)
+    options.only = [name.strip() for name in options.only.split(",") if name.strip()]
+    if unknown := [name for name in options.only if name not in names]:
+        parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(names)}")
+    options.gpu = torch.device(options.device).type == "cuda"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main()["passed"] else 1)

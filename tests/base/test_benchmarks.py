@@ -1,0 +1,281 @@
+"""The benchmarks: what they count, what they compare with, and that each ends in rows and one JSON document.
+
+Figures are not judged here; a tiny pipeline of random weights proves the paths.
+"""
+
+import csv
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import correctness, generator, harness, inputs, peers, quality, step, suite
+from benchmarks.engine import SlotEngine, first_images, psnr_db
+from benchmarks.inputs import Setting
+from benchmarks.session import session
+from benchmarks.stepper import Stepper
+from tests.base.tinyset import write_config
+from tests.tiny import pipeline_folder
+
+SETTING = Setting(images=4, num_inference_steps=6)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return inputs.load(str(pipeline_folder()), torch.device("cpu"))
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def rows_of(path) -> list[dict]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_the_published_setting_takes_25_guided_calls_as_diffusers_counts():
+    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    assert Setting().calls(scheduler) == (25, 25)
+    assert Setting(guidance_scale=1.0).calls(scheduler) == (25, 0)
+    assert Setting(solver="dpmpp_2m", num_inference_steps=20, guided_steps=17).calls(scheduler) == (10, 7)
+
+
+def test_work_is_counted_on_the_modules_with_attention_in_it(pipeline):
+    work = inputs.count_work(pipeline)
+    convolution = pipeline.unet.conv_in
+    size = pipeline.latent_size
+    assert work.unet > 2 * convolution.weight.numel() * size * size and work.decode > work.unet / 100
+    own, peer = (work.of_image(SETTING, pipeline.scheduler, peer=peer) for peer in (False, True))
+    assert own == 6 * work.unet + work.decode and peer - own == work.encode + 2 * work.text
+    tokens, width = 64, 8
+    q = torch.randn(1, 1, tokens, width)
+    with inputs.FlopCounterMode(display=False) as counter, inputs.sdpa_kernel(inputs.SDPBackend.MATH):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 2 * 2 * tokens * tokens * width
+
+
+def test_an_own_copy_shares_no_weight_with_its_pipeline(pipeline):
+    own = inputs.own_copy(pipeline, channels_last=True)
+    own.unet.conv_in.weight.data.add_(1)
+    assert not torch.equal(own.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+    assert own.text_encoder is pipeline.text_encoder
+
+
+def test_engine_and_peers_make_the_same_images_from_the_same_noise(pipeline):
+    texts = inputs.prompts(4)
+    moments = pipeline.encode_moments(inputs.smooth_images(4, pipeline.resolution))
+    made, z0, eps = first_images(SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=4))
+    reference = peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, eps, texts, SETTING)
+    assert psnr_db(made, reference) > 90
+    assert psnr_db(made, peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, -eps, texts, SETTING)) < 40
+
+
+def test_the_engine_takes_exactly_its_share_of_calls(pipeline):
+    moments = pipeline.encode_moments(inputs.smooth_images(4, pipeline.resolution))
+    engine = SlotEngine(inputs.own_copy(pipeline), SETTING, moments, inputs.prompts(4), slots=2)
+    stored = engine.make(8)
+    assert engine.slots.counts["ticks"] == 4 * 3 and stored.shape == (4, 32, 32, 3) and stored.dtype == torch.uint8
+    assert stored.float().std() > 1
+
+
+def test_da_fusions_loop_writes_one_png_an_image(pipeline, tmp_path):
+    sources = [Image.fromarray(row.numpy()) for row in inputs.smooth_images(3, 48)]
+    peers.da_fusion(pipeline, sources, inputs.prompts(3), SETTING, tmp_path)(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aug-0.png", "aug-1.png"]
+    assert Image.open(tmp_path / "aug-1.png").size == (32, 32)
+
+
+def test_batches_make_as_many_images_as_asked(pipeline):
+    images = inputs.smooth_images(4, 32).permute(0, 3, 1, 2).div(255)
+    call = peers.batched(peers.image_to_image(pipeline, SETTING), images, inputs.prompts(4), 2, SETTING)
+    assert call(2).shape == (2, 32, 32, 3) and call(4).dtype == torch.uint8
+
+
+def test_without_a_gpu_xformers_is_a_technique_with_a_reason(pipeline):
+    own = inputs.own_copy(pipeline)
+    with pytest.raises(peers.Unavailable) as caught:
+        peers.with_xformers(peers.image_to_image(own, SETTING), "diffusers, xformers")
+    assert caught.value.technique == "diffusers, xformers" and caught.value.reason
+
+
+def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
+    out = tmp_path / "generator.csv"
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "4", "--batch", "2"]
+    arguments += ["--blocks", "2", "--no-compile", "--da-fusion-images", "1", "--out", str(out)]
+    generator.main(arguments)
+    document = last_line(capsys)
+    assert document["ratios"].keys() == {"da_fusion_loop", "diffusers_best_batch"}
+    peers_left_out = {"diffusers, xformers", "diffusers, compiled + channels_last"}
+    assert document["skipped"].keys() == peers_left_out | {"slots, attention tuned", "slots, compiled"}
+    assert document["tick"]["rows"] == 4
+    rows = {row["technique"]: row for row in rows_of(out)}
+    assert rows.keys() == {"DA-Fusion's loop", "diffusers", "slots"}
+    slots, loop = rows["slots"], rows["DA-Fusion's loop"]
+    assert float(slots["unet_evaluations_per_s"]) == pytest.approx(50 * float(slots["images_per_s"]), rel=1e-3)
+    assert float(slots["floor_pct"]) == pytest.approx(float(slots["mfu_pct"]), rel=0.02)
+    assert float(slots["quality"].split()[1]) > 80 and slots["blocks"] == "2"
+    ratio = float(slots["images_per_s"]) / float(loop["images_per_s"])
+    assert document["ratios"]["da_fusion_loop"] == pytest.approx(ratio, rel=1e-2)
+
+
+def test_a_budget_takes_images_from_the_blocks_not_blocks():
+    candidates = [generator.Candidate(name, None, 8, False, "", "", batch_s=1.0) for name in "ab"]
+    assert generator.images_a_block(candidates, 64, 8, 5, float("inf")) == 64
+    assert generator.images_a_block(candidates, 64, 8, 5, 45.0) == 24  # 5 rounds x 3 blocks x 3 batches of 1 s
+    assert generator.images_a_block(candidates, 64, 8, 5, 0.0) == 8
+
+
+def test_the_first_candidate_is_compared_with_itself():
+    calls = []
+    candidates = [
+        generator.Candidate(name, lambda count, name=name: calls.append((name, count)), 2, False, "", "")
+        for name in "ab"
+    ]
+    found = generator.alternate(candidates, 6, "cpu", 2, 60.0)
+    assert calls == [("a", 6), ("b", 6), ("a", 6)] * 2 and len(found.timings["b"].seconds) == 2
+
+
+def test_a_straight_line_is_told_from_a_bend():
+    grid = (0.0, 1.0, 2.0, 4.0)
+    line = step.straight_line(grid, [10.0, 13.0, 16.0, 22.0])
+    assert line["ms_an_image"] == pytest.approx(3) and line["ms_without_generation"] == pytest.approx(10)
+    assert line["r2"] == 1 and line["largest_deviation_pct"] == pytest.approx(0, abs=1e-6)
+    assert step.straight_line(grid, [10.0, 11.0, 14.0, 26.0])["r2"] < 0.97
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("benchmark"))
+
+
+def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(step, "session", lambda settings: session(settings, tiny))
+    case = step.Case("tiny 32 px", {"run.device": "cpu"}, (0.0, 1.0, 2.0), 1.0)
+    monkeypatch.setattr(step, "cases", lambda options: [case])
+    monkeypatch.setattr(step, "FEW_SHOTS", 3)
+    step.main(["--device", "cpu", "--blocks", "1", "--steps", "2", "--out", str(tmp_path / "step.csv")])
+    document = last_line(capsys)
+    assert [row["images_per_step"] for row in document["rows"]] == [0.0, 1.0, 2.0]
+    for row in document["rows"]:
+        assert row["bytes_written"] == 0 and row["host_syncs"] == "" and "nan" not in row["quality"]
+        assert 0 < row["overhead_pct"] < 100 and row["overlap_bound"] >= 1
+        assert row["bookkeeping_ms"] <= row["generate_ms"] and 0 <= row["generation_share_pct"] <= 100
+    assert document["rows"][2]["generate_alone_ms"] > document["rows"][0]["generate_alone_ms"] == 0
+    assert document["bytes_written"] == 0 and document["host_syncs"] is None
+    assert document["constant_in_train_images"]["step_ms"].keys() == {"12", "24"}
+    assert len(rows_of(tmp_path / "step.csv")) == 3
+
+
+def test_bytes_written_are_seen(tiny, tmp_path):
+    with session(step.COMMON, tiny) as (_job, state):
+        stepper = Stepper(state, 1)
+        assert stepper.bytes_written(1.0) == 0
+        advance = state.generator.advance
+
+        def writing(number):
+            (tmp_path / "image.png").write_bytes(b"0" * 5000)
+            advance(number)
+
+        state.generator.advance = writing
+        assert stepper.bytes_written(1.0) >= 5000
+
+
+def test_quality_reads_val_only_and_judges_each_choice(tiny, monkeypatch, tmp_path, capsys):
+    choices = {"exact": {}, "max_uses 4": {"generation.max_uses": 4, "generation.images_per_step": 3.0}}
+    monkeypatch.setattr(quality, "CHOICES", choices)
+    arguments = ["--device", "cpu", "--config", str(tiny), "--choices", "exact,max_uses 4", "--steps", "3"]
+    quality.main([*arguments, "--out", str(tmp_path / "quality.csv")])
+    document = last_line(capsys)
+    assert document["within_tolerance"].keys() == {"max_uses 4"}
+    for row in document["rows"]:
+        assert 0 <= row["agreement"] <= 1 and 0 <= row["val_accuracy"] <= 1 and 0 <= row["near_ood_auroc"] <= 1
+        assert row["val_images"] == 16 and row["images_judged"] > 0
+    assert document["rows"][1]["unet_rows_a_step"] > document["rows"][0]["unet_rows_a_step"]
+
+
+def test_the_quality_gate_fails_on_any_loss():
+    exact = {"agreement": 0.9, "val_accuracy": 0.8, "near_ood_auroc": 0.7}
+    assert quality._passes(exact | {"agreement": 0.88}, exact)
+    for name in exact:
+        assert not quality._passes(exact | {name: exact[name] - 0.05}, exact)
+
+
+def test_correctness_fails_where_a_kernel_is_wrong(monkeypatch):
+    def one_case(device, compiled, reduced):
+        x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+        candidates = {"eager": lambda: (x,), "triton": lambda: (x * 1.01,)}
+        yield correctness.Case("views", "64", "float32", candidates, 1, lambda: (x.double(),))
+
+    monkeypatch.setattr(correctness, "SWEEPS", {"views": SimpleNamespace(cases=one_case)})
+    definition, kernel = correctness.kernel_checks(torch.device("cpu"))
+    assert definition.passed and not kernel.passed and "1.00e-02" in kernel.found
+    assert correctness._relative((torch.tensor([float("nan")]),), [torch.ones(1).double()]) == float("inf")
+
+
+def test_correctness_covers_every_kernel_and_the_engine(pipeline, capsys):
+    document = correctness.main(["--device", "cpu", "--pipeline", str(pipeline_folder())])
+    assert document["passed"] and last_line(capsys)["passed"]
+    for name in (*correctness.SWEEPS, "slots ddim", "slots dpmpp_2m"):
+        assert any(check["name"].startswith(name) for check in document["checks"])
+
+
+class TestSuite:
+    @pytest.fixture(autouse=True)
+    def results_in(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("OUT", str(tmp_path))
+        self.folder = tmp_path
+
+    def replace_parts(self, monkeypatch, codes: dict[str, str]):
+        """Parts that run a line of Python."""
+        parts = tuple(suite.Part(name, 1.0, None, lambda document: document["text"]) for name in codes)
+        monkeypatch.setattr(suite, "PARTS", parts)
+        monkeypatch.setattr(
+            suite, "command_of", lambda part, options, seconds: [sys.executable, "-c", codes[part.name]]
+        )
+
+    def test_parts_run_in_order_and_one_that_fails_costs_no_other(self, monkeypatch, capsys):
+        done = 'print("a table"); print(\'{"text": "fine"}\')'
+        self.replace_parts(monkeypatch, {"correctness": done, "generator": "raise SystemExit(3)", "kernels": done})
+        assert suite.main(["--device", "cpu", "--only", "correctness,generator,kernels"])["passed"] is False
+        document = last_line(capsys)
+        assert [part["status"] for part in document["parts"].values()] == ["done", "failed: exit code 3", "done"]
+        assert document["parts"]["kernels"]["summary"] == "fine"
+        assert [row["part"] for row in rows_of(self.folder / "suite_cpu.csv")] == [
+            "correctness",
+            "generator",
+            "kernels",
+        ]
+        assert json.loads((self.folder / "suite_cpu.json").read_text())["documents"]["kernels"] == {"text": "fine"}
+
+    def test_nothing_is_timed_where_correctness_fails(self, monkeypatch, capsys):
+        wrong = 'print(\'{"text": "1 check"}\'); raise SystemExit(1)'
+        self.replace_parts(monkeypatch, {"correctness": wrong, "step": "raise SystemExit(9)"})
+        suite.main(["--device", "cpu"])
+        assert last_line(capsys)["parts"]["step"]["status"] == "skipped: correctness failed"
+
+    def test_what_does_not_fit_is_skipped_and_what_overstays_is_stopped(self, monkeypatch, capsys):
+        monkeypatch.setattr(suite, "LEAST_S", 0.5)
+        self.replace_parts(monkeypatch, {"generator": "import time; time.sleep(60)", "step": "pass"})
+        suite.main(["--device", "cpu", "--budget-s", "1"])
+        parts = last_line(capsys)["parts"]
+        assert parts["generator"]["status"] == "failed: stopped, the budget was spent"
+        assert parts["step"]["status"] == "skipped: budget"
+
+    def test_every_part_has_a_script_that_takes_its_arguments(self):
+        options = suite._parse(["--device", "cpu", "--pipeline", "/some/folder"])
+        parsers = {"generator": generator._parse, "step": step._parse, "quality": quality._parse}
+        for part in suite.PARTS:
+            arguments = part.arguments(options, 60.0)
+            assert part.name != "generator" or "16" in arguments  # reduced on a CPU
+            if part.name in parsers:
+                assert parsers[part.name](arguments).pipeline == "/some/folder"
+
+
+def test_results_go_below_out_where_it_is_set(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    assert inputs.results_file("step", "cpu") == harness.RESULTS / "step_cpu.csv"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert inputs.results_file("step", "cuda") == tmp_path / "step_gpu.csv"
