@@ -60,16 +60,19 @@ def build_parts(
     resolution: int = 32,
     time_cond_proj_dim: int | None = None,
     tiny_vae: bool = False,
-    hidden_act: str = "quick_gelu",
+    second: bool = False,
     seed: int = 0,
     scheduler: tuple[tuple[str, object], ...] = (),
 ) -> dict:
     """tokenizer, text_encoder, unet, vae and the scheduler's config of a tiny pipeline; latents have a fourth of the side.
 
     Args:
+        second: the structure of Stable Diffusion 2 (OpenCLIP's activation and padding, linear projections).
         scheduler: pairs that differ from Stable Diffusion 1.5's scheduler config.
     """
     tokenizer = build_tokenizer()
+    if second:
+        tokenizer.pad_token = "!"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -80,7 +83,7 @@ def build_parts(
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 max_position_embeddings=77,
-                hidden_act=hidden_act,
+                hidden_act="gelu" if second else "quick_gelu",
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -96,6 +99,8 @@ def build_parts(
             attention_head_dim=4,
             norm_num_groups=8,
             time_cond_proj_dim=time_cond_proj_dim,
+            use_linear_projection=second,
+            upcast_attention=second,
         )
         unet.conv_out.weight.data.mul_(4)
         text_encoder.final_layer_norm.weight.data.mul_(3)

@@ -1,55 +1,119 @@
-"""Files to parts: what stands on disk becomes a frozen pipeline, or one clear message.
+"""What `pipeline` in a config names, made into one frozen pipeline: folder, single file, random shape, extras.
 
-Only safetensors and JSON are read: a pickled checkpoint can run code, so it is refused with the way to convert it.
-Nothing is fetched. Weights that a part needs and a file lacks are an error: the libraries would draw them at random.
+Local files come first and nothing is fetched unless asked. Parts that do not fit together, a family other than declared
+and a preset whose weights are absent are errors before anything is generated.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
+from modules.diffusion.files import (
+    CONVERT,
+    PICKLED,
+    digest,
+    first_line,
+    read_json,
+    read_model,
+    read_tokenizer,
+    weight_files,
+)
 from modules.diffusion.pipeline import StableDiffusion
 from modules.errors import ConfigError, DataError
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "pipeline"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-CONVERT = (
-    "pickled weights can run code and are not read; convert them where you trust them: "
-    "StableDiffusionPipeline.from_pretrained(PATH).save_pretrained(NEW, safe_serialization=True)"
-)
 
 
 def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     """The pipeline of config section `pipeline`; see `pipeline.load_pipeline`."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if cfg.weights == "random":
+        from modules.diffusion.shapes import random_parts
+
+        family = "sd2" if cfg.family == "sd2" else "sd1"
+        parts = random_parts(family, device, dtype) | {"digest": f"random-{family}"}
+        return assemble(parts, cfg, device, dtype, f"random weights of the {family} shape")
+    source = locate(cfg)
+    if source.is_dir():
+        parts = read_folder(source, dtype)
+    else:
+        from modules.diffusion.single_file import read_single_file
+
+        parts = read_single_file(source, dtype, cfg)
+    if cfg.vae:
+        parts["vae"], vae_digest = read_vae(Path(cfg.vae).expanduser(), dtype)
+        parts["digest"] = f"{parts['digest'][:32]}{vae_digest[:32]}"
+    if cfg.lora:
+        lora = Path(cfg.lora).expanduser()
+        fuse_lora(parts, lora)
+        parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
+    return assemble(parts, cfg, device, dtype, str(source))
+
+
+def locate(cfg) -> Path:
+    """The folder or .safetensors file of `pipeline.path`, fetched only if that is allowed.
+
+    Raises:
+        DataError: it does not exist, or is neither.
+    """
     source = EMBEDDED if cfg.path == "embedded" else Path(cfg.path).expanduser()
+    if not source.exists() and cfg.allow_download:
+        return fetch(cfg.path)
     if not source.exists():
         raise DataError(
-            f"pipeline.path: {source} does not exist; give a diffusers folder, a single .safetensors file, or embedded"
+            f"pipeline.path: {source} does not exist; give a diffusers folder, a single .safetensors file, embedded, or "
+            "set pipeline.allow_download=true to fetch a name of the Hugging Face Hub"
         )
-    parts = read_folder(source, dtype)
-    return assemble(parts, cfg, device, dtype, str(source))
+    if source.is_file() and source.suffix in PICKLED:
+        raise DataError(f"pipeline.path: {source}: {CONVERT}")
+    if source.is_file() and source.suffix != ".safetensors":
+        raise DataError(f"pipeline.path: {source} is neither a folder nor a .safetensors file")
+    return source
+
+
+def fetch(name: str) -> Path:
+    """The local copy of a diffusers folder of the Hugging Face Hub; safetensors, JSON and vocabularies only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    wanted = [f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt", "safetensors")]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise DataError(
+            f"pipeline.path: {name} is not on disk and could not be fetched ({first_line(error)})"
+        ) from error
 
 
 def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source: str) -> StableDiffusion:
     """Parts that fit together, frozen on the device.
 
     Raises:
-        DataError: the text encoder's width is not the one the UNet attends to, or the schedule is not a linear solver's.
-        ConfigError: the declared prediction type or resolution contradicts the files.
+        DataError: widths or channels of the parts differ, or the schedule is not a linear solver's.
+        ConfigError: family, prediction type or resolution contradict the files.
     """
-    unet, text_encoder, scheduler = parts["unet"], parts["text_encoder"], dict(parts["scheduler"])
+    unet, text_encoder, vae, scheduler = parts["unet"], parts["text_encoder"], parts["vae"], dict(parts["scheduler"])
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
         raise DataError(
             f"{source}: the text encoder is {text_encoder.config.hidden_size} wide, the UNet attends to "
             f"{unet.config.cross_attention_dim}; the parts are of different models"
+        )
+    words, rows = len(parts["tokenizer"]), text_encoder.get_input_embeddings().num_embeddings
+    if words > rows:
+        raise DataError(
+            f"{source}: the tokenizer has {words} entries, the text encoder {rows} rows; they do not belong together"
+        )
+    if not unet.config.in_channels == unet.config.out_channels == vae.config.latent_channels == 4:
+        raise DataError(
+            f"{source}: the UNet takes {unet.config.in_channels} channels and the VAE makes {vae.config.latent_channels}; "
+            "both must be 4 (inpainting and depth models cannot be used)"
         )
     if scheduler.get("thresholding"):
         raise DataError(
@@ -61,7 +125,7 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
     pipeline = StableDiffusion(
         tokenizer=parts["tokenizer"],
         text_encoder=text_encoder,
-        vae=parts["vae"],
+        vae=vae,
         unet=unet,
         scheduler=scheduler,
         device=device,
@@ -69,11 +133,13 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
         resolution=0,
         digest=parts["digest"],
         source=source,
+        family=_family(unet, text_encoder, scheduler, cfg, source),
     )
     pipeline.resolution = cfg.resolution or unet.config.sample_size * pipeline.vae_factor
     if pipeline.resolution % pipeline.vae_factor:
         raise ConfigError(
-            f"pipeline.resolution {pipeline.resolution} is no multiple of {pipeline.vae_factor}, the pixels a latent cell spans"
+            f"pipeline.resolution {pipeline.resolution} is no multiple of {pipeline.vae_factor}, the pixels a latent cell "
+            "spans"
         )
     return pipeline
 
@@ -90,103 +156,74 @@ def _prediction_type(scheduler: dict, cfg, source: str) -> str:
     return found
 
 
+def _family(unet, text_encoder, scheduler: dict, cfg, source: str) -> str:
+    """lcm: takes its guidance as an input or brings LCM's scheduler; turbo: Euler with trailing steps; sd2: OpenCLIP."""
+    kind, spacing = scheduler.get("_class_name", ""), scheduler.get("timestep_spacing")
+    if unet.config.time_cond_proj_dim or kind == "LCMScheduler":
+        found = "lcm"
+    elif kind.startswith("Euler") and spacing == "trailing":
+        found = "turbo"
+    else:
+        found = "sd2" if text_encoder.config.hidden_act == "gelu" else "sd1"
+    if cfg.family not in ("auto", found):
+        raise ConfigError(f"pipeline.family is {cfg.family}, but {source} is {found}; set it to auto or {found}")
+    return found
+
+
 def read_folder(folder: Path, dtype: torch.dtype) -> dict:
     """tokenizer, text_encoder, unet, vae, scheduler (dict) and digest of a folder in diffusers' layout.
 
     Raises:
         DataError: a part is missing, pickled, broken or lacks weights.
     """
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    if not folder.is_dir():
-        raise DataError(f"pipeline.path: {folder} is neither a folder nor a .safetensors file")
-    for name in ("tokenizer", "text_encoder", "unet", "vae", "scheduler"):
+    for name in PARTS:
         if not (folder / name).is_dir():
             raise DataError(f"pipeline.path: {folder} lacks the part {name}/; a diffusers folder holds all five parts")
     files = {name: weight_files(folder / name, stem) for name, stem in WEIGHTS.items()}
-    vae_config = read_json(folder / "vae" / "config.json")
-    vae = AutoencoderTiny if vae_config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
     return {
         "tokenizer": read_tokenizer(folder / "tokenizer"),
         "text_encoder": read_model(CLIPTextModel, folder / "text_encoder", files["text_encoder"], dtype),
         "unet": read_model(UNet2DConditionModel, folder / "unet", files["unet"], dtype),
-        "vae": read_model(vae, folder / "vae", files["vae"], dtype),
+        "vae": read_vae(folder / "vae", dtype)[0],
         "scheduler": read_json(folder / "scheduler" / "scheduler_config.json"),
         "digest": digest([path for paths in files.values() for path in paths], folder),
     }
 
 
-def weight_files(part: Path, stem: str) -> list[Path]:
-    """The safetensors files of one part, whole or sharded, of full precision or else fp16.
+def read_vae(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
+    """An AutoencoderKL or AutoencoderTiny (TAESD) from its folder, and its digest."""
+    if not folder.is_dir():
+        raise DataError(
+            f"pipeline.vae: {folder} does not exist; give the folder of an AutoencoderKL or AutoencoderTiny"
+        )
+    kind = read_json(folder / "config.json").get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise DataError(f"{folder}: its config names {kind}; an AutoencoderKL or AutoencoderTiny is needed")
+    files = weight_files(folder, WEIGHTS["vae"])
+    vae = read_model(AutoencoderTiny if kind == "AutoencoderTiny" else AutoencoderKL, folder, files, dtype)
+    return vae, digest(files, folder)
+
+
+def fuse_lora(parts: dict, path: Path) -> None:
+    """Add a LoRA's products to the weights of the UNet (and of the text encoder, if it has a part for it), at scale 1.
 
     Raises:
-        DataError: there are none; if there are pickled ones, the message says how to convert.
+        DataError: the file is missing, not safetensors, or made for another model.
     """
-    for variant in ("", ".fp16"):
-        found = sorted(part.glob(f"{stem}{variant}.safetensors")) or sorted(
-            part.glob(f"{stem}{variant}-?????-of-?????.safetensors")
-        )
-        if found:
-            return found
-    pickled = sorted(path.name for path in part.iterdir() if path.suffix in PICKLED)
-    if pickled:
-        raise DataError(f"{part}: only {', '.join(pickled)}; {CONVERT}")
-    raise DataError(f"{part}: {stem}.safetensors is missing")
-
-
-def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch.nn.Module:
-    """A model of one part, every weight from its files."""
-    variant = "fp16" if ".fp16" in files[0].name else None
-    read_json(part / "config.json")
-    try:
-        model, info = kind.from_pretrained(
-            part,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{"dtype" if kind is CLIPTextModel else "torch_dtype": dtype},
-        )
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{part}: cannot be read as {kind.__name__} ({first_line(error)}); fetch the part again"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise DataError(f"{part}: lacks {len(missing)} weights, the first is {missing[0]}; fetch the part again")
-    return model
-
-
-def read_tokenizer(part: Path) -> CLIPTokenizer:
-    """The tokenizer of one part."""
-    if not (part / "tokenizer.json").is_file() and not (part / "vocab.json").is_file():
-        raise DataError(f"{part}: tokenizer.json, or vocab.json with merges.txt, is missing")
-    try:
-        return CLIPTokenizer.from_pretrained(part, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{part}: cannot be read as CLIPTokenizer ({first_line(error)}); fetch the part again"
-        ) from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file."""
     if not path.is_file():
-        raise DataError(f"{path} is missing; fetch the part again")
+        raise DataError(f"pipeline.lora: {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise DataError(f"pipeline.lora: {path} is not a .safetensors file; {CONVERT}")
+    carrier = diffusers.StableDiffusionPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet")},
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({first_line(error)}); fetch the part again") from error
-
-
-def digest(files: list[Path], root: Path) -> str:
-    """sha256 over names (below root) and contents of files."""
-    total = hashlib.sha256()
-    for path in sorted(files):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(root)} {content}\n".encode())
-    return total.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        carrier.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
+        carrier.fuse_lora(safe_fusing=True)
+        carrier.unload_lora_weights()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"pipeline.lora: {path} does not fit this pipeline ({first_line(error)})") from error

@@ -38,7 +38,7 @@ class Conditioning:
         prompt = request.prompt
         if not prompt.template:
             return self.bank.empty()
-        if len(prompt.classes) < 2 and not prompt.noise and not prompt.outlier_quantile:
+        if prompt.fixed:
             label = prompt.classes[0] if prompt.classes else request.label  # without classes: the initializer word
             return self.bank.fixed(prompt.template, prompt.condition, label)
         draw = stream(self.seed, "token", *request.identity)

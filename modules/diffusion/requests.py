@@ -20,6 +20,11 @@ class Prompt:
     noise: float = 0.0  # added to the vectors, in units of their norm
     outlier_quantile: float = 0.0  # > 0: the vectors are moved to where class tokens are rare
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the prompt is the same each time: at most one class, its vectors as they were learned."""
+        return len(self.classes) < 2 and not self.noise and not self.outlier_quantile
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,6 +52,11 @@ class Request:
     preset: str = ""
     pipeline: str = ""  # digest of the pipeline's weights
     tokens: str = ""  # digest of the class tokens
+
+    @property
+    def grid(self) -> tuple[str, int, int]:
+        """The key of the request's time grid (see `schedule.Grid.key`)."""
+        return self.solver, self.num_inference_steps, self.guided_steps
 
     @property
     def denoises(self) -> bool:

@@ -40,6 +40,11 @@ class Grid:
     guided_steps: int  # steps from the noisy end that guidance acts on
 
     @property
+    def key(self) -> tuple[str, int, int]:
+        """What names the grid among others of one pipeline."""
+        return self.solver, self.num_inference_steps, self.guided_steps
+
+    @property
     def stochastic(self) -> bool:
         """Whether steps add fresh noise."""
         return bool((self.steps_N8[:, COLUMNS.index("d")] != 0).any())
@@ -215,7 +220,7 @@ class StepTable:
 
     def __init__(self, grids: list[Grid], device: torch.device | str = "cpu"):
         tables, timesteps, successors, guided = [torch.tensor([IDLE])], [0.0], [0], [False]
-        self.grids = {(g.solver, g.num_inference_steps): g for g in grids}
+        self.grids = {g.key: g for g in grids}
         self._first = {}
         for key, grid in self.grids.items():
             count = grid.num_inference_steps
@@ -237,7 +242,6 @@ class StepTable:
             noises += [i if grid.stochastic else 0 for i in range(grid.num_inference_steps)] * 2
         self.noise_R = torch.tensor(noises, device=device)
 
-    def start_row(self, solver: str, num_inference_steps: int, start: int) -> int:
-        """The row of a slot that begins at step `start` of a grid."""
-        key = (solver, num_inference_steps)
-        return self._first[key] + num_inference_steps + start
+    def start_row(self, key: tuple[str, int, int], start: int) -> int:
+        """The row of a slot that begins at step `start` of the grid of a key (see `Grid.key`)."""
+        return self._first[key] + self.grids[key].num_inference_steps + start

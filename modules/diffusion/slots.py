@@ -22,11 +22,11 @@ import torch
 from modules.data.masks import latent_edit_mask
 from modules.data.staging import upload
 from modules.data.synthetic import jigsaw
+from modules.diffusion.attention import KeyValueCache
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.requests import Request
-from modules.diffusion.schedule import Grid, StepTable, time_grid
+from modules.diffusion.schedule import Grid, StepTable
 from modules.diffusion.tick import Tick
-from modules.errors import DataError
 from modules.runtime import stream
 
 
@@ -57,18 +57,21 @@ class Slots:
         empty_TE: torch.Tensor | None = None,
         unconditional_rows: int | None = None,
         masked: bool = False,
+        kv_cache_gib: float = 2.0,
     ):
         """An engine with all slots idle.
 
         Args:
-            grids: every (solver, T_n) that requests name.
+            grids: every time grid that requests name.
             request: the image of an index.
             context: its prompt embedding [T, E] on the device.
-            finish: takes pixels [N, 3, H, W], nominally in [-1, 1], and their N requests.
+            finish: takes pixels [N, 3, H, W], nominally in [-1, 1], and their N requests; the pixels are overwritten by
+                the next batch.
             empty_TE: embedding of the empty prompt; None where no request is guided.
             unconditional_rows: rows of a UNet call kept for guidance, at most S; None: as many as slots if `empty_TE`
                 is given and the UNet takes no guidance embedding, else 0.
             masked: whether requests may edit within masks.
+            kv_cache_gib: bound of the cache of prompts' keys and values.
         """
         self.pipeline, self.sources, self.seed = pipeline, sources, seed
         self.request, self.context, self.finish = request, context, finish
@@ -78,6 +81,8 @@ class Slots:
         self.in_flight = Tick(
             pipeline, self.table, slots, unconditional_rows=unconditional_rows, empty_TE=empty_TE, masked=masked
         )
+        self.key_values = KeyValueCache(pipeline.unet, kv_cache_gib)
+        self.decode = pipeline.decode  # replaced by its compiled form, see `capture`
         self.decode_batch, self.unconditional_rows = decode_batch, unconditional_rows
         self.occupants: list[Request | None] = [None] * slots
         self.remaining = [0] * slots  # steps each slot still has to take
@@ -101,9 +106,9 @@ class Slots:
     def step(self, images: float) -> int:
         """Take as many ticks as `images` more images cost, evenly over calls; returns the ticks taken.
 
-        An image costs its number of UNet calls, recipes without denoising nothing. The cost of the next images in index
-        order, somewhat more than 2 S, is averaged, so that ticks spread evenly although strengths differ, and every image's cost is counted
-        exactly once: after n calls, n x `images` images have been made up to those in flight.
+        An image costs its number of UNet calls, recipes without denoising nothing. Costs are averaged over the images
+        that come next in index order (somewhat more than 2 S), so that ticks spread evenly although strengths differ,
+        and each is counted exactly once: after n calls, n x `images` images have been made up to those in flight.
         """
         window = 2 * len(self.occupants) + math.ceil(images)
         while len(self.costs) < window:
@@ -190,8 +195,7 @@ class Slots:
 
     def _is_guided(self, request: Request, step: int) -> int:
         """Whether a request takes an unconditional row at a step of its grid (0 or 1)."""
-        grid = self.table.grids[request.solver, request.num_inference_steps]
-        return int(bool(self.unconditional_rows) and request.guidance_scale != 1 and step < grid.guided_steps)
+        return int(bool(self.unconditional_rows) and request.guidance_scale != 1 and step < request.guided_steps)
 
     def _guided_now(self, slot: int) -> int:
         occupant = self.occupants[slot]
@@ -207,26 +211,30 @@ class Slots:
         sample_N4hw, eps_N4hw = (upload(torch.stack([n[i] for n in noises]), device) for i in (0, 1))
         steps_NK4hw = None
         if self.in_flight.stochastic_steps:
-            steps_NK4hw = upload(torch.stack([n[2] for n in noises]), device)
+            steps_NK4hw = upload(torch.stack([torch.stack(n[2:]) for n in noises]), device)
         self.in_flight.write(
             [slot for slot, _ in entering],
-            [self.table.start_row(r.solver, r.num_inference_steps, r.start) for r in requests],
+            [self.table.start_row(r.grid, r.start) for r in requests],
             [r.guidance_scale for r in requests],
             self._latents([r.source for r in requests], sample_N4hw),
             eps_N4hw,
-            torch.stack([self.context(r) for r in requests]),
+            torch.stack([self._key_values(r) for r in requests]),
             self._masks(requests),
             steps_NK4hw,
         )
         for slot, request in entering:
             self.occupants[slot], self.remaining[slot] = request, request.cost
 
-    def _noise(self, request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Standard noise of an image: for its latent [4, h, w], to start from [4, h, w], and of steps [K, 4, h, w]."""
+    def _key_values(self, request: Request) -> torch.Tensor:
+        """Text keys and values [T, X] of a request's prompt."""
+        key = (request.prompt, request.label) if request.prompt.fixed else None
+        return self.key_values.get(key, lambda: self.context(request))
+
+    def _noise(self, request: Request) -> list[torch.Tensor]:
+        """Standard noise of an image, [4, h, w] each: of its latent, to start from, and of every stochastic step."""
         shape = (4, self.pipeline.latent_size, self.pipeline.latent_size)
         generator = stream(self.seed, "image", *request.identity)
-        sample, eps = torch.randn(2, *shape, generator=generator)
-        return sample, eps, torch.randn(self.in_flight.stochastic_steps, *shape, generator=generator)
+        return [torch.randn(shape, generator=generator) for _ in range(2 + self.in_flight.stochastic_steps)]
 
     def _latents(self, rows: list[int], noise_N4hw: torch.Tensor) -> torch.Tensor:
         moments = self.sources.moments_D8hw
@@ -280,14 +288,14 @@ class Slots:
             batch = [self.ready.popleft() for _ in range(min(self.decode_batch, len(self.ready)))]
             rows = [row for row, _ in batch]
             rows += rows[:1] * (self.decode_batch - len(rows))
-            pixels_N3HW = self.pipeline.decode(self.ready_Q4hw[upload(rows, self.pipeline.device)])
+            pixels_N3HW = self.decode(self.ready_Q4hw[upload(rows, self.pipeline.device)])
             self.counts["finished"] += len(batch)
             self.finish(pixels_N3HW[: len(batch)], [request for _, request in batch])
 
     def state_dict(self) -> dict:
         """Everything a later tick reads: tensors and plain values."""
         return {
-            "device": self.in_flight.state_dict(),
+            "in_flight": self.in_flight.state_dict(),
             "ready_Q4hw": self.ready_Q4hw,
             "ready": [[row, request.as_dict()] for row, request in self.ready],
             "occupants": [occupant and occupant.as_dict() for occupant in self.occupants],
@@ -304,55 +312,16 @@ class Slots:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from where `state_dict` was taken, to the bit on a CPU."""
-        self.in_flight.load_state_dict(state["device"])
+        self.in_flight.load_state_dict(state["in_flight"])
         self.ready_Q4hw.copy_(state["ready_Q4hw"])
         self.ready = deque((row, Request.from_dict(values)) for row, values in state["ready"])
         self.occupants = [values and Request.from_dict(values) for values in state["occupants"]]
+        for slot, request in enumerate(self.occupants):
+            if request is not None:
+                self.in_flight.kv_RTX[slot] = self._key_values(request)
         self.retries = deque(map(Request.from_dict, state["retries"]))
         self.drawn = deque(map(Request.from_dict, state["drawn"]))
         self.remaining, self.costs = list(state["remaining"]), deque(state["costs"])
         self.next_index, self.queue_row = state["next_index"], state["queue_row"]
         self.pending, self.credit = state["pending"], state["credit"]
         self.counts = dict(state["counts"])
-
-
-def remake(
-    request: Request,
-    pipeline: StableDiffusion,
-    sources: Sources,
-    context: Callable[[Request], torch.Tensor],
-    empty_TE: torch.Tensor,
-    seed: int,
-) -> torch.Tensor:
-    """One image again from its provenance: pixels [3, H, W], nominally in [-1, 1].
-
-    Alone in its UNet call it agrees with the first time to rounding (1e-4 in fp32), not to the bit.
-
-    Raises:
-        DataError: the image was made by another pipeline, or at another resolution.
-    """
-    if (request.pipeline, request.resolution) != (pipeline.digest, pipeline.resolution):
-        raise DataError(
-            f"image {request.image_index} was made by pipeline {request.pipeline[:16]} at {request.resolution} px, this is "
-            f"{pipeline.digest[:16]} at {pipeline.resolution} px; set pipeline.path and pipeline.resolution as they were"
-        )
-    grids = []
-    if request.denoises:
-        grids = [time_grid(pipeline.scheduler, request.solver, request.num_inference_steps, request.guided_steps)]
-    made: list[torch.Tensor] = []
-    slots = Slots(
-        pipeline,
-        sources,
-        grids,
-        lambda index: request,
-        context,
-        lambda pixels_N3HW, requests: made.append(pixels_N3HW[0]),
-        seed=seed,
-        slots=1,
-        decode_batch=1,
-        empty_TE=None if request.guidance_scale == 1 else empty_TE,
-        masked=request.mask_edit != "none",
-    )
-    slots.retry(request)
-    slots.drain()
-    return made[0]

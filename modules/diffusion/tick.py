@@ -7,7 +7,8 @@ never asks.
 Guidance that is off at low noise keeps the constant shape: a call has S conditional rows and U <= S unconditional ones,
 which go to the slots that are guided at this moment.
 
-Shapes: S slots, U unconditional rows, N images written, T tokens, E text width, W guidance embedding width,
+Shapes: S slots, U unconditional rows, N images written, T tokens, X text keys and values of
+all layers, W guidance embedding width,
 h w latent grid, R table rows.
 """
 
@@ -15,6 +16,7 @@ import torch
 
 from kernels.guided_step import guided_step
 from modules.data.staging import upload
+from modules.diffusion.attention import install, text_key_values
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import StepTable
 
@@ -24,7 +26,6 @@ BUFFERS = (
     "row_S",
     "guidance_S",
     "embedding_SW",
-    "context_STE",
     "mask_S1hw",
     "z0_S4hw",
     "eps_S4hw",
@@ -53,23 +54,23 @@ class Tick:
             masked: whether any request edits within a mask.
         """
         self.pipeline, self.table, self.unconditional_rows, self.masked = pipeline, table, unconditional_rows, masked
+        self.unet = pipeline.unet  # replaced by its compiled form, see `capture`
         device, size = pipeline.device, pipeline.latent_size
         self.stochastic_steps = max((g.num_inference_steps for g in table.grids.values() if g.stochastic), default=0)
 
         def latents(*leading):
             return torch.zeros(*leading, 4, size, size, device=device)
 
-        rows = slots + unconditional_rows
         self.z_S4hw = latents(slots)
         self.x0_prev_S4hw = latents(slots)
         self.row_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self.slot_S = torch.arange(slots, device=device)
         self.guidance_S = torch.ones(slots, device=device)
-        self.context_STE = torch.zeros(
-            rows, pipeline.num_tokens, pipeline.text_width, dtype=pipeline.dtype, device=device
+        self.kv_RTX = torch.zeros(
+            slots + unconditional_rows, pipeline.num_tokens, install(self.unet), dtype=pipeline.dtype, device=device
         )
         if unconditional_rows:
-            self.context_STE[slots:] = empty_TE
+            self.kv_RTX[slots:] = text_key_values(self.unet, empty_TE[None])
         width = pipeline.guidance_embedding_width
         self.embedding_SW = torch.zeros(slots, width, dtype=pipeline.dtype, device=device) if width else None
         if masked:
@@ -86,13 +87,14 @@ class Tick:
         guidance: list[float],
         z0_N4hw: torch.Tensor,
         eps_N4hw: torch.Tensor,
-        context_NTE: torch.Tensor,
+        kv_NTX: torch.Tensor,
         mask_N1hw: torch.Tensor | None = None,
         noise_NK4hw: torch.Tensor | None = None,
     ) -> None:
         """Put N images into slots at their first rows: z = alpha z0 + sigma eps.
 
         Args:
+            kv_NTX: text keys and values of all layers (see `attention`).
             mask_N1hw: 1 where a latent cell may change; None: everywhere.
             noise_NK4hw: fresh noise of each step of the grid, for stochastic solvers.
         """
@@ -103,7 +105,7 @@ class Tick:
         self.x0_prev_S4hw.index_fill_(0, slots_N, 0.0)
         self.row_S.index_copy_(0, slots_N, rows_N)
         self.guidance_S.index_copy_(0, slots_N, upload(guidance, device, torch.float32))
-        self.context_STE.index_copy_(0, slots_N, context_NTE)
+        self.kv_RTX.index_copy_(0, slots_N, kv_NTX)
         if self.embedding_SW is not None:
             embedded_NW = embed_guidance(guidance, self.embedding_SW.shape[1]).to(self.embedding_SW.dtype)
             self.embedding_SW.index_copy_(0, slots_N, upload(embedded_NW, device))
@@ -124,9 +126,14 @@ class Tick:
         if U:
             slot_U, row_of_slot = self._unconditional_rows()
             x, t = (torch.cat([x, x]), torch.cat([t, t])) if slot_U is None else (_with(x, slot_U), _with(t, slot_U))
-        predicted = self.pipeline.unet(
-            x.to(self.pipeline.dtype), t, self.context_STE, timestep_cond=self.embedding_SW
-        ).sample
+        predicted = self.unet(
+            x.to(self.pipeline.dtype),
+            t,
+            None,
+            timestep_cond=self.embedding_SW,
+            cross_attention_kwargs={"kv": self.kv_RTX},
+            return_dict=False,
+        )[0]
         noise = {}
         if self.stochastic_steps:
             noise = {"noise_SNchw": self.noise_SK4hw, "noise_step_S": self.table.noise_R[row_S]}
@@ -160,7 +167,7 @@ class Tick:
         return slot_U, torch.where(guided_S, row_S, -1)
 
     def state_dict(self) -> dict:
-        """Every buffer that a slot in flight depends on."""
+        """Every buffer that a slot in flight depends on, but keys and values, which its prompt gives again."""
         return {name: getattr(self, name) for name in BUFFERS if getattr(self, name, None) is not None}
 
     def load_state_dict(self, state: dict) -> None:

@@ -17,23 +17,24 @@ from modules.runtime import stream
 from tests.tiny import pipeline_folder
 
 SEED = 5
+PLACE = {"device": "cpu", "dtype": torch.float32, "resolution": 0}
 PROMPTS = ("a photo of a rusty screw", "the dark gear", "a rendering of a red nut", "")
 
 
 @functools.cache
-def tiny_pipeline(options: tuple[tuple[str, object], ...] = (), device: str = "cpu"):
+def tiny_pipeline(options: tuple[tuple[str, object], ...] = (), device="cpu", dtype=torch.float32, resolution=0):
     """A loaded tiny pipeline, shared by the tests of a process: none may change it for good."""
     folder = pipeline_folder(**dict(options))
-    return load_pipeline(dataclasses.replace(config.Pipeline(), path=str(folder)), device)
+    settings = dataclasses.replace(config.Pipeline(), path=str(folder), resolution=resolution)
+    return load_pipeline(settings, device, dtype)
 
 
 class Engine:
     """A slot engine over a tiny pipeline; what it finishes is kept by image index, pixels in [0, 1]."""
 
     def __init__(self, solver="ddim", count=8, strengths=(0.25, 0.5, 0.75, 1.0), guidance=7.5, options=(), **slots):
-        self.pipeline = load_pipeline(
-            dataclasses.replace(config.Pipeline(), path=str(pipeline_folder(**dict(options))))
-        )
+        place = [slots.pop(name, default) for name, default in PLACE.items()]
+        self.pipeline = tiny_pipeline(tuple(options), *place)
         self.grid = time_grid(self.pipeline.scheduler, solver, count, slots.pop("guided_steps", None))
         self.strengths, self.guidance = strengths, guidance
         generator = torch.Generator().manual_seed(1)
@@ -42,7 +43,7 @@ class Engine:
         moments = self.pipeline.encode_moments(pixels)
         masks = torch.zeros(6, side, side, dtype=torch.uint8)
         masks[:, 8:19, 10:23] = 1
-        self.sources = Sources(moments, pixels, masks)
+        self.sources = Sources(moments, pixels.to(moments.device), masks.to(moments.device))
         self.contexts = self.pipeline.embed(list(PROMPTS))
         self.finished: dict[int, torch.Tensor] = {}
         self.order: list[Request] = []
@@ -72,6 +73,7 @@ class Engine:
             start=start,
             solver=self.grid.solver,
             num_inference_steps=self.grid.num_inference_steps,
+            guided_steps=self.grid.guided_steps,
             guidance_scale=self.guidance,
             **changes,
         )
@@ -95,16 +97,14 @@ class Engine:
 
     def noise(self, request: Request) -> list[torch.Tensor]:
         """Noise of the latent, of the start, and of each step, as the engine draws it."""
-        size = self.pipeline.latent_size
+        shape = (4, self.pipeline.latent_size, self.pipeline.latent_size)
         generator = stream(SEED, "image", *request.identity)
-        first = torch.randn(2, 4, size, size, generator=generator)
-        steps = torch.randn(self.slots.in_flight.stochastic_steps, 4, size, size, generator=generator)
-        return [*first, *steps]
+        return [torch.randn(shape, generator=generator) for _ in range(2 + self.slots.in_flight.stochastic_steps)]
 
     def latent(self, request: Request) -> torch.Tensor:
         """The source's latent [1, 4, h, w] that an image starts from."""
         moments = self.sources.moments_D8hw[request.source][None]
-        return self.pipeline.sample_latents(moments, self.noise(request)[0][None])
+        return self.pipeline.sample_latents(moments, self.noise(request)[0][None].to(moments.device))
 
     def by_diffusers(self, request: Request, monkeypatch) -> torch.Tensor:
         """The same image by diffusers' own pipeline, alone, pixels [3, H, W] in [0, 1]."""
@@ -120,13 +120,13 @@ class Engine:
             requires_safety_checker=False,
         )
         reference.set_progress_bar_config(disable=True)
-        _, eps, *steps = (noise[None] for noise in self.noise(request))
+        _, eps, *steps = (noise[None].to(parts.device, parts.dtype) for noise in self.noise(request))
         fresh = iter(steps[request.start :])
         monkeypatch.setattr(pipeline_stable_diffusion_img2img, "randn_tensor", lambda *a, **k: eps)
         monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *a, **k: next(fresh))
         return reference(
             prompt=PROMPTS[int(request.prompt.template)],
-            image=self.latent(request),
+            image=self.latent(request).to(parts.dtype),
             strength=request.strength,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,

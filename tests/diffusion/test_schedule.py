@@ -37,7 +37,7 @@ def by_diffusers(config, solver, count, start, z0, eps):
 def by_table(config, solver, count, start, z0, eps):
     grid = time_grid(config, solver, count)
     table = StepTable([grid])
-    row, x0_prev, timesteps = table.start_row(solver, count, start), torch.zeros_like(z0), []
+    row, x0_prev, timesteps = table.start_row(grid.key, start), torch.zeros_like(z0), []
     z = table.table_R8[row, 0] * z0 + table.table_R8[row, 1] * eps
     i = 0
     while row:
@@ -123,13 +123,13 @@ def test_grids_share_a_table_and_keep_their_rows():
     assert len(table.table_R8) == 1 + 2 * 5 + 2 * 4
     assert table.guidance_ends and not StepTable(grids[1:]).guidance_ends
     for grid in grids:
-        row = table.start_row(grid.solver, grid.num_inference_steps, 1)
+        row = table.start_row(grid.key, 1)
         assert torch.equal(table.table_R8[row], grid.starts_N8[1])
         following = table.successor_R[row]
         assert torch.equal(table.table_R8[following], grid.steps_N8[2])
         noises = [table.noise_R[row].item(), table.noise_R[following].item()]
         assert noises == ([1, 2] if grid.stochastic else [0, 0])
-    guided = [table.guided_R[table.start_row("ddim", 5, i)].item() for i in range(5)]
+    guided = [table.guided_R[table.start_row(grids[0].key, i)].item() for i in range(5)]
     assert guided == [True, True, True, False, False]
 
 

@@ -51,11 +51,11 @@ def test_the_unet_sees_one_shape_and_the_decoder_one_batch(monkeypatch):
     unet, vae = engine.pipeline.unet, engine.pipeline.vae
     forward, decode = unet.forward, vae.decode
     monkeypatch.setattr(
-        unet, "forward", lambda x, t, c, **k: shapes.append((x.shape, t.shape, c.shape)) or forward(x, t, c, **k)
+        unet, "forward", lambda x, t, c, **k: shapes.append((x.shape, t.shape)) or forward(x, t, c, **k)
     )
     monkeypatch.setattr(vae, "decode", lambda z: decoded.append(len(z)) or decode(z))
     engine.make(5)
-    assert set(shapes) == {((8, 4, 8, 8), (8,), (8, 77, 32))}
+    assert set(shapes) == {((8, 4, 8, 8), (8,))}
     assert set(decoded) == {3} and engine.batches[-1] < 3
 
 
@@ -96,7 +96,7 @@ def test_guided_slots_never_exceed_their_rows(monkeypatch):
 
 def test_without_guidance_there_are_no_unconditional_rows(monkeypatch):
     engine = Engine(guidance=1.0, empty_TE=None)
-    assert engine.slots.in_flight.context_STE.shape[0] == 4
+    assert engine.slots.in_flight.kv_RTX.shape[0] == 4
     engine.make(4)
     for i in range(4):
         expected = engine.by_diffusers(engine.request(i), monkeypatch)

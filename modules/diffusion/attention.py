@@ -1,0 +1,199 @@
+"""Attention of the UNet: keys and values of prompts computed once, and the fastest backend for each of its shapes.
+
+diffusers computes the text's keys and values anew in every layer of every call, although they depend on the prompt
+alone. Here they are projected when an image enters its slot, for all layers at once, and handed to the UNet as one
+tensor of which each layer reads its own columns. Prompts that come back are found in a cache bounded in bytes.
+
+Which backend is fastest depends on tokens and head width, so a start-up tuner times the candidates on the UNet's real
+shapes with a timer it is handed. xformers is called in its own layout, without copies.
+
+Shapes: B rows, N tokens of an image, T tokens of a prompt, H heads, K width of a head, E text width, X columns of the
+keys and values of all layers.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from modules.errors import ConfigError
+
+SDPA = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+BACKENDS = ("sdpa", *SDPA, "xformers")
+PLAIN = ("spatial_norm", "group_norm", "norm_q", "norm_k")  # absent in every Stable Diffusion UNet
+
+
+def attend(backend: str, q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in and out, by a named backend."""
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q_BNHK, k_BTHK, v_BTHK)
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHK, k_BTHK, v_BTHK))
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(SDPA[backend]):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class SlotAttention:
+    """Attention processor of one layer; equal to diffusers' own, with keys and values of the text read where given."""
+
+    def __init__(self, columns: slice | None):
+        self.columns = columns  # of the layer's keys and values in `kv`; None: self-attention
+        self.backend = "sdpa"
+        self.seen: list | None = None  # collects (q, k, v) for the tuner
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, kv=None):
+        """hidden_states [B, N, C] attended to themselves, or to the text: encoder_hidden_states [B, T, E] or kv [B, T, X]."""
+        if self.columns is None and attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, -1)
+        else:
+            q = attn.to_q(hidden_states)
+            if self.columns is not None and kv is not None:
+                k, v = kv[..., self.columns].chunk(2, -1)
+            else:
+                source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+                k, v = attn.to_k(source), attn.to_v(source)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
+        if self.seen is not None:
+            self.seen.append((self, q, k, v))
+        return attn.to_out[0](attend(self.backend, q, k, v).flatten(2))
+
+
+def layers_of(unet: torch.nn.Module) -> list:
+    """The attention modules of a UNet in order."""
+    from diffusers.models.attention_processor import Attention
+
+    return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+def install(unet: torch.nn.Module, fuse: bool = False) -> int:
+    """Give every attention layer a SlotAttention, once; returns X, the width of all layers' text keys and values.
+
+    Args:
+        fuse: also compute queries, keys and values of self-attention in one product (more memory, fewer launches).
+
+    Raises:
+        ValueError: a layer that is not plain Stable Diffusion attention.
+    """
+    width = 0
+    for layer in layers_of(unet):
+        odd = [name for name in PLAIN if getattr(layer, name, None) is not None]
+        if odd or layer.residual_connection or layer.rescale_output_factor != 1:
+            raise ValueError(
+                f"attention layer with {', '.join(odd) or 'residual or rescaling'}; expected plain attention"
+            )
+        inner = layer.to_q.out_features
+        columns = slice(width, width + 2 * inner) if layer.is_cross_attention else None
+        width += 2 * inner if layer.is_cross_attention else 0
+        if not isinstance(layer.processor, SlotAttention):
+            layer.set_processor(SlotAttention(columns))
+        if fuse and not layer.is_cross_attention and not layer.fused_projections:
+            layer.fuse_projections()
+    return width
+
+
+@torch.no_grad()
+def text_key_values(unet: torch.nn.Module, context_NTE: torch.Tensor) -> torch.Tensor:
+    """Keys and values [N, T, X] of prompt embeddings [N, T, E] in every cross-attention layer of a UNet with `install`."""
+    layers = [layer for layer in layers_of(unet) if layer.is_cross_attention]
+    return torch.cat([x for layer in layers for x in (layer.to_k(context_NTE), layer.to_v(context_NTE))], -1)
+
+
+class KeyValueCache:
+    """Text keys and values of prompts, the last used longest, within a bound in GiB."""
+
+    def __init__(self, unet: torch.nn.Module, capacity_gib: float):
+        self.unet, self.capacity = unet, int(capacity_gib * 2**30)
+        self.kept: OrderedDict[object, torch.Tensor] = OrderedDict()
+        self.bytes = self.hits = self.misses = 0
+
+    def get(self, key: object, context: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """[T, X] of a prompt; `context` gives its embedding [T, E] if it is not kept. Key None: never kept."""
+        if key in self.kept:
+            self.hits += 1
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        self.misses += 1
+        kv_TX = text_key_values(self.unet, context()[None])[0]
+        size = kv_TX.nbytes
+        if key is not None and size <= self.capacity:
+            self.kept[key] = kv_TX
+            self.bytes += size
+            while self.bytes > self.capacity:
+                self.bytes -= self.kept.popitem(last=False)[1].nbytes
+        return kv_TX
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One backend on one shape."""
+
+    shape: tuple[int, int, int, int, int]  # B, N, T, H, K
+    backend: str
+    ms: float | None  # None: it refused
+    reason: str  # why it refused, or ""
+
+
+def tune(
+    unet: torch.nn.Module,
+    call: Callable[[], None],
+    timer: Callable[[Callable[[], object]], float],
+    asked: str = "auto",
+    candidates: tuple[str, ...] = BACKENDS,
+) -> list[Timing]:
+    """Time backends on each attention shape that `call` meets in the UNet, and set the fastest; returns all timings.
+
+    Args:
+        call: one UNet call on real shapes.
+        timer: milliseconds of a function.
+        asked: auto times the candidates; a name sets that backend everywhere.
+        candidates: what auto chooses from; on a CPU the caller has none to offer but sdpa.
+
+    Raises:
+        ConfigError: the named backend refuses a shape of this UNet (with its reason).
+    """
+    processors = [layer.processor for layer in layers_of(unet)]
+    seen: list = []
+    for processor in processors:
+        processor.backend, processor.seen = "sdpa", seen
+    call()
+    for processor in processors:
+        processor.seen = None
+    inputs = {_shape(q, k): (q, k, v) for _, q, k, v in seen}
+    candidates = candidates if asked == "auto" else (asked,)
+    timings = [_time(shape, name, qkv, timer) for shape, qkv in inputs.items() for name in candidates]
+    for processor, q, k, _ in seen:
+        working = [t for t in timings if t.shape == _shape(q, k) and t.ms is not None]
+        if not working:
+            refused = next(t for t in timings if t.shape == _shape(q, k))
+            raise ConfigError(
+                f"pipeline.attention is {asked}, which does not run here on (rows, tokens, keys, heads, width) "
+                f"{refused.shape}: {refused.reason}; set it to auto or sdpa"
+            )
+        processor.backend = min(working, key=lambda t: t.ms).backend
+    return timings
+
+
+def _shape(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[int, int, int, int, int]:
+    B, N, H, K = q_BNHK.shape
+    return B, N, k_BTHK.shape[1], H, K
+
+
+@torch.no_grad()
+def _time(shape, backend: str, qkv, timer) -> Timing:
+    """The time of a backend on real inputs, or why it refused: probed by a real call, as availability flags lie."""
+    try:
+        if not attend(backend, *qkv).isfinite().all():
+            return Timing(shape, backend, None, "its output is not finite")
+        return Timing(shape, backend, timer(lambda: attend(backend, *qkv)), "")
+    except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+        return Timing(shape, backend, None, (str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -1,0 +1,70 @@
+"""The tick as one launch: torch.compile of its UNet, then a graph of the whole tick that is replayed.
+
+A tick of many small kernels is bound by the host that launches them. Its shape never changes and its buffers never
+move, so it can be captured once, while all slots are idle (idle slots stay as they are, so warming up changes nothing),
+and replayed for every mixture of images. The same holds for the decoder and its fixed batch.
+
+Which way is used, and why, is returned for the run card; nothing falls back silently.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from modules.diffusion.attention import install
+from modules.diffusion.slots import Slots
+from modules.runtime import Choice
+
+WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
+
+
+def accelerate(slots: Slots, compile_setting: str) -> Choice:
+    """Compile and capture an engine's tick and decoder as `pipeline.compile` says; returns what was done and why.
+
+    Args:
+        compile_setting: auto | off | on. auto is on for a GPU; on a CPU `on` compiles (no graph).
+
+    Raises:
+        ValueError: slots are in flight, which a warm-up would advance.
+    """
+    on_gpu = slots.pipeline.device.type == "cuda"
+    if compile_setting == "off" or (compile_setting == "auto" and not on_gpu):
+        why = "pipeline.compile is off" if compile_setting == "off" else "auto: compiling pays on a GPU only"
+        return Choice("eager", why)
+    if slots.busy or slots.ready:
+        raise ValueError(f"slots has {slots.busy} images in flight; expected an engine whose slots are all idle")
+    tick = slots.in_flight
+    if on_gpu:
+        install(slots.pipeline.unet, fuse=True)
+    tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
+    if not on_gpu:
+        tick.step()
+        return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
+    tick.step = graph(tick.step)
+    latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])
+    slots.decode = graph(torch.compile(slots.decode, dynamic=False), latents)
+    return Choice("compiled, captured", "one launch a tick and one a decode; the shapes never change")
+
+
+def graph(function: Callable, *inputs: torch.Tensor) -> Callable:
+    """A function of tensors on a CUDA device that replays a capture of `function`.
+
+    Arguments are copied into `inputs`; what it returns is the same tensors each time, overwritten by the next call.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(WARM_UP):
+            function(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured), torch.no_grad():
+        outputs = function(*inputs)
+
+    def replay(*values: torch.Tensor):
+        for static, value in zip(inputs, values, strict=True):
+            static.copy_(value)
+        captured.replay()
+        return outputs
+
+    return replay

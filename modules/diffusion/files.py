@@ -1,0 +1,98 @@
+"""Reading what stands on disk, part by part: every fault becomes one message that names the file.
+
+Only safetensors and JSON are read: a pickled checkpoint can run code, so it is refused with the way to convert it.
+Weights that a model needs and a file lacks are an error: the libraries would draw them at random.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from modules.errors import DataError
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    "pickled weights can run code and are not read; convert them where you trust them: "
+    "StableDiffusionPipeline.from_pretrained(PATH).save_pretrained(NEW, safe_serialization=True), or from_single_file "
+    "for a .ckpt"
+)
+
+
+def weight_files(part: Path, stem: str) -> list[Path]:
+    """The safetensors files of one part, whole or sharded, of full precision or else fp16.
+
+    Raises:
+        DataError: there are none; if there are pickled ones, the message says how to convert.
+    """
+    for variant in ("", ".fp16"):
+        found = sorted(part.glob(f"{stem}{variant}.safetensors")) or sorted(
+            part.glob(f"{stem}{variant}-?????-of-?????.safetensors")
+        )
+        if found:
+            return found
+    pickled = sorted(path.name for path in part.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise DataError(f"{part}: only {', '.join(pickled)}; {CONVERT}")
+    raise DataError(f"{part}: {stem}.safetensors is missing")
+
+
+def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch.nn.Module:
+    """A model of one part, every weight from its files."""
+    variant = "fp16" if ".fp16" in files[0].name else None
+    read_json(part / "config.json")
+    try:
+        model, info = kind.from_pretrained(
+            part,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **{"dtype" if kind is CLIPTextModel else "torch_dtype": dtype},
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{part}: cannot be read as {kind.__name__} ({first_line(error)}); fetch the part again"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise DataError(f"{part}: lacks {len(missing)} weights, the first is {missing[0]}; fetch the part again")
+    return model
+
+
+def read_tokenizer(part: Path) -> CLIPTokenizer:
+    """The tokenizer of one part."""
+    if not (part / "tokenizer.json").is_file() and not (part / "vocab.json").is_file():
+        raise DataError(f"{part}: tokenizer.json, or vocab.json with merges.txt, is missing")
+    try:
+        return CLIPTokenizer.from_pretrained(part, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{part}: cannot be read as CLIPTokenizer ({first_line(error)}); fetch the part again"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; fetch the part again")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({first_line(error)}); fetch the part again") from error
+
+
+def digest(files: list[Path], root: Path) -> str:
+    """sha256 over names (below root) and contents of files."""
+    total = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(root)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,191 @@
+"""A Stable Diffusion taken apart: pixels to latents, prompts to embeddings, latents to pixels.
+
+diffusers' pipelines run one prompt list at one strength from PIL to PIL. The slot engine needs the parts: moments
+encoded once and sampled many times, prompts embedded once, a UNet that is called on any mixture of images. One class
+holds the parts and the four conversions between them; denoising itself is in `slots`.
+
+Shapes: D and N images, T tokens of a prompt (77), K vectors of a class token, E embedding width, H W pixels, h w latent
+grid.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from modules.errors import ConfigError, DataError
+
+NO_VARIANCE = -1e4  # log-variance of an encoder that has none: exp(-5000) is exactly 0
+SLOT = "*"  # stands for the class token in a prompt
+
+
+@dataclass
+class StableDiffusion:
+    """The parts of a latent text-to-image model on one device, frozen, in evaluation mode."""
+
+    tokenizer: object  # CLIPTokenizer
+    text_encoder: torch.nn.Module  # CLIPTextModel
+    vae: torch.nn.Module  # AutoencoderKL or AutoencoderTiny
+    unet: torch.nn.Module  # UNet2DConditionModel
+    scheduler: dict  # diffusers' scheduler_config.json, `prediction_type` always present
+    device: torch.device
+    dtype: torch.dtype
+    resolution: int  # pixels a side
+    digest: str  # sha256 of the weights
+    source: str  # where the weights came from
+    family: str = "sd1"  # sd1 | sd2 | turbo | lcm
+    notes: tuple[str, ...] = field(default=())  # choices made while loading, for the run card
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent cell spans a side."""
+        widths = getattr(self.vae.config, "block_out_channels", None) or self.vae.config.decoder_block_out_channels
+        return 2 ** (len(widths) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        return self.resolution // self.vae_factor
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.vae.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    @property
+    def prediction_type(self) -> str:
+        """epsilon or v_prediction."""
+        return self.scheduler["prediction_type"]
+
+    @property
+    def guidance_embedding_width(self) -> int:
+        """Width of the guidance embedding that the UNet takes in place of a second call (LCM); 0: it takes none."""
+        return self.unet.config.time_cond_proj_dim or 0
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the fixed length of every prompt."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
+    @property
+    def text_width(self) -> int:
+        """E of a prompt embedding."""
+        return self.text_encoder.config.hidden_size
+
+    @torch.no_grad()
+    def encode_moments(self, pixels_DHWC: torch.Tensor, batch: int = 16, progress=None) -> torch.Tensor:
+        """VAE moments [D, 8, h, w] fp16 (mean, log-variance in [-30, 20]) of uint8 images [D, H, W, 3] at `resolution`.
+
+        An encoder without variance (AutoencoderTiny) gets the log-variance -1e4, whose deviation is exactly 0.
+        """
+        moments = []
+        for rows_NHWC in pixels_DHWC.split(batch):
+            x_N3HW = rows_NHWC.to(self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).to(self.dtype)
+            encoded = self.vae.encode(x_N3HW)
+            if hasattr(encoded, "latents"):
+                mean, logvar = encoded.latents, torch.full_like(encoded.latents, NO_VARIANCE)
+            else:
+                mean, logvar = encoded.latent_dist.mean, encoded.latent_dist.logvar
+            moments.append(torch.cat([mean, logvar], 1).half())
+            if progress is not None:
+                progress(sum(map(len, moments)), len(pixels_DHWC), "VAE moments")
+        return torch.cat(moments)
+
+    def sample_latents(self, moments_N8hw: torch.Tensor, noise_N4hw: torch.Tensor) -> torch.Tensor:
+        """z_0 = (mean + sd * noise - shift) * scaling, float32 [N, 4, h, w], of cached moments and standard noise."""
+        mean, logvar = moments_N8hw.float().chunk(2, 1)
+        return (mean + (0.5 * logvar).exp() * noise_N4hw - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, z_N4hw: torch.Tensor) -> torch.Tensor:
+        """Pixels [N, 3, H, W], nominally in [-1, 1] and unclamped, in the pipeline's dtype, of scaled latents."""
+        return self.vae.decode((z_N4hw / self.scaling_factor + self.shift_factor).to(self.dtype)).sample
+
+    def check_vae(self, pixels_DHWC: torch.Tensor) -> None:
+        """Let a VAE through whose latents and pixels of these uint8 images are finite.
+
+        Raises:
+            DataError: they are not; some VAEs overflow in fp16.
+        """
+        moments = self.encode_moments(pixels_DHWC)
+        decoded = self.decode(self.sample_latents(moments, torch.zeros_like(moments[:, :4]).float()))
+        if not (moments.isfinite().all() and decoded.isfinite().all()):
+            raise DataError(
+                f"{self.source}: the VAE gives non-finite values in {str(self.dtype).removeprefix('torch.')}; set "
+                "pipeline.dtype to bf16 or fp32, or pipeline.vae to a VAE made for fp16"
+            )
+
+    def prompt_ids(self, prompts: list[str]) -> torch.Tensor:
+        """Token ids [N, T] int64 on the device: start, text, end, padding.
+
+        Raises:
+            ConfigError: a prompt is longer than the text encoder reads; a truncated prompt would be a silent change.
+        """
+        return torch.tensor([self._pad(self._ids(text), text) for text in prompts], device=self.device)
+
+    def embed(self, prompts: list[str]) -> torch.Tensor:
+        """Prompt embeddings [N, T, E] in the pipeline's dtype, as diffusers makes them (last hidden state, no mask)."""
+        return self.embed_ids(self.prompt_ids(prompts))
+
+    def embed_ids(self, ids_NT: torch.Tensor) -> torch.Tensor:
+        """Prompt embeddings [N, T, E] of token ids [N, T]."""
+        return self.text_encoder(ids_NT).last_hidden_state
+
+    def embed_vectors(self, prompts: list[str], vectors_NKE: torch.Tensor) -> torch.Tensor:
+        """Prompt embeddings [N, T, E] of prompts in which `*` stands for K token vectors of its own.
+
+        The vectors enter where the token embedding's rows would, before positions and transformer, so the result equals
+        that of K new vocabulary entries with these rows; gradients flow to the vectors. No state is changed.
+
+        Args:
+            prompts: N texts with exactly one `*` each.
+            vectors_NKE: in the text encoder's own embedding space, any float dtype.
+
+        Raises:
+            ConfigError: a prompt without exactly one `*`, or too long with its vectors.
+        """
+        num_vectors = vectors_NKE.shape[1]
+        rows, starts = [], []
+        for text in prompts:
+            if text.count(SLOT) != 1:
+                raise ConfigError(f"prompt {text!r} must hold exactly one {SLOT} for the class token")
+            before, after = (self._ids(part) for part in text.split(SLOT))
+            starts.append(1 + len(before))
+            rows.append(self._pad(before + [self.tokenizer.eos_token_id] * num_vectors + after, text))
+        ids_NT = torch.tensor(rows, device=self.device)
+        columns = torch.tensor(starts, device=self.device)[:, None] + torch.arange(num_vectors, device=self.device)
+        here = (torch.arange(len(rows), device=self.device)[:, None], columns)
+
+        def splice(module, inputs, embedded_NTE):
+            return embedded_NTE.index_put(here, vectors_NKE.to(embedded_NTE))
+
+        handle = self.text_encoder.get_input_embeddings().register_forward_hook(splice)
+        try:
+            return self.embed_ids(ids_NT)
+        finally:
+            handle.remove()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _pad(self, ids: list[int], text: str) -> list[int]:
+        if len(ids) + 2 > self.num_tokens:
+            raise ConfigError(
+                f"prompt {text!r} takes {len(ids)} tokens, the text encoder reads {self.num_tokens - 2}; shorten the "
+                "template, the condition word or the number of vectors a class"
+            )
+        padding = [self.tokenizer.pad_token_id] * (self.num_tokens - 2 - len(ids))
+        return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id, *padding]
+
+
+def load_pipeline(cfg, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    """The pipeline that config section `pipeline` names, on a device, frozen.
+
+    Raises:
+        DataError: the folder or a part of it is missing, broken, pickled, or does not fit the other parts.
+        ConfigError: family, prediction type or resolution contradict the files.
+    """
+    from modules.diffusion import checkpoints  # imports diffusers: seconds that --help must not pay
+
+    return checkpoints.load(cfg, torch.device(device), dtype)

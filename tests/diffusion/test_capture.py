@@ -1,0 +1,62 @@
+"""Compiled and captured ticks: the same images, chosen and announced as the setting says."""
+
+import pytest
+import torch
+
+from modules.diffusion.capture import accelerate, graph
+from tests.diffusion.engine import Engine
+
+
+def test_off_and_auto_on_a_cpu_stay_eager_and_say_why():
+    engine = Engine()
+    unet = engine.slots.in_flight.unet
+    for setting, why in (("off", "is off"), ("auto", "on a GPU only")):
+        choice = accelerate(engine.slots, setting)
+        assert choice.value == "eager" and why in choice.reason
+    assert engine.slots.in_flight.unet is unet
+
+
+def test_slots_in_flight_are_never_warmed_up():
+    engine = Engine()
+    engine.slots.tick()
+    with pytest.raises(ValueError, match="4 images in flight"):
+        accelerate(engine.slots, "on")
+
+
+def test_warming_up_idle_slots_changes_nothing():
+    warm, cold = Engine(masked=True), Engine(masked=True)
+    for _ in range(3):
+        warm.slots.in_flight.step()
+    for engine in (warm, cold):
+        engine.make(5)
+    for i in range(5):
+        assert torch.equal(warm.finished[i], cold.finished[i])
+
+
+@pytest.mark.slow
+def test_a_compiled_tick_makes_the_same_images():
+    eager, compiled = Engine(slots=3), Engine(slots=3)
+    assert accelerate(compiled.slots, "on").value == "compiled"
+    for engine in (eager, compiled):
+        engine.make(5)
+    for i in range(5):
+        assert (eager.finished[i] - compiled.finished[i]).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "lcm"])
+def test_a_captured_tick_makes_the_same_images(solver):
+    eager, captured = (Engine(solver, device="cuda", slots=4, masked=True) for _ in range(2))
+    assert accelerate(captured.slots, "on").value == "compiled, captured"
+    for engine in (eager, captured):
+        engine.make(9)
+    for i in range(9):
+        assert (eager.finished[i] - captured.finished[i]).abs().max() <= 1e-3
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_on_new_values():
+    static = torch.zeros(3, device="cuda")
+    doubled = graph(lambda x: x * 2, static)
+    assert doubled(torch.tensor([1.0, 2.0, 3.0], device="cuda")).tolist() == [2.0, 4.0, 6.0]
+    assert doubled(torch.tensor([5.0, 0.0, 1.0], device="cuda")).tolist() == [10.0, 0.0, 2.0]

@@ -1,0 +1,61 @@
+"""Sharing a GPU: the mode that was asked for or measured, and the same images in either."""
+
+import pytest
+import torch
+
+from modules.diffusion.overlap import Overlap, choose_mode
+from modules.errors import ConfigError
+from tests.diffusion.engine import Engine
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def never(mode):
+    raise AssertionError("nothing was to be measured")
+
+
+def test_sequential_generates_at_once():
+    done = []
+    overlap = Overlap("sequential", CPU)
+    overlap.generate(lambda: done.append(1))
+    assert done == [1]
+    overlap.launch()
+    overlap.join()
+    assert done == [1]
+
+
+def test_modes_and_their_reasons():
+    assert choose_mode("auto", CPU, never).reason == "auto: a CPU has no streams"
+    assert choose_mode("sequential", GPU, never) == choose_mode("sequential", CPU, never)
+    assert choose_mode("stream", GPU, never).value == "stream"
+    assert choose_mode("auto", GPU, never, judged=True).value == "sequential"
+    measured = choose_mode("auto", GPU, {"sequential": 61.24, "stream": 55.0}.get)
+    assert measured.value == "stream" and measured.reason == "auto: sequential 61.2 ms a step, stream 55.0 ms a step"
+    assert choose_mode("auto", GPU, {"sequential": 50.0, "stream": 55.0}.get).value == "sequential"
+
+
+def test_streams_that_cannot_run_are_refused():
+    with pytest.raises(ConfigError, match="needs a CUDA GPU"):
+        choose_mode("stream", CPU, never)
+    with pytest.raises(ConfigError, match="by the encoder that is being trained"):
+        choose_mode("stream", GPU, never, judged=True)
+
+
+@pytest.mark.gpu
+def test_either_mode_makes_the_same_images():
+    engines = []
+    for mode in ("sequential", "stream"):
+        engine, overlap = Engine(device="cuda", slots=4), Overlap(mode, GPU)
+        work = torch.randn(512, 512, device="cuda")
+        for _ in range(12):
+            overlap.generate(lambda engine=engine: engine.slots.step(2.0))
+            overlap.launch()
+            work = (work @ work).tanh()
+        overlap.join()
+        torch.cuda.synchronize()
+        engines.append(engine)
+    sequential, stream = engines
+    assert stream.order == sequential.order and len(stream.order) > 8
+    for request in stream.order:
+        images = [engine.finished[request.image_index] for engine in engines]
+        assert (images[0] - images[1]).abs().max() <= 1e-4

@@ -1,0 +1,70 @@
+"""Presets: each changes what it says, refuses without its weights, and its images are those of its own grid."""
+
+import dataclasses
+
+import pytest
+
+from modules import config
+from modules.diffusion.presets import plan
+from modules.errors import ConfigError
+from tests.diffusion.engine import Engine, tiny_pipeline
+
+SD15 = dataclasses.replace(config.Generation(), solver="ddim", num_inference_steps=50, guidance_scale=7.5)
+TURBO = (("scheduler", (("_class_name", "EulerDiscreteScheduler"), ("timestep_spacing", "trailing"))),)
+LCM = (("time_cond_proj_dim", 64), ("scheduler", (("_class_name", "LCMScheduler"),)))
+
+
+def test_exact_leaves_everything_as_it_is():
+    made = plan("exact", SD15, tiny_pipeline())
+    assert (made.solver, made.num_inference_steps, made.guided_steps, made.guidance_scale) == ("ddim", 50, 50, 7.5)
+    assert made.resolution == 32
+
+
+def test_fast_takes_ten_calls_with_guidance_on_seven_where_exact_takes_twenty_five():
+    pipeline = tiny_pipeline()
+    grids = {name: plan(name, SD15, pipeline).grid(pipeline.scheduler) for name in ("exact", "fast")}
+    calls = {name: grid.num_inference_steps - grid.start(0.5) for name, grid in grids.items()}
+    assert calls == {"exact": 25, "fast": 10}
+    fast = grids["fast"]
+    assert fast.solver == "dpmpp_2m" and fast.guided_steps - fast.start(0.5) == 7
+
+
+def test_faster_needs_a_tiny_decoder_and_makes_smaller_images():
+    with pytest.raises(ConfigError, match="faster decodes with an AutoencoderTiny"):
+        plan("faster", SD15, tiny_pipeline())
+    pipeline = tiny_pipeline((("tiny_vae", True), ("resolution", 512)))
+    made = plan("faster", SD15, pipeline)
+    assert made.resolution == 384 and any("384 px for 512" in reason for reason in made.reasons)
+    assert plan("faster", SD15, pipeline, resolution_is_set=True).resolution == 512
+    assert plan("faster", SD15, tiny_pipeline((("tiny_vae", True),))).resolution == 32
+
+
+def test_turbo_needs_weights_distilled_for_it():
+    with pytest.raises(ConfigError, match="turbo needs weights distilled .* is sd1"):
+        plan("turbo", SD15, tiny_pipeline())
+    made = plan("turbo", SD15, tiny_pipeline(TURBO))
+    assert (made.solver, made.num_inference_steps, made.guidance_scale) == ("euler", 4, 1.0)
+    made = plan("turbo", SD15, tiny_pipeline(LCM))
+    assert (made.solver, made.num_inference_steps, made.guidance_scale) == ("lcm", 4, 7.5)
+
+
+def test_a_consistency_model_is_not_sampled_as_if_it_were_none():
+    with pytest.raises(ConfigError, match="latent consistency model; set generation.solver to lcm"):
+        plan("exact", SD15, tiny_pipeline(LCM))
+    assert plan("exact", dataclasses.replace(SD15, solver="lcm"), tiny_pipeline(LCM)).solver == "lcm"
+
+
+def test_every_reason_is_a_phrase_for_the_run_card():
+    for name in ("exact", "fast"):
+        reasons = plan(name, SD15, tiny_pipeline()).reasons
+        assert reasons and all(reason == reason.strip() and reason for reason in reasons)
+
+
+def test_guidance_off_at_low_noise_stays_close_to_guidance_throughout():
+    fast = plan("fast", SD15, tiny_pipeline())
+    images = []
+    for guided in (fast.num_inference_steps, fast.guided_steps, 0):
+        engine = Engine("dpmpp_2m", 20, strengths=(0.5,), guided_steps=guided, slots=2)
+        engine.make(2)
+        images.append(engine.finished[0])
+    assert 0 < (images[1] - images[0]).abs().mean() < 0.3 * (images[2] - images[0]).abs().mean()
