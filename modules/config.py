@@ -184,7 +184,7 @@ class Learning:
 class Probe:
     """The linear readout of frozen features."""
 
-    lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)  # trained at once, chosen on val
+    lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # trained at once, chosen on val
     epochs: int = 100
     batch_size: int = 256
     weight_decay: float = 0.0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import backend
 from modules.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -80,6 +81,7 @@ def resolve_runtime(run, pipeline) -> Runtime:
         pipeline_dtype = Choice(torch.float16 if on_gpu else torch.float32, "auto: fp16 on a GPU, fp32 on a CPU")
     else:
         pipeline_dtype = Choice(DTYPES[pipeline.dtype], "pipeline.dtype")
+    backend.set_default(run.kernels)
     if run.threads:
         torch.set_num_threads(run.threads)
     threads = Choice(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import backend
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.data.duplicates import describe_duplicates, near_duplicates
@@ -192,6 +193,14 @@ def _roundtrip(job: Job) -> torch.Tensor:
     return torch.cat(decoded)
 
 
+def _kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
+    """One row for each reason by which an implementation was chosen, naming the ops it holds for."""
+    by_choice: dict = {}
+    for op, choice in backend.explain(device).items():
+        by_choice.setdefault(choice, []).append(op)
+    return [("kernels", f"{choice.name}: {', '.join(ops)}", choice.reason) for choice, ops in by_choice.items()]
+
+
 def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
     """(what, value, reason) of each choice."""
     config, runtime = job.config, job.runtime
@@ -203,6 +212,7 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
         ("device", str(runtime.device.value), runtime.device.reason),
         ("precision", str(runtime.precision.value).removeprefix("torch."), runtime.precision.reason),
         ("threads", str(runtime.threads.value), runtime.threads.reason),
+        *_kernel_rows(job.device),
         ("encoder", str(arch.value), arch.reason),
         ("method", learning.method, f"{learning.steps} steps, {rows:.4g} rows a batch, two views each"),
     ]

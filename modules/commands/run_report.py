@@ -14,7 +14,7 @@ from modules.evaluation.report import EmbeddingMap, Report, SheetRow, Shot, writ
 from modules.evaluation.stored import save_detector, save_predictions
 from modules.runtime import environment
 
-SHOTS = 4  # images of each kind a class on the contact sheet
+SHOTS = 3  # images of each kind a class on the contact sheet
 
 
 def export(job, state, outcome) -> None:
