@@ -18,6 +18,7 @@ from rich.text import Text
 from modules.meter import STEP_PHASES
 
 LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
+FILE_WIDTH = 160  # columns of a table off a terminal
 
 
 class Console:
@@ -26,6 +27,8 @@ class Console:
     def __init__(self, stream=None):
         self.rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
         self.live = self.rich.is_terminal
+        if not self.live:  # a file has no edge at which a table would have to be squeezed
+            self.rich.width = FILE_WIDTH
         self._display: Live | None = None
         self._progress: Progress | None = None
         self._task = None

@@ -1,0 +1,219 @@
+"""`trainer.py check CONFIG`: what a run will find, hold, write and take, before it is started.
+
+The data is read and decoded as the run does it, every bad file is listed, memory is planned part by part, the checkpoint
+is weighed, and a few real steps on a state that is thrown away say how long the run will take. check.json stands in the
+run's directory under check/.
+
+    --untimed      skip the timed steps
+"""
+
+import dataclasses
+from collections import Counter
+
+import torch
+
+from modules.commands import run as stages
+from modules.commands.flags import split_flags
+from modules.commands.job import Job
+from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
+from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, variant
+from modules.commands.timing import Timing, time_steps, window
+from modules.diffusion.inversion import Inversion
+from modules.errors import OutOfMemory
+from modules.meter import timer
+from modules.probes import available_memory
+from modules.rules import generates
+from modules.settings import load_config
+
+FLAGS = {"untimed": "skip the timed steps"}
+TIMED_STEPS = 4
+LISTED_FILES, LISTED_CLASSES = 20, 40
+ENCODER_FORWARD_SHARE = 1 / 3  # of a training step's encoder time: the backward pass costs about two forwards
+
+
+def command(path: str, overrides: list[str], console, run, step) -> dict:
+    """Look at everything a run depends on; returns what check.json holds.
+
+    Raises: as the stages of a run, for what no run could go on with.
+    """
+    flags, overrides = split_flags(overrides, FLAGS)
+    asked, origins = load_config(path, overrides)
+    skips = dataclasses.replace(asked, data=dataclasses.replace(asked.data, on_bad_image="skip"))  # to list them all
+    with opened(skips, origins, console, "check") as job:
+        with console.stage("data") as progress:
+            stages.load_data(job, progress)
+        bad = _print_data(job, asked.data.on_bad_image, console)
+        if generates(asked):
+            with console.stage("tokens") as progress:
+                console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
+        print_card(job)
+        plan = memory_plan(job)
+        room = available_memory(job.device)
+        fits = _print_memory(console, plan, room)
+        report = {
+            "sets": {name: len(images.items) for name, images in job.sets.images.items()},
+            "classes": _class_counts(job),
+            "bad_files": bad,
+            "memory": [dataclasses.asdict(part) for part in plan.parts],
+            "memory_peak_bytes": plan.peak,
+            "memory_free_bytes": None if room is None else room[0],
+            "checkpoint_bytes": plan.checkpoint,
+        }
+        keep = asked.run.keep_checkpoints
+        console.line(
+            f"checkpoint: {_size(plan.checkpoint)} once every ring is full; {keep} are kept and one more is written "
+            f"beside them, so {_size((keep + 1) * plan.checkpoint)} of disk; removed when the run ends"
+        )
+        if "untimed" in flags:
+            console.line("time: not measured (--untimed)")
+        elif not fits:
+            console.line("time: not measured, because the plan does not fit")
+        else:
+            report["seconds"] = _print_time(job, step, console)
+        job.workdir.write_json("check.json", report)
+        console.line(f"written: {job.workdir.path / 'check.json'}")
+        _verdict(console, bad, asked.data.on_bad_image, fits)
+    return report
+
+
+def _print_data(job: Job, on_bad_image: str, console) -> list[list[str]]:
+    """Tables of sets and classes and the list of bad files, which is returned."""
+    sets = job.sets
+    rows = []
+    for name, images in sets.images.items():
+        counts = Counter(item.label for item in images.items)
+        groups = len({item.group_id for item in images.items})
+        extremes = f"{min(counts.values())} to {max(counts.values())}"
+        rows.append([name, str(len(images.items)), str(len(counts)), extremes, str(groups)])
+    console.table(
+        f"data: {sets.index.root} ({sets.index.kind})", ["set", "images", "classes", "a class", "groups"], rows
+    )
+    counts = _class_counts(job)
+    rows = [
+        [label, *(str(found.get(split, 0)) for split in ("train", "val", "test"))] for label, found in counts.items()
+    ]
+    console.table("ID classes", ["class", "train", "val", "test"], rows[:LISTED_CLASSES])
+    if len(rows) > LISTED_CLASSES:
+        console.line(f"  and {len(rows) - LISTED_CLASSES} more in check.json")
+    bad = [[path, reason] for images in sets.images.values() for path, reason in images.skipped]
+    if bad:
+        fate = "a run stops at them (data.on_bad_image is fail)" if on_bad_image == "fail" else "a run leaves them out"
+        console.warn(f"{len(bad)} files cannot be used; {fate}:")
+        for path, reason in bad[:LISTED_FILES]:
+            console.line(f"  {path}: {reason}")
+        if len(bad) > LISTED_FILES:
+            console.line(f"  and {len(bad) - LISTED_FILES} more in check.json")
+    else:
+        console.line("  every image was decoded; no bad file")
+    return bad
+
+
+def _class_counts(job: Job) -> dict[str, dict[str, int]]:
+    """ID class -> images by split."""
+    sets = job.sets
+    counts: dict[str, dict[str, int]] = {label: {} for label in sets.index.classes}
+    for split in ("train", "val", "test"):
+        for item in sets.images[split].items:
+            counts[item.label][split] = counts[item.label].get(split, 0) + 1
+    return counts
+
+
+def _print_memory(console, plan: MemoryPlan, room: tuple[int, int] | None) -> bool:
+    """The plan as a table; whether it fits, as far as the system tells."""
+    rows = [[part.name, "" if part.kind == HELD else part.kind, _size(part.bytes), part.knobs] for part in plan.parts]
+    how = "largest of training + largest of generation" if plan.overlapped else "the largest"
+    rows += [["held", "", _size(plan.held), ""], [f"working ({how})", "", _size(plan.working), ""]]
+    console.table(
+        "memory plan", ["part", "", "size", "smaller by"], [*rows, ["needed at once", "", _size(plan.peak), ""]]
+    )
+    if room is None:
+        console.line("  this system does not tell how much memory is free")
+        return True
+    free, total = room
+    fits = plan.to_come < free
+    console.line(
+        f"  free now, with data and pipeline loaded: {_size(free)} of {_size(total)}: {'fits' if fits else 'does not fit'}"
+    )
+    if not fits:
+        for part in plan.largest():
+            console.warn(f"{part.name} takes {_size(part.bytes)}; lower {part.knobs}")
+    return fits
+
+
+def _print_time(job: Job, step, console) -> dict[str, float]:
+    """Seconds of each stage, from a few real steps; {} where they do not fit."""
+    try:
+        with console.stage("time") as progress:
+            state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
+            timing = time_steps(state, step, window(state, TIMED_STEPS))
+    except (OutOfMemory, torch.OutOfMemoryError) as error:
+        console.warn(str(error).splitlines()[0])
+        return {}
+    seconds = {"tokens": _token_seconds(job), "prefill": _prefill_seconds(job, state, timing)}
+    seconds["contrastive"] = job.config.learning.steps * timing.step_ms / 1e3
+    seconds["features"] = _feature_seconds(job, timing)
+    labels = {
+        "tokens": "class tokens (0: in the cache, or none to learn)",
+        "prefill": "filling the rings",
+        "contrastive": f"{job.config.learning.steps} steps of {timing.step_ms:.0f} ms",
+        "features": "features of every image",
+    }
+    rows = [[labels[name], _duration(value)] for name, value in seconds.items()]
+    total = sum(seconds.values())
+    console.table(
+        f"time, from {timing.steps} timed steps on this machine as it is now",
+        ["stage", "time"],
+        [*rows, ["in all, without judge, intervals and report", _duration(total)]],
+    )
+    return seconds | {"step_ms": timing.step_ms, "total": total}
+
+
+def _token_seconds(job: Job) -> float:
+    """Seconds textual inversion will take: its steps times the time of one, timed on vectors that are thrown away."""
+    config = job.config
+    if job.pipeline is None or config.inversion.class_agnostic or cached_tokens(job) is not None:
+        return 0.0
+    moments = job.sources.moments_D8hw
+    planes = torch.stack([moments] * (1 + (config.inversion.flip > 0)))  # mirror images take the same time
+    inversion = Inversion(
+        job.pipeline, planes, job.sets.labels_D, job.sets.index.classes, config.inversion, config.run.seed
+    )
+    return inversion.steps * timer(job.device)(inversion.step, repeats=2, warmup=1) / 1e3
+
+
+def _prefill_seconds(job: Job, state, timing: Timing) -> float:
+    """Images that the rings are filled with, at the rate at which the timed steps made them."""
+    generation = job.config.generation
+    if state.generator is None or not timing.images:
+        return 0.0
+    roles = (generation.near_ood_fraction < 1) + (generation.near_ood_fraction > 0)
+    images = len(job.sets.index.classes) * roles * round(generation.prefill * generation.ring_size)
+    return images * timing.phase_ms["generate"] / timing.images / 1e3
+
+
+def _feature_seconds(job: Job, timing: Timing) -> float:
+    """Forward passes of every image of every set, from the encoder's time in a training step."""
+    images = sum(len(images.items) for images in job.sets.images.values())
+    learning = job.config.learning
+    views = 2 * (learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows)
+    both_ms = timing.phase_ms.get("encode", 0.0) + timing.phase_ms.get("backward", 0.0)
+    return images * both_ms * ENCODER_FORWARD_SHARE / views / 1e3
+
+
+def _verdict(console, bad: list, on_bad_image: str, fits: bool) -> None:
+    obstacles = []
+    if bad and on_bad_image == "fail":
+        obstacles.append(f"{len(bad)} bad files (mend them, or set data.on_bad_image=skip)")
+    if not fits:
+        obstacles.append("memory (see the plan)")
+    console.line("a run would stop at: " + "; ".join(obstacles) if obstacles else "nothing found that would stop a run")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,69 @@
+"""`trainer.py doctor`: what this machine has and what of it really works, as text to paste into an issue.
+
+Needs no config. Every accelerator is asked by the call that training would make; a compiler may take half a minute.
+
+    --device=cpu|cuda      the device to ask (cuda where there is one)
+"""
+
+import torch
+
+from kernels import backend
+from modules.commands.flags import split_flags
+from modules.commands.timing import measure_ceilings
+from modules.config import Pipeline, Run
+from modules.errors import ConfigError
+from modules.probes import Probe, accelerators, hardware
+from modules.runtime import environment, resolve_runtime
+
+FLAGS = {"device": "cpu or cuda"}
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
+    """Probe everything and print it; returns the answers. `path` may be empty or a flag: there is no config.
+
+    Raises:
+        ConfigError: an unknown flag, a setting (there is no config to change), or a GPU that is not there.
+    """
+    flags, rest = split_flags([path, *overrides] if path else overrides, FLAGS)
+    if rest:
+        raise ConfigError(f"doctor takes no CONFIG and no settings, found {rest[0]!r}; leave it out")
+    name = flags.get("device", "auto")
+    if name not in DEVICES:
+        raise ConfigError(f"command line: --device is {name!r}; choose one of {', '.join(DEVICES)}")
+    runtime = resolve_runtime(Run(device=name), Pipeline())
+    device = runtime.device.value
+    found = environment()
+    console.line("```")
+    console.line(f"commit {found['commit'] or 'unknown'}, python {found['python']}, {found['platform']}")
+    console.line(
+        f"{found['cpu']}, {found['cores']} cores, torch uses {runtime.threads.value}: {runtime.threads.reason}"
+    )
+    console.line(f"GPU: {found['gpu'] or 'none'}; torch was built for CUDA {found['cuda'] or '-'}")
+    console.line(f"device: {device} ({runtime.device.reason})")
+    for what, value in hardware(device):
+        console.line(f"  {what}: {value}")
+    console.line(
+        "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in found["packages"].items())
+    )
+    console.line("defaults: " + _defaults(runtime))
+    ceilings = measure_ceilings(device, runtime.precision.value)
+    console.line(f"measured: {ceilings.tflop_per_s:.3g} TFLOP/s, {ceilings.gib_per_s:.3g} GiB/s ({ceilings.what})")
+    console.line("accelerators, each asked by a real call:")
+    probes = accelerators(device)
+    for probe in probes:
+        console.line(f"  {'works' if probe.works else 'no   '}  {probe.name}: {probe.detail}")
+    console.line("kernels under run.kernels auto:")
+    for op, choice in backend.explain(device).items():
+        console.line(f"  {op}: {choice.name} ({choice.reason})")
+    console.line("```")
+    return probes
+
+
+def _defaults(runtime) -> str:
+    parts = {"precision": runtime.precision, "pipeline": runtime.pipeline_dtype}
+    return "; ".join(f"{name} {_dtype(choice.value)} ({choice.reason})" for name, choice in parts.items())
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

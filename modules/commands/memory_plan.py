@@ -1,0 +1,174 @@
+"""What a run will hold in device memory, part by part, with the settings that change it; and what a checkpoint weighs.
+
+Everything is computed from shapes before anything is allocated, so the plan also serves where the run does not fit.
+Working memory (what a call holds while it runs) is counted on the meta device; phases take turns, so only the largest
+one counts, unless generation overlaps training.
+"""
+
+from dataclasses import dataclass, replace
+
+from modules.commands import costs
+from modules.commands.job import Job
+from modules.diffusion.conditioning import tokens_digest
+from modules.diffusion.presets import plan
+from modules.diffusion.recipes import Recipes
+from modules.learning.encoder import build_encoder
+from modules.rules import generated_rows
+
+VIEWS = 2
+STATE_BYTES = {"sgd": 4, "adamw": 8, "sgd8bit": 1, "adamw8bit": 2}  # of the optimizer, a parameter
+PROVENANCE_BYTES = 900  # of one request as JSON, measured
+HELD, WORKING = "held", "working"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the plan."""
+
+    name: str
+    bytes: int
+    knobs: str  # settings that make it smaller; empty: none
+    kind: str = HELD  # held as long as the run, or working memory of a call
+    saved: bool = False  # part of a checkpoint
+    loaded: bool = False  # there already when data and pipeline are
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All parts, held ones first."""
+
+    parts: tuple[Part, ...]
+    overlapped: bool  # generation runs beside training, so that working memories add up
+
+    @property
+    def held(self) -> int:
+        return sum(part.bytes for part in self.parts if part.kind == HELD)
+
+    @property
+    def working(self) -> int:
+        """The largest working memory, or in overlap the largest of generation plus the largest of training."""
+        of = lambda training: max(  # noqa: E731 - two uses, one line
+            (p.bytes for p in self.parts if p.kind == WORKING and p.name.startswith("encoder") == training), default=0
+        )
+        return of(True) + of(False) if self.overlapped else max(of(True), of(False))
+
+    @property
+    def peak(self) -> int:
+        """Bytes the run needs at once."""
+        return self.held + self.working
+
+    @property
+    def to_come(self) -> int:
+        """Bytes of the peak that are not there yet when data and pipeline are loaded."""
+        return self.peak - sum(part.bytes for part in self.parts if part.loaded)
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint once every ring is full."""
+        return sum(part.bytes for part in self.parts if part.saved)
+
+    def largest(self, count: int = 3) -> list[Part]:
+        """The parts that settings can make smaller, the largest first."""
+        return sorted((p for p in self.parts if p.knobs), key=lambda p: -p.bytes)[:count]
+
+
+def memory_plan(job: Job) -> MemoryPlan:
+    """The plan of a job whose data, and where it generates pipeline and sources, are loaded."""
+    parts = [*_learner_parts(job)]
+    if job.pipeline is not None:
+        parts += _generation_parts(job)
+    overlapped = job.pipeline is not None and job.config.generation.mode == "stream"
+    return MemoryPlan(tuple(sorted(parts, key=lambda part: (part.kind != HELD, -part.bytes))), overlapped)
+
+
+def _learner_parts(job: Job) -> list[Part]:
+    config, sets = job.config, job.sets
+    learning, size = config.learning, config.data.image_size
+    encoder = build_encoder(config.encoder, size, len(sets.index.classes), config.run.seed)
+    numbers = sum(p.numel() for p in encoder.parameters())
+    weights = costs.weight_bytes(encoder)
+    rows = VIEWS * round(
+        learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(config)
+    )
+    precision = job.runtime.precision.value
+    batch = rows * 3 * size * size * precision.itemsize
+    training = costs.encoder_cost(encoder, rows, size, precision, training=True).peak_bytes
+    if precision.itemsize < 4:  # autocast keeps copies of the weights, and gradients stay as wide as the weights
+        training += 4 * numbers
+    on_cpu = job.device.type == "cpu"
+    parts = [
+        Part("encoder weights", weights, "encoder.arch, encoder.width", saved=True),
+        Part("encoder optimizer state", numbers * _state_bytes(learning), "learning.optimizer", saved=True),
+        Part(
+            "train images", _pixels(len(sets.train.items), size), "data.image_size, data.shots_per_class", loaded=on_cpu
+        ),
+        Part(
+            "encoder training step",
+            training + batch,
+            "learning.classes_per_batch, learning.rows_per_class, run.precision, encoder.arch",
+            WORKING,
+        ),
+    ]
+    if learning.ema_decay > 0:
+        parts.append(Part("averaged encoder", weights, "learning.ema_decay", saved=True))
+    return parts
+
+
+def _generation_parts(job: Job) -> list[Part]:
+    config, sets, pipeline = job.config, job.sets, job.pipeline
+    generation, size, count = config.generation, config.data.image_size, len(sets.train.items)
+    latent = 4 * pipeline.latent_size**2
+    rings = len(sets.index.classes) * 2 * generation.ring_size
+    recipes = job_recipes(job)
+    stochastic = recipes.grid.num_inference_steps * recipes.grid.stochastic
+    rows = generation.slots * (1 + (recipes.guided and not pipeline.guidance_embedding_width))
+    planes = 2 + stochastic + 3 * recipes.masked  # z, x0_prev; noise of every step; mask, z0 and eps of masked edits
+    slots = (generation.slots * planes + generation.slots + generation.decode_batch) * latent * 4
+    prompt = pipeline.num_tokens * costs.key_value_columns(pipeline) * pipeline.dtype.itemsize
+    prompts = len(sets.index.classes) * len(generation.templates) * len(generation.conditions) + 1
+    cached = min(prompts * prompt, int(generation.kv_cache_gib * 2**30))
+    return [
+        Part("UNet weights", costs.weight_bytes(pipeline.unet), "pipeline.dtype", loaded=True),
+        Part("VAE weights", costs.weight_bytes(pipeline.vae), "pipeline.dtype, pipeline.vae", loaded=True),
+        Part("text encoder weights", costs.weight_bytes(pipeline.text_encoder), "pipeline.dtype", loaded=True),
+        Part("VAE moments of the train images", count * 2 * latent * 2,
+             "pipeline.resolution, data.shots_per_class", loaded=True),
+        Part("source images", _pixels(count, pipeline.resolution),
+             "pipeline.resolution, data.shots_per_class", loaded=True),
+        Part("reservoir", _pixels(rings, size), "generation.ring_size, data.image_size", saved=True),
+        Part("provenance (host)", rings * PROVENANCE_BYTES, "generation.ring_size", saved=True),
+        Part("slots in flight", slots, "generation.slots", saved=True),
+        Part("keys and values of prompts in flight", rows * prompt, "generation.slots"),
+        Part("keys and values of other prompts", cached, "generation.kv_cache_gib, generation.templates"),
+        Part("UNet call", costs.unet_cost(pipeline, rows).peak_bytes,
+             "generation.slots, pipeline.resolution, pipeline.dtype", WORKING),
+        Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
+             "generation.decode_batch, pipeline.resolution, pipeline.vae", WORKING),
+    ]  # fmt: skip
+
+
+def job_recipes(job: Job) -> Recipes:
+    """The sequence of images a run with this job's settings makes."""
+    masks, pipeline = job.sources.masks_DHW, job.pipeline
+    planned = plan(job.config.pipeline.preset, job.config.generation, pipeline, bool(job.config.pipeline.resolution))
+    return Recipes(
+        replace(job.config.generation, guidance_scale=planned.guidance_scale),
+        job.config.near_ood,
+        planned.grid(pipeline.scheduler),
+        job.sets.labels_D.tolist(),
+        len(job.sets.index.classes),
+        seed=job.config.run.seed,
+        resolution=pipeline.resolution,
+        preset=planned.preset,
+        pipeline=pipeline.digest,
+        tokens=tokens_digest(None if job.tokens is None else job.tokens.vectors_CKE.float()),
+        has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+    )
+
+
+def _state_bytes(learning) -> int:
+    return 0 if learning.optimizer == "sgd" and learning.momentum == 0 else STATE_BYTES[learning.optimizer]
+
+
+def _pixels(count: int, size: int) -> int:
+    return count * size * size * 3

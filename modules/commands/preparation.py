@@ -1,0 +1,97 @@
+"""What the looking verbs share: a run's data, pipeline and tokens, made as a run makes them, beside the run.
+
+tune, profile, preview and check read what `run` reads, but write below `<run>/<verb>` and train nothing that is kept:
+the run itself can be started or gone on with, before and after, and a look can be repeated with any settings.
+"""
+
+import io
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from modules.commands import run as stages
+from modules.commands.job import Job
+from modules.config import Config
+from modules.console import Console
+from modules.diffusion import tokens as token_files
+from modules.diffusion.inversion import token_cache_key
+from modules.diffusion.prompts import initializer_id, trained_words
+from modules.rules import generated_rows, generates
+from modules.settings import with_settings
+from modules.workdir import Workdir, changed_settings
+
+
+@contextmanager
+def opened(config: Config, origins: dict[str, str], console, verb: str):
+    """A Job whose directory is `<run.dir>/<run.name>/<verb>`; results of an earlier look there are replaced."""
+    config = with_settings(config, {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0})
+    folder = Path(config.run.dir) / config.run.name
+    if changed_settings(folder, config):
+        (folder / "config.yaml").unlink()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # half-learned tokens of other settings
+    workdir = Workdir(config, origins)
+    try:
+        yield Job(config, workdir, console)
+    finally:
+        workdir.close()
+
+
+def load_generation(job: Job, progress, *, learn: bool) -> str:
+    """Stage tokens of a job: pipeline, VAE moments of the train images and class tokens; returns where these are from.
+
+    Args:
+        learn: learn tokens that are not in the cache. Without it they stand at their initializer: enough where only
+            time and memory are asked for, since neither depends on their values.
+
+    Raises: as the stage itself.
+    """
+    config = job.config
+    if not generates(config):
+        return "none, because nothing is generated"
+    if learn or config.inversion.class_agnostic:
+        stages.learn_tokens(job, progress)
+        return "the initializer word" if config.inversion.class_agnostic else "learned, or read from the cache"
+    job.config = with_settings(config, {"inversion.class_agnostic": True})
+    try:
+        stages.learn_tokens(job, progress)
+    finally:
+        job.config = config
+    found = cached_tokens(job)
+    job.tokens = found or initial_tokens(job)
+    return "read from the cache" if found else "not learned yet; at their initializer, which time does not depend on"
+
+
+def cached_tokens(job: Job):
+    """The tokens a run with this configuration would find in the cache, or None."""
+    train, pipeline = job.sets.train, job.pipeline
+    names = [item.label for item in train.items]
+    key = token_cache_key(pipeline, train.digests, names, job.config.inversion, job.config.run.seed)
+    return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, pipeline.digest)
+
+
+def initial_tokens(job: Job) -> token_files.Tokens:
+    """Class tokens as textual inversion starts them: every vector is the initializer's row."""
+    pipeline, settings, classes = job.pipeline, job.config.inversion, job.sets.index.classes
+    row = initializer_id(settings.initializer, pipeline.tokenizer, trained_words(pipeline.source))
+    row_E = pipeline.text_encoder.get_input_embeddings().weight[row].detach().float().cpu()
+    return token_files.Tokens(
+        classes=classes,
+        vectors_CKE=row_E.repeat(len(classes), settings.num_vectors, 1),
+        base_model=pipeline.digest,
+        initializer=settings.initializer,
+        images_seen=0,
+        seed=job.config.run.seed,
+    )
+
+
+def print_card(job: Job) -> None:
+    """The run card of a job, as `run` prints it: every choice with its reason."""
+    learning = job.config.learning
+    rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(job.config)
+    job.console.card(str(job.workdir.path), stages.run_card(job, rows))
+
+
+def variant(job: Job, settings: dict[str, object]) -> Job:
+    """The same job under changed settings and without a voice: nothing of its run card is printed again."""
+    return replace(job, config=with_settings(job.config, settings), console=Console(io.StringIO()))

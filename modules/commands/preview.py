@@ -1,0 +1,258 @@
+"""`trainer.py preview CONFIG`: see what a run would generate, before anything is trained.
+
+One contact sheet a class: the sources, then a row for each strength of the positives and for each near-OOD recipe. An
+image of a column starts from the source above it with the same noise in every row, so that rows differ by the recipe
+alone. Sheets and the provenance of their images stand in the run's directory under preview/.
+
+    --classes=a,b          classes to show (the first six; all: every one)
+    --strengths=.2,.4      strengths of the positives (those of generation.strengths)
+    --recipes=a,b          near-OOD recipes (those of near_ood.recipes; none: no near-OOD)
+    --images=N             images a row (6)
+    --again=FILE           make images again from a JSON file of their provenance, beside nothing else
+"""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+import torch
+
+from kernels.pixels import pixels
+from modules.commands import run as stages
+from modules.commands.flags import SWITCH, number, split_flags, words
+from modules.commands.job import Job
+from modules.commands.memory_plan import job_recipes
+from modules.commands.preparation import load_generation, opened
+from modules.diffusion.conditioning import Conditioning
+from modules.diffusion.recipes import POSITIVE
+from modules.diffusion.remake import make
+from modules.diffusion.requests import Request
+from modules.diffusion.tokens import PromptBank
+from modules.errors import ConfigError, DataError
+from modules.evaluation.sheets import sheet_png
+from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates
+from modules.settings import load_config, with_settings
+from modules.state import write_atomic
+
+FLAGS = {
+    "classes": "classes to show, or all",
+    "strengths": "strengths of the positives",
+    "recipes": "near-OOD recipes, or none",
+    "images": "images a row",
+    "again": "a JSON file of provenance",
+}
+CLASSES, IMAGES = 6, 6
+SHOWN_PX = 128  # side at which an image stands on a sheet, about; larger ones are shrunk to at most twice that
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of a sheet below the sources."""
+
+    recipe: str  # positive, or a near-OOD recipe
+    strength: float
+
+    @property
+    def label(self) -> str:
+        return self.recipe if self.recipe in FREE_RECIPES else f"{self.recipe} {self.strength:g}"
+
+
+def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
+    """Draw the sheets; returns their files.
+
+    Raises:
+        ConfigError: an unknown flag, class or recipe, a strength that takes no step.
+        DataError: --again names no readable provenance, or one of another pipeline.
+    """
+    flags, overrides = split_flags(overrides, FLAGS)
+    config, origins = load_config(path, overrides)
+    if not generates(config):
+        raise ConfigError("preview: generation.synthetic_fraction is 0, so nothing is generated; set it above 0")
+    variants = _variants(flags, config)
+    columns = number(flags, "images", IMAGES)
+    if flags.get("again") == SWITCH:
+        raise ConfigError("command line: --again names no file; give one, such as --again=preview/provenance.json")
+    asked = read_provenance(Path(flags["again"])) if "again" in flags else []
+    if any(variant.recipe == "mask_split" for variant in variants):  # masks are read only where a recipe needs them
+        config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | {"mask_split": 1.0}})
+    with opened(config, origins, console, "preview") as job:
+        with console.stage("data") as progress:
+            stages.load_data(job, progress)
+        labels = _classes(flags, job.sets.index.classes)
+        with console.stage("tokens") as progress:
+            console.line(f"  class tokens: {load_generation(job, progress, learn=True)}")
+        if asked:
+            files = _make_again(job, asked)
+        else:
+            with console.stage("preview") as progress:
+                files = _draw(job, labels, variants, columns, progress)
+        if len(labels) < len(job.sets.index.classes) and not asked:
+            console.line(f"{len(labels)} of {len(job.sets.index.classes)} classes; --classes=all shows every one")
+        for file in files:
+            console.line(f"written: {file}")
+    return files
+
+
+def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> dict[int, list[Request]]:
+    """By class, a request for each of its sources (train rows), as a run would make them under this variant alone.
+
+    The k-th request has image index k, and so the same noise, in every variant.
+    """
+    settings: dict[str, object] = {"generation.near_ood_fraction": float(variant.recipe != POSITIVE)}
+    if variant.recipe == POSITIVE:
+        settings["generation.strengths"] = {variant.strength: 1.0}
+    else:
+        settings |= {"near_ood.recipes": {variant.recipe: 1.0}, "near_ood.strength": variant.strength}
+    if job.config.learning.method == "cross_entropy":
+        settings["learning.outlier_exposure"] = 0.5  # a rule of training, which a preview does not do
+    own = dataclasses.replace(job, config=with_settings(job.config, settings))
+    recipes, index = job_recipes(own), 0
+    found: dict[int, list[Request]] = {label: [] for label in sources}
+    while any(len(found[label]) < len(rows) for label, rows in sources.items()):
+        request = recipes.request(index)
+        index += 1
+        column = len(found.get(request.label, ()))
+        if column < len(sources.get(request.label, ())):
+            source = sources[request.label][column]
+            found[request.label].append(dataclasses.replace(request, image_index=column, source=source))
+    return found
+
+
+def read_provenance(file: Path) -> list[Request]:
+    """The requests of a JSON file: one, or a list of them, as reports, sheets and recipes write them.
+
+    Raises:
+        DataError: not readable, not JSON, or not the provenance of an image.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: not a readable JSON file ({error}); --again takes the provenance of images"
+        ) from error
+    try:
+        return [Request.from_dict(values) for values in (found if isinstance(found, list) else [found])]
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f"{file}: not the provenance of an image ({error}); copy it from a report's contact sheet or from "
+            "preview/provenance.json"
+        ) from error
+
+
+def _draw(job: Job, labels: list[int], variants: list[Variant], columns: int, progress) -> list[Path]:
+    """A sheet for each class; its images are made together, so that slots are busy."""
+    sources = _sources(job, labels, variants, columns)
+    wanted = {variant: requests_of(job, variant, sources) for variant in variants}
+    files, provenance = [], []
+    for done, label in enumerate(labels, 1):
+        requests = [request for variant in variants for request in wanted[variant][label]]
+        images = iter(_images(job, requests))
+        rows = [[_shown_source(job, row) for row in sources[label]]]
+        rows += [[next(images) for _ in sources[label]] for _ in variants]
+        name = job.sets.index.classes[label]
+        files.append(job.workdir.path / f"{_file_name(name, label)}.png")
+        captions = [f"{name}: source", *(variant.label for variant in variants)]
+        write_atomic(files[-1], sheet_png(rows, captions, scale=_scale(rows)))
+        provenance += [request.as_dict() for request in requests]
+        progress(done, len(labels), name)
+    job.workdir.write_json("provenance.json", provenance)
+    return files
+
+
+def _make_again(job: Job, asked: list[Request]) -> list[Path]:
+    """A sheet for each provenance: its source, and the image made again."""
+    files = []
+    for request in asked:
+        if not 0 <= request.source < len(job.sets.train.items):
+            raise DataError(
+                f"image {request.image_index}: its source is row {request.source}, the train split has "
+                f"{len(job.sets.train.items)} images; use the data, seed and shots of its run"
+            )
+        rows = [[_shown_source(job, request.source), _images(job, [request])[0]]]
+        source = job.sets.train.items[request.source].path
+        caption = f"{request.image_index}: {request.recipe} {request.strength:g} of {source}"
+        files.append(job.workdir.path / f"again-{request.image_index}.png")
+        write_atomic(files[-1], sheet_png(rows, [caption], scale=_scale(rows)))
+    return files
+
+
+def _images(job: Job, requests: list[Request]) -> list[torch.Tensor]:
+    """The images of requests in their order, uint8 [H, W, 3] at the size of a sheet."""
+    bank = PromptBank(job.pipeline, job.tokens, job.config.inversion.initializer)
+    conditioning, generation = Conditioning(bank, job.config.run.seed), job.config.generation
+    decoded_N3HW = make(
+        requests,
+        job.pipeline,
+        job.sources,
+        conditioning,
+        conditioning.empty(),
+        job.config.run.seed,
+        slots=generation.slots,
+        decode_batch=generation.decode_batch,
+    )
+    return list(pixels(decoded_N3HW, _shown(job.pipeline.resolution)).cpu())
+
+
+def _sources(job: Job, labels: list[int], variants: list[Variant], columns: int) -> dict[int, list[int]]:
+    """Train rows of each class, `columns` of them or all; only such with an object mask where a variant needs one."""
+    masks_DHW = job.sources.masks_DHW
+    masked = job.config.generation.mask_edit != "none" or any(variant.recipe == "mask_split" for variant in variants)
+    usable_D = masks_DHW.flatten(1).any(1).tolist() if masked else [True] * len(job.sets.train.items)
+    of_class: dict[int, list[int]] = {label: [] for label in labels}
+    for row, (label, usable) in enumerate(zip(job.sets.labels_D.tolist(), usable_D, strict=True)):
+        if usable and len(of_class.get(label, range(columns))) < columns:
+            of_class[label].append(row)
+    return of_class
+
+
+def _shown_source(job: Job, row: int) -> torch.Tensor:
+    """A source at the size of a sheet, through the same resize as generated images."""
+    x_HWC = job.sources.pixels_DHWC[row].float() / 127.5 - 1
+    return pixels(x_HWC.permute(2, 0, 1)[None], _shown(job.pipeline.resolution))[0].cpu()
+
+
+def _shown(resolution: int) -> int:
+    return min(resolution, 2 * SHOWN_PX)
+
+
+def _scale(rows: list[list[torch.Tensor]]) -> int:
+    return max(1, SHOWN_PX // len(rows[0][0]))
+
+
+def _file_name(name: str, label: int) -> str:
+    """A file name for a class: its letters and digits after its number, never a path of its own."""
+    return f"{label:03d}-" + "".join(c if c.isalnum() else "-" for c in name)[:40]
+
+
+def _variants(flags: dict[str, str], config) -> list[Variant]:
+    strengths = words(flags["strengths"]) if "strengths" in flags else list(config.generation.strengths)
+    try:
+        chosen = [float(strength) for strength in strengths]
+    except ValueError:
+        raise ConfigError(
+            f"command line: --strengths is {flags['strengths']!r}; give numbers in (0, 1], such as --strengths=.2,.4"
+        ) from None
+    if any(not 0 < strength <= 1 for strength in chosen):
+        raise ConfigError(f"command line: --strengths is {flags['strengths']!r}; a strength lies in (0, 1]")
+    used = [name for name, weight in config.near_ood.recipes.items() if weight > 0]
+    names = words(flags["recipes"]) if "recipes" in flags else used
+    names = [] if names == ["none"] else names
+    known = DIFFUSION_RECIPES + FREE_RECIPES
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"command line: --recipes names {name!r}; choose from {', '.join(known)}, or none")
+    found = [Variant(POSITIVE, strength) for strength in sorted(chosen)]
+    return found + [Variant(name, config.near_ood.strength) for name in names]
+
+
+def _classes(flags: dict[str, str], classes: tuple[str, ...]) -> list[int]:
+    asked = words(flags.get("classes", ""))
+    if asked == ["all"]:
+        return list(range(len(classes)))
+    for name in asked:
+        if name not in classes:
+            close = difflib.get_close_matches(name, classes, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"classes are {', '.join(classes[:20])}"
+            raise ConfigError(f"command line: --classes names {name!r}, which is no ID class; {hint}")
+    return [classes.index(name) for name in asked] if asked else list(range(min(CLASSES, len(classes))))

@@ -1,0 +1,226 @@
+"""`trainer.py profile CONFIG`: where the milliseconds of a step go, and what would shorten it.
+
+Real steps are timed without a profiler; a few more run under one for the list of operations and a Chrome trace. Matrix
+product and copy are measured in the same run, so that utilization is a share of what this machine does at its best and
+not of a data sheet. profile.json and trace.json stand in the run's directory under profile/.
+
+    --steps=N      steps to time (12)
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from modules.commands import costs
+from modules.commands import run as stages
+from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
+from modules.commands.flags import number, split_flags
+from modules.commands.job import Job
+from modules.commands.memory_plan import memory_plan
+from modules.commands.preparation import load_generation, opened, print_card, variant
+from modules.commands.profile_trace import Trace, find_syncs, trace_steps
+from modules.commands.timing import Ceilings, Timing, measure_ceilings, time_steps, window
+from modules.learning.encoder import choose_arch
+from modules.meter import STEP_PHASES
+from modules.rules import generated_rows
+from modules.runtime import DTYPES, environment
+from modules.settings import load_config
+
+FLAGS = {"steps": "steps to time (12)"}
+TOP = 12  # operations listed
+OPTIMIZER_PASSES = {"sgd": 5, "adamw": 7}  # fp32 reads and writes of a number: weight, gradient, moments
+
+
+@dataclasses.dataclass(frozen=True)
+class PartRow:
+    """One part of the work: its time, and how near its ceiling it comes."""
+
+    name: str
+    ms: float  # a step
+    rate: float  # TFLOP/s or GiB/s
+    of_ceiling: float
+
+
+def command(path: str, overrides: list[str], console, run, step) -> dict:
+    """Time, trace, compare with ceilings, advise; returns what profile.json holds."""
+    flags, overrides = split_flags(overrides, FLAGS)
+    config, origins = load_config(path, overrides)
+    least = number(flags, "steps", 12, low=2)
+    with opened(config, origins, console, "profile") as job:
+        with console.stage("data") as progress:
+            stages.load_data(job, progress)
+        with console.stage("tokens") as progress:
+            console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
+        print_card(job)
+        with console.stage("profile") as progress:
+            state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
+            timing = time_steps(state, step, window(state, least))
+            progress(1, 4, "timed")
+            trace = trace_steps(state, step, _traced_steps(state), job.workdir.path / "trace.json")
+            progress(2, 4, "traced")
+            syncs = find_syncs(state, step, _traced_steps(state))
+            ceilings = _ceilings(job)
+            progress(3, 4, "ceilings measured")
+            parts, bandwidth = _part_rows(job, state, timing, ceilings), _bandwidth_rows(job, state, timing, ceilings)
+            plan = memory_plan(job)
+            progress(4, 4, "memory counted")
+        facts = _facts(job, state, timing, trace, parts, syncs)
+        advices = advise(facts)
+        _print(console, job, timing, trace, parts, bandwidth, ceilings, plan, facts, syncs, advices)
+        report = {
+            "timing": dataclasses.asdict(timing),
+            "parts": [dataclasses.asdict(row) for row in parts],
+            "bandwidth": [dataclasses.asdict(row) for row in bandwidth],
+            "ceilings": {name: dataclasses.asdict(found) for name, found in ceilings.items()},
+            "operations": [dataclasses.asdict(operation) for operation in trace.operations[:50]],
+            "launches_per_step": trace.launches,
+            "device_busy_share": facts.busy if state.meter.on_gpu else None,
+            "syncs": syncs,
+            "memory": [dataclasses.asdict(part) for part in plan.parts] + [{"name": "peak", "bytes": plan.peak}],
+            "advice": [dataclasses.asdict(advice) for advice in advices],
+            "environment": environment(),
+        }
+        job.workdir.write_json("profile.json", report)
+        console.line(f"written: {job.workdir.path / 'profile.json'}")
+        console.line(f"         {job.workdir.path / 'trace.json'} (open in ui.perfetto.dev or chrome://tracing)")
+    return report
+
+
+def _traced_steps(state) -> int:
+    """Steps that hold at least one tick: three, or more where a tick comes rarely."""
+    if state.generator is None or not state.config.generation.images_per_step:
+        return 3
+    generation = state.config.generation
+    cost = sum(state.generator.recipes.request(i).cost for i in range(32)) / 32
+    return max(3, math.ceil(generation.slots / max(1e-9, generation.images_per_step * cost)) + 1)
+
+
+def _ceilings(job: Job) -> dict[str, Ceilings]:
+    """Ceilings by the number formats this run computes in: generator, learner."""
+    dtypes = {"learner": job.runtime.precision.value}
+    if job.pipeline is not None:
+        dtypes["generator"] = job.pipeline.dtype
+    measured = {dtype: measure_ceilings(job.device, dtype) for dtype in set(dtypes.values())}
+    return {name: measured[dtype] for name, dtype in dtypes.items()}
+
+
+def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
+    """UNet, VAE decode and encoder: ms a step, TFLOP/s, share of the matrix ceiling."""
+    rows = []
+
+    def add(name: str, ms: float, flop: float, kind: str) -> None:
+        rate = flop / ms / 1e9 if ms else 0.0
+        rows.append(PartRow(name, ms, rate, rate / ceilings[kind].tflop_per_s))
+
+    if state.generator is not None:
+        slots, decode_batch = state.generator.slots, job.config.generation.decode_batch
+        tick_rows = len(slots.occupants) + slots.unconditional_rows
+        add(f"UNet, {tick_rows} rows a call", timing.part_ms["unet"],
+            timing.ticks * costs.unet_cost(job.pipeline, tick_rows).flop, "generator")  # fmt: skip
+        add(f"VAE decode, {decode_batch} a call", timing.part_ms["vae"],
+            timing.images * costs.decode_cost(job.pipeline, decode_batch).flop / decode_batch, "generator")  # fmt: skip
+        text_ms = timing.part_ms["text"]
+        rest = timing.phase_ms["generate"] - sum(timing.part_ms.values())
+        rows.append(PartRow("text encoder", text_ms, 0.0, 0.0))
+        rows.append(PartRow("generation, the rest", max(0.0, rest), 0.0, 0.0))
+    size, precision = job.config.data.image_size, job.runtime.precision.value
+    views = 2 * _batch_rows(job)
+    forward = costs.encoder_cost(state.encoder, views, size, precision, training=False).flop
+    both = costs.encoder_cost(state.encoder, views, size, precision, training=True).flop
+    add(f"encoder forward, {views} views", timing.phase_ms["encode"], forward, "learner")
+    add("encoder backward", timing.phase_ms["backward"], both - forward, "learner")
+    return rows
+
+
+def _bandwidth_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
+    """Phases that move bytes rather than compute: GiB/s of the bytes they cannot avoid, share of the copy ceiling."""
+    pixels = _batch_rows(job) * job.config.data.image_size**2 * 3
+    numbers = sum(p.numel() for p in state.encoder.parameters())
+    passes = OPTIMIZER_PASSES.get(job.config.learning.optimizer.removesuffix("8bit"), 5)
+    moved = {
+        "mix": 2 * pixels,
+        "augment": pixels + 2 * pixels * job.runtime.precision.value.itemsize,
+        "optimize": passes * 4 * numbers,
+    }
+    rows = []
+    for name, count in moved.items():
+        ms = timing.phase_ms.get(name, 0.0)
+        rate = count / 2**30 / ms * 1e3 if ms else 0.0
+        rows.append(PartRow(name, ms, rate, rate / ceilings["learner"].gib_per_s))
+    return rows
+
+
+def _batch_rows(job: Job) -> int:
+    learning = job.config.learning
+    real = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
+    return round(real + generated_rows(job.config))
+
+
+def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], syncs) -> Facts:
+    slots = None if state.generator is None else state.generator.slots
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return Facts(
+        config=job.config,
+        on_gpu=state.meter.on_gpu,
+        step_ms=timing.step_ms,
+        phase_ms=timing.phase_ms,
+        part_ms=timing.part_ms,
+        needed=generated_rows(job.config),
+        unconditional_rows=0 if slots is None else slots.unconditional_rows,
+        arch=choose_arch(job.config.encoder.arch, job.config.data.image_size).value,
+        precision=names[job.runtime.precision.value],
+        kl_decoder=job.pipeline is not None and type(job.pipeline.vae).__name__ == "AutoencoderKL",
+        busy=min(1.0, trace.busy_ms / timing.step_ms) if state.meter.on_gpu else 1.0,
+        unet_utilization=parts[0].of_ceiling if slots is not None else 1.0,
+        syncs=tuple(syncs or ()),
+        threads=torch.get_num_threads(),
+        cores=environment()["cores"] or 1,
+    )
+
+
+def _print(console, job, timing, trace, parts, bandwidth, ceilings, plan, facts, syncs, advices: list[Advice]) -> None:
+    def share(ms: float) -> str:
+        return f"{100 * ms / timing.step_ms:.0f} %"
+
+    phases = [(name, timing.phase_ms[name]) for name in STEP_PHASES if name in timing.phase_ms]
+    title = f"step: {timing.step_ms:.1f} ms over {timing.steps} steps, {timing.images:.2f} images a step"
+    console.table(title, ["phase", "ms", "share"], [[name, f"{ms:.1f}", share(ms)] for name, ms in phases])
+    rows = [
+        [row.name, f"{row.ms:.1f}", share(row.ms)]
+        + ([f"{row.rate:.3g}", f"{100 * row.of_ceiling:.0f} %"] if row.rate else ["", ""])
+        for row in parts
+    ]
+    console.table("parts that compute", ["part", "ms", "share", "TFLOP/s", "of ceiling"], rows)
+    rows = [[row.name, f"{row.ms:.1f}", f"{row.rate:.3g}", f"{100 * row.of_ceiling:.0f} %"] for row in bandwidth]
+    console.table("parts that move bytes", ["phase", "ms", "GiB/s", "of ceiling"], rows)
+    for name, found in ceilings.items():
+        console.line(
+            f"  ceilings, {name}: {found.tflop_per_s:.3g} TFLOP/s, {found.gib_per_s:.3g} GiB/s ({found.what}, this run)"
+        )
+    kind = "kernels" if facts.on_gpu else "operators"
+    rows = [[op.name, f"{op.ms:.2f}", f"{100 * op.ms / trace.busy_ms:.0f} %", f"{op.calls:.0f}"]
+            for op in trace.operations[:TOP]]  # fmt: skip
+    console.table(f"top {kind} under the profiler ({trace.launches:.0f} a step)", [kind, "ms", "share", "calls"], rows)
+    rows = [[part.name, part.kind, _mib(part.bytes)] for part in plan.parts]
+    console.table("memory by part", ["part", "", "MiB"], [*rows, ["needed at once", "", _mib(plan.peak)]])
+    console.line(f"  measured peak: {timing.peak_gib:.2f} GiB" + ("" if facts.on_gpu else " of the whole process"))
+    console.line(f"  launch-bound: {_launch_line(facts, trace, timing)}")
+    waits = "does not apply: a CPU has nothing to wait for" if syncs is None else ", ".join(syncs) or "none"
+    console.line(f"  waits for the device in a step: {waits}")
+    console.line("the changes most likely to help:")
+    for place, advice in enumerate(advices, 1):
+        saves = f"about {advice.saves_ms:.0f} ms ({share(advice.saves_ms)}) a step"
+        console.line(f"  {place}. {advice.change}: {saves}; {advice.reason}")
+
+
+def _launch_line(facts: Facts, trace: Trace, timing: Timing) -> str:
+    if not facts.on_gpu:
+        return "does not apply: operators run as they are called"
+    idle = f"the GPU has work in {100 * facts.busy:.0f} % of a step, {trace.launches:.0f} kernels of "
+    idle += f"{1e3 * trace.busy_ms / max(1.0, trace.launches):.0f} us on average"
+    return f"{'yes' if facts.busy < LAUNCH_BOUND else 'no'}, {idle}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"

@@ -1,0 +1,96 @@
+"""What a step is made of, operation by operation: torch's profiler over a few real steps, and the waits in them."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from modules.commands.job import State
+from modules.commands.timing import PARTS, parts_timed, synchronize
+from modules.meter import STEP_PHASES
+
+ANNOTATIONS = {*STEP_PHASES, *(f"part.{name}" for name in PARTS)}
+NAME_WIDTH = 56
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kernel on a GPU, an operator on a CPU."""
+
+    name: str
+    ms: float  # a step, its own time without what it calls
+    calls: float  # a step
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A few profiled steps, per step."""
+
+    operations: tuple[Operation, ...]  # the longest first, annotations left out
+    launches: float  # kernels or operators
+    busy_ms: float  # time in which the device had work, overlaps counted once; on a CPU the sum of all operators
+
+
+def trace_steps(state: State, step, count: int, path: Path) -> Trace:
+    """Profile `count` steps and write them to `path` as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+    on_gpu = state.meter.on_gpu
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with parts_timed(state), profile(activities=activities, acc_events=True) as recorded:
+        for _ in range(count):
+            step(state)
+        synchronize(state)
+    path.unlink(missing_ok=True)
+    recorded.export_chrome_trace(str(path))
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    found = []
+    for event in recorded.key_averages():
+        if event.device_type != kind or event.is_user_annotation or event.key in ANNOTATIONS:
+            continue
+        own_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append(Operation(short_name(event.key), own_us / 1e3 / count, event.count / count))
+    found.sort(key=lambda operation: -operation.ms)
+    busy_ms = sum(operation.ms for operation in found)
+    if on_gpu:
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in recorded.events()
+            if event.device_type == kind and not event.is_user_annotation
+        ]
+        busy_ms = covered(spans) / 1e3 / count
+    return Trace(tuple(found), sum(operation.calls for operation in found), busy_ms)
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def find_syncs(state: State, step, count: int) -> list[str] | None:
+    """Lines of code at which a step waits for the device ("file.py:12"), by torch's own alarm; None on a CPU."""
+    if not state.meter.on_gpu:
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                step(state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in waits})
+
+
+def short_name(name: str) -> str:
+    """A kernel's name without namespaces and template arguments, cut to a table's width."""
+    name = name.removeprefix("void ").split("<")[0].split("(")[0]
+    for prefix in ("at::native::", "(anonymous namespace)::"):
+        name = name.replace(prefix, "")
+    return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "..."

@@ -1,0 +1,173 @@
+"""Real steps on a state that is thrown away: how long they take, where, and what this machine could do at best.
+
+A window of steps makes whole turnovers of the slots and whole decoded batches, so that bursts (slots that arrive together
+are decoded together) fall into it as often as the ratio owes them. Time is the wall's, with the device waited for at both ends.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+
+from modules.commands.job import State
+from modules.errors import OutOfMemory
+from modules.meter import timer
+from modules.runtime import stream
+
+WARMUP_STEPS = 2
+PARTS = {"unet": "UNet", "vae": "VAE decode", "text": "text encoder"}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A window of steps, per step."""
+
+    steps: int
+    step_ms: float
+    phase_ms: dict[str, float]
+    part_ms: dict[str, float]  # of the generate phase, by PARTS
+    images: float  # generated
+    ticks: float
+    peak_gib: float
+
+    def share(self, phase: str) -> float:
+        """Share of the step that a phase takes."""
+        return self.phase_ms.get(phase, 0.0) / self.step_ms
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best this device did in this run on a large matrix product and a large copy."""
+
+    tflop_per_s: float
+    gib_per_s: float  # read plus written
+    what: str
+
+
+def window(state: State, least: int) -> int:
+    """Steps of a window: at least `least`, and images for whole turnovers of the slots and whole decoded batches."""
+    generation = state.config.generation
+    rate = generation.images_per_step if state.generator is not None else 0
+    turnover = math.ceil(math.lcm(generation.slots, generation.decode_batch) / rate) if rate else 1
+    return turnover * math.ceil(least / turnover)
+
+
+def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Timing:
+    """`count` timed steps after `warmup` others.
+
+    Raises:
+        OutOfMemory: with the phase and the settings that make it smaller.
+    """
+    meter = state.meter
+    with _named_memory(state), parts_timed(state):
+        for _ in range(warmup):
+            step(state)
+        synchronize(state)
+        if meter.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before, seconds = _counts(state), {name: meter.seconds[f"part.{name}"] for name in PARTS}
+        meter.restart_interval()
+        for _ in range(count):
+            step(state)
+        synchronize(state)
+        times = meter.interval(count)
+    images, ticks = (now - then for now, then in zip(_counts(state), before, strict=True))
+    return Timing(
+        steps=count,
+        step_ms=times.pop("step_ms"),
+        phase_ms={name.removesuffix("_ms"): value for name, value in times.items()},
+        part_ms={name: 1e3 * (meter.seconds[f"part.{name}"] - seconds[name]) / count for name in PARTS},
+        images=images / count,
+        ticks=ticks / count,
+        peak_gib=meter.peak_memory_gib(),
+    )
+
+
+def synchronize(state: State) -> None:
+    """Wait for the device, outside of any step."""
+    if state.meter.on_gpu:
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def parts_timed(state: State):
+    """Inside, the meter also attributes UNet, VAE decode and text encoder, as "part.<name>"."""
+    if state.generator is None:
+        yield
+        return
+    slots = state.generator.slots
+    targets = [(slots.in_flight, "step", "unet"), (slots, "decode", "vae"), (slots.pipeline, "embed_ids", "text")]
+    replaced = [(owner, name, vars(owner).get(name)) for owner, name, _ in targets]
+    for owner, name, part in targets:
+        setattr(owner, name, _measured(getattr(owner, name), state.meter, f"part.{part}"))
+    try:
+        yield
+    finally:
+        for owner, name, own in replaced:
+            if own is None:
+                delattr(owner, name)  # the method of the class is seen again
+            else:
+                setattr(owner, name, own)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """2 n^3 operations of a matrix product and the bytes of a copy, over their median times.
+
+    n = 8192 and 1 GiB on a GPU, 1024 and 32 MiB on a CPU.
+    """
+    on_gpu = device.type == "cuda"
+    n, mib = (8192, 1024) if on_gpu else (1024, 32)
+    draw = stream(0, "ceilings")
+    a, b = (torch.randn(n, n, generator=draw).to(device, dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.randint(256, (2**20,), generator=draw, dtype=torch.uint8).repeat(mib).to(device)
+    target, measure = torch.empty_like(source), timer(device)
+    matmul_ms = measure(lambda: torch.mm(a, b, out=product), repeats=5)
+    copy_ms = measure(lambda: target.copy_(source), repeats=5)
+    name = str(dtype).removeprefix("torch.")
+    return Ceilings(
+        2 * n**3 / matmul_ms / 1e9, 2 * mib / 1024 / copy_ms * 1e3, f"{name} product of {n}, copy of {mib} MiB"
+    )
+
+
+def copied(tree):
+    """A tree of tensors and plain values that shares nothing with the original."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [copied(value) for value in tree]
+    return tree
+
+
+def _counts(state: State) -> tuple[int, int]:
+    if state.generator is None:
+        return 0, 0
+    counts = state.generator.slots.counts
+    return counts["finished"], counts["ticks"]
+
+
+def _measured(method, meter, name: str):
+    @wraps(method)
+    def timed(*args, **kwargs):
+        with meter.phase(name):
+            return method(*args, **kwargs)
+
+    return timed
+
+
+@contextmanager
+def _named_memory(state: State):
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        config, reason = state.config, str(error).splitlines()[0]
+        raise OutOfMemory(
+            f"a step does not fit ({reason}); lower generation.slots ({config.generation.slots}), generation.decode_batch "
+            f"({config.generation.decode_batch}) or pipeline.resolution for the generator, learning.classes_per_batch x "
+            f"learning.rows_per_class ({config.learning.classes_per_batch} x {config.learning.rows_per_class}) or "
+            "data.image_size for the encoder; `check` lists every part"
+        ) from error

@@ -1,0 +1,110 @@
+"""From measured ratios to one recommendation, by a rule that is printed with it."""
+
+from dataclasses import dataclass
+
+from modules.config import Tune
+
+RULE = (
+    "the largest measured images_per_step whose run stays within tune.max_hours, whose step stays within "
+    "tune.max_slowdown times the step without generation, and whose images serve at most tune.max_reuse times (0: no bound)"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio, measured or refused."""
+
+    images_per_step: float
+    preset: str  # "" for the step without generation
+    step_ms: float = 0.0
+    made_per_s: float = 0.0  # images finished a second
+    generation_share: float = 0.0  # of the step
+    slowdown: float = 0.0  # step time over that without generation
+    reuse: float = 0.0  # batches an image serves in, on average
+    age: float = 0.0  # mean age of the images held, in steps, once rings are full
+    hours: float = 0.0  # learning.steps steps
+    peak_gib: float = 0.0  # on a CPU: of the process so far
+    steps_timed: int = 0
+    reason: str = ""  # why it cannot be run; empty if it was
+    quality: dict | None = None  # figures on val after a short run
+    drift: float = 0.0  # of the step without generation: how far it lay apart when measured again
+
+
+def within(row: Row, bounds: Tune) -> list[str]:
+    """The bounds a row breaks, each with its figures; empty if it keeps them all."""
+    if row.reason:
+        return ["cannot be run"]
+    broken = []
+    if bounds.max_hours and row.hours > bounds.max_hours:
+        broken.append(f"{row.hours:.3g} hours are more than tune.max_hours {bounds.max_hours:g}")
+    if bounds.max_slowdown and row.slowdown > bounds.max_slowdown:
+        broken.append(f"{row.slowdown:.2f}x is slower than tune.max_slowdown {bounds.max_slowdown:g}")
+    if bounds.max_reuse and row.reuse > bounds.max_reuse:
+        broken.append(f"a reuse of {row.reuse:.1f} is more than tune.max_reuse {bounds.max_reuse:g}")
+    return broken
+
+
+def recommend(rows: list[Row], bounds: Tune, preset: str) -> list[str]:
+    """The recommendation for the config's preset in lines of text, the YAML to paste among them; then other presets."""
+    measured = [row for row in rows if row.preset and not row.reason]
+    own = [row for row in measured if row.preset == preset]
+    lines = [f"rule: {RULE}"]
+    allowed = [row for row in own if not within(row, bounds)]
+    if allowed:
+        best = max(allowed, key=lambda row: row.images_per_step)
+        beyond = [row for row in own if row.images_per_step > best.images_per_step]
+        why = f"; {beyond[0].images_per_step:g}: {', '.join(within(beyond[0], bounds))}" if beyond else ""
+        lines.append(f"recommended: {_figures(best)}{why}")
+        lines.append("paste below `generation:` of the config:")
+        lines.append(f"  images_per_step: {best.images_per_step:g}")
+        if judged := [row for row in allowed if row.quality]:
+            lines.append(_accuracy_line(judged, best))
+    elif own:
+        nearest = min(own, key=lambda row: row.step_ms)
+        lines.append(
+            f"recommended: none, because no measured ratio keeps every bound; the nearest is {_figures(nearest)}: "
+            f"{', '.join(within(nearest, bounds))}; raise that bound, add a smaller ratio to tune.grid, or take a faster "
+            "preset"
+        )
+    else:
+        lines.append(
+            "recommended: none, because no ratio of tune.grid can be run (see the reasons); "
+            "lower generation.synthetic_fraction or raise generation.max_uses"
+        )
+    if len(own) > 1:
+        lines.append(_cost_line(own, rows))
+    for other in dict.fromkeys(row.preset for row in measured if row.preset != preset):
+        allowed = [row for row in measured if row.preset == other and not within(row, bounds)]
+        best = max(allowed, key=lambda row: row.images_per_step, default=None)
+        lines.append(f"preset {other}: " + (f"allows {_figures(best)}" if best else "keeps the bounds at no ratio"))
+    return lines
+
+
+def cost_of_an_image(rows: list[Row]) -> tuple[float, float]:
+    """(ms of a step without images, ms an image a step adds): the least-squares line through rows of one preset."""
+    count = len(rows)
+    x, y = [row.images_per_step for row in rows], [row.step_ms for row in rows]
+    mean_x, mean_y = sum(x) / count, sum(y) / count
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return mean_y - slope * mean_x, slope
+
+
+def _figures(row: Row) -> str:
+    return (
+        f"images_per_step {row.images_per_step:g} ({1e3 / row.step_ms:.3g} steps/s, {row.slowdown:.2f}x slower, "
+        f"{100 * row.generation_share:.0f} % generation, reuse {row.reuse:.1f}, {row.hours:.3g} hours)"
+    )
+
+
+def _accuracy_line(judged: list[Row], best: Row) -> str:
+    name = "val_knn_accuracy"
+    top = max(judged, key=lambda row: row.quality[name])
+    return (
+        f"on val after the short runs: {best.quality[name]:.3f} at the recommended ratio, highest {top.quality[name]:.3f} "
+        f"at {top.images_per_step:g}; one seed each, so a few points are chance"
+    )
+
+
+def _cost_line(own: list[Row], rows: list[Row]) -> str:
+    base, slope = cost_of_an_image([row for row in rows if not row.preset] + own)
+    return f"a step takes about {base:.3g} ms and {slope:.3g} ms more for each image_per_step"
