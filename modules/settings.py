@@ -104,8 +104,10 @@ def _put(schema: type, values: dict, origins: dict, name: str, value, origin: st
         raise ConfigError(f"{origin}: unknown section `{section_name}`{_did_you_mean(section_name, sections)}")
     fields = {f.name: f for f in dataclasses.fields(sections[section_name])}
     if key not in fields:
+        everywhere = _all_keys(schema)
+        elsewhere = f"; did you mean `{everywhere[key]}`?" if key in everywhere else ""
         known = [f"{section_name}.{k}" for k in fields]
-        hint = _did_you_mean(name, known) or _did_you_mean(key, _all_keys(schema))
+        hint = elsewhere or _did_you_mean(name, known) or _did_you_mean(key, everywhere)
         raise ConfigError(f"{origin}: unknown setting `{name}`{hint}")
     values.setdefault(section_name, {})[key] = _coerce(value, fields[key].type, name, origin)
     origins[name] = origin

@@ -95,4 +95,5 @@ def digest(files: list[Path], root: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
