@@ -48,9 +48,10 @@ class Ceilings:
 
 def window(state: State, least: int) -> int:
     """Steps of a window: at least `least`, and images for whole turnovers of the slots and whole decoded batches."""
-    generation = state.config.generation
-    rate = generation.images_per_step if state.generator is not None else 0
-    turnover = math.ceil(math.lcm(generation.slots, generation.decode_batch) / rate) if rate else 1
+    if state.generator is None or not (rate := state.config.generation.images_per_step):
+        return least
+    slots = state.generator.slots
+    turnover = math.ceil(math.lcm(len(slots.occupants), slots.decode_batch) / rate)
     return turnover * math.ceil(least / turnover)
 
 

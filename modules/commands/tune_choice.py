@@ -27,7 +27,7 @@ class Row:
     steps_timed: int = 0
     reason: str = ""  # why it cannot be run; empty if it was
     quality: dict | None = None  # figures on val after a short run
-    drift: float = 0.0  # of the step without generation: how far it lay apart when measured again
+    spread: float = 0.0  # of the step without generation: slowest over fastest of equal windows, less 1
 
 
 def within(row: Row, bounds: Tune) -> list[str]:

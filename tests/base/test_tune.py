@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import trainer
-from modules.commands import tune
+from modules.commands import tune, tune_measure
 from modules.commands.timing import copied
 from modules.commands.tune_choice import Row, cost_of_an_image, recommend, within
 from modules.config import Generation, Tune
@@ -159,13 +159,15 @@ def test_mean_age_is_that_of_a_reservoir_in_balance(near_ood, max_age):
             reservoir.put_batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), [entry])
             made += 1
     reservoir.take(None, False, steps - 1, 0, stream(0, "test"))
-    expected = tune.mean_age(Generation(ring_size=ring, near_ood_fraction=near_ood, max_age=max_age), rate, classes)
+    expected = tune_measure.mean_age(
+        Generation(ring_size=ring, near_ood_fraction=near_ood, max_age=max_age), rate, classes
+    )
     assert reservoir.statistics()["age_mean"] == pytest.approx(expected, rel=0.15)
 
 
 def test_max_age_bounds_the_mean_age():
-    assert tune.mean_age(Generation(ring_size=1000, max_age=30), 1.0, 5) == 15
-    assert tune.mean_age(Generation(), 0.0, 5) == 0
+    assert tune_measure.mean_age(Generation(ring_size=1000, max_age=30), 1.0, 5) == 15
+    assert tune_measure.mean_age(Generation(), 0.0, 5) == 0
 
 
 def test_copies_share_nothing():
