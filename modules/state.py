@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from modules.errors import StorageError
 
@@ -96,6 +96,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: could not be written ({error}); free some disk space or set run.dir") from error
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file whose bytes, and so its hash, depend on its content alone.
+
+    The library writes metadata in a new order each time; here its keys are sorted. Tensors may be on any device, of any
+    layout, and may share memory.
+    """
+    content = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its data to 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _pack(node, tensors: dict[str, torch.Tensor]):

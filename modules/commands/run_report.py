@@ -5,7 +5,6 @@ from collections import defaultdict
 from dataclasses import asdict
 
 import torch
-from safetensors.torch import save
 
 from modules import state as checkpoints
 from modules.data.views import MEAN, STD
@@ -21,9 +20,9 @@ def export(job, state, outcome) -> None:
     """export/: encoder.safetensors, classes.json, preprocess.json, ood.safetensors; and predictions.safetensors."""
     folder = job.workdir.path / "export"
     encoder = state.encoder if state.average is None else state.average.module
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in encoder.backbone_state().items()}
     facts = {"arch": job.config.encoder.arch, "width": str(job.config.encoder.width)}
-    checkpoints.write_atomic(folder / "encoder.safetensors", save(weights, metadata=facts))
+    weights = checkpoints.safetensors_bytes(encoder.backbone_state(), facts)
+    checkpoints.write_atomic(folder / "encoder.safetensors", weights)
     job.workdir.write_json("export/classes.json", list(job.sets.index.classes))
     preprocess = {"size": job.config.data.image_size, "mean": MEAN, "std": STD, "channels": "RGB",
                   "resize": "bilinear, antialiased", "crop_to_mask": job.config.data.crop_to_mask}  # fmt: skip

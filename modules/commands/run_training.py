@@ -92,10 +92,7 @@ def _knn_accuracy(job: Job, state: State) -> float:
 
 def _write_capture(workdir: Workdir, failure: dict) -> str:
     """Store the batch and figures of a refused update for replay; says where."""
-    from safetensors.torch import save
-
     path = workdir.path / "nonfinite.safetensors"
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in failure["tensors"].items()}
     facts = {name: str(failure[name]) for name in ("step", "loss", "gradient_norm")}
-    checkpoints.write_atomic(path, save(tensors, metadata=facts))
+    checkpoints.write_atomic(path, checkpoints.safetensors_bytes(failure["tensors"], facts))
     return str(path)

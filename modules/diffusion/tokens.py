@@ -8,7 +8,6 @@ Shapes: C classes, K vectors a token, E embedding width, N prompts, T tokens of 
 """
 
 import hashlib
-import os
 import re
 import shutil
 import uuid
@@ -18,10 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from modules.diffusion.prompts import fill, placeholder, refuse_untrained, trained_words, vector_names
 from modules.errors import DataError
+from modules.state import safetensors_bytes, write_atomic
 
 FILE = "learned_embeds.safetensors"
 
@@ -63,7 +62,6 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
     paths = []
     for label, name, vectors_KE in zip(tokens.classes, tokens.placeholders, tokens.vectors_CKE, strict=True):
         path = Path(directory) / safe_name(label) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "base_model": tokens.base_model,
             "class": label,
@@ -71,9 +69,7 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
             "images_seen": str(tokens.images_seen),
             "seed": str(tokens.seed),
         }
-        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-        save_file({name: vectors_KE.detach().to("cpu", torch.float32).contiguous()}, partial, metadata)
-        os.replace(partial, path)
+        write_atomic(path, safetensors_bytes({name: vectors_KE.float()}, metadata))
         paths.append(path)
     return paths
 

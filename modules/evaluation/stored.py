@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from modules.errors import DataError
 from modules.evaluation.ood import SCORES, State, apply_scores
 from modules.evaluation.probe import Probe
-from modules.state import write_atomic
+from modules.state import safetensors_bytes, write_atomic
 
 ROLES = ("id", "near_ood", "far_ood")
 
@@ -141,9 +140,7 @@ def load_detector(path: Path) -> Detector:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # clone: safetensors refuses tensors that share memory, which the states of related scores may
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_atomic(path, save(plain, metadata))
+    write_atomic(path, safetensors_bytes(tensors, metadata))
 
 
 def _load(path: Path, names: tuple[str, ...], header: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:

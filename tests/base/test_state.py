@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, newest valid one; a kill at any moment loses nothing."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from modules import state
 from modules.errors import StorageError
@@ -155,3 +157,16 @@ def test_a_killed_process_leaves_a_valid_state(tmp_path):
     assert step >= 3
     assert tree["step"] == step
     assert bool((tree["n"] == step).all())
+
+
+def test_a_safetensors_file_is_a_function_of_its_content():
+    """The library shuffles metadata: equal weights would have unequal hashes."""
+    shared = torch.arange(6.0)
+    tensors = {"a": shared.view(2, 3).T, "b": shared}
+    facts = {f"key {i}": f"välue {i}" for i in range(12)}
+    content = state.safetensors_bytes(tensors, facts)
+    assert all(state.safetensors_bytes(tensors, dict(reversed(facts.items()))) == content for _ in range(5))
+    assert (int.from_bytes(content[:8], "little")) % 8 == 0
+    assert all(torch.equal(value, tensors[name]) for name, value in load(content).items())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["__metadata__"] == facts

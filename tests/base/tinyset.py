@@ -4,14 +4,25 @@ Four classes tell themselves apart by color and the direction of a bar, so that 
 group) has its own shade. The pipeline is tests/tiny.py's, of random weights: it proves the path, not the pictures.
 """
 
+import atexit
+import contextlib
 import csv
+import functools
 import io
+import os
+import shutil
+import sys
+import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
+import trainer
+from modules.console import Console
 from modules.settings import load_config
 from tests.tiny import pipeline_folder
 
@@ -23,6 +34,7 @@ NEAR_OOD_MODELS = 5  # an interval needs five groups
 VIEWS = 2
 SETTINGS = {
     "run.device": "cpu",
+    "run.threads": 1,
     "run.log_every": 2,
     "run.checkpoint_every": 4,
     "data.image_size": SIZE,
@@ -47,6 +59,18 @@ SETTINGS = {
     "evaluation.judge_steps": 2,
     "evaluation.knn_every": 5,
     "evaluation.tsne_points": 20,
+}
+ARMS = {  # arm -> what differs from SETTINGS
+    "supcon": {},
+    "cross_entropy": {"learning": {"method": "cross_entropy"}, "generation": {"synthetic_fraction": 0}},
+    "jigsaw_roundtrip": {"near_ood": {"recipes": "{jigsaw_roundtrip: 1.0}"}},
+    "everything": {  # every part that has a state of its own
+        "generation": {"solver": "dpmpp_2m", "guidance_scale": 2.0},
+        "near_ood": {"recipes": "{strength: 1.0, token_mix: 1.0, jigsaw: 1.0, jigsaw_roundtrip: 1.0}"},
+        "gate": {"enabled": "true", "start_step": 2, "refresh_every": 3, "quantile": 0.4, "far_floor": -0.9},
+        "controller": {"enabled": "true", "update_every": 2},
+        "learning": {"ema_decay": 0.8, "optimizer": "adamw", "lr": 0.01},
+    },
 }
 
 
@@ -87,8 +111,8 @@ def write_pack(path: Path) -> Path:
     return path
 
 
-def write_config(folder: Path, **sections: dict) -> Path:
-    """<folder>/tiny.yaml, a run on <folder>/tiny.zip below <folder>/runs; `sections` replace settings."""
+def write_config(folder: Path, name: str = "tiny", **sections: dict) -> Path:
+    """<folder>/<name>.yaml, a run on <folder>/tiny.zip below <folder>/runs; `sections` replace settings."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tiny.zip").exists():
         write_pack(folder / "tiny.zip")
@@ -99,17 +123,94 @@ def write_config(folder: Path, **sections: dict) -> Path:
     }
     values |= {f"{section}.{key}": value for section, content in sections.items() for key, value in content.items()}
     tree: dict[str, list[str]] = {}
-    for name, value in values.items():
-        section, key = name.split(".")
+    for setting, value in values.items():
+        section, key = setting.split(".")
         tree.setdefault(section, []).append(f"  {key}: {value}")
-    path = folder / "tiny.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text("".join(f"{section}:\n" + "\n".join(lines) + "\n" for section, lines in tree.items()))
     return path
 
 
-def tiny_config(folder: Path, **sections: dict):
+def tiny_config(folder: Path, name: str = "tiny", **sections: dict):
     """(config, origins) of `write_config`."""
-    return load_config(write_config(folder, **sections))
+    return load_config(write_config(folder, name, **sections))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path, locks left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole run in this process, and what was seen on the way."""
+
+    config_path: Path
+    config: object
+    path: Path  # the run's directory
+    results: dict
+    text: str  # all that was printed
+    files: list[set[str]]  # below run.dir: before the first step, and after each
+    opened: set[str]  # absolute paths opened for writing through Python while it ran
+
+
+@functools.cache
+def finished_run(arm: str) -> Finished:
+    """The run of an arm of `ARMS`, made once a process; tests that change its files copy them first."""
+    path = write_config(shared_folder(), arm, **ARMS[arm])
+    config, origins = load_config(path)
+    text, files = io.StringIO(), []
+
+    def watched_step(state):
+        if not files:
+            files.append(_files_below(Path(config.run.dir)))
+        one_step(state)
+        files.append(_files_below(Path(config.run.dir)))
+
+    one_step = trainer.step
+    with mock.patch.object(trainer, "step", watched_step), opened_for_writing() as opened:
+        results = trainer.run(config, origins, Console(text))
+    return Finished(path, config, Path(config.run.dir) / arm, results, text.getvalue(), files, set(opened))
+
+
+@functools.cache
+def shared_folder() -> Path:
+    """A folder for this process's runs, with one cache of tokens and judge; removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-runs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def opened_for_writing():
+    """Yields a set that holds, at the end, every path that Python opened for writing meanwhile."""
+    _hook()
+    _WRITTEN.append(set())
+    try:
+        yield _WRITTEN[-1]
+    finally:
+        _WRITTEN.pop()
+
+
+_WRITTEN: list[set[str]] = []
+
+
+@functools.cache
+def _hook() -> None:
+    """Audit hooks cannot be removed: one, for the whole process, that does nothing unless somebody listens."""
+
+    def listen(event: str, arguments: tuple) -> None:
+        if _WRITTEN and event == "open" and isinstance(arguments[0], str | bytes | Path):
+            path, _, flags = arguments
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                _WRITTEN[-1].add(os.path.abspath(os.fsdecode(path)))
+
+    sys.addaudithook(listen)
+
+
+def _files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _rows(label: str, role: str, split: str, models: int) -> list[dict]:

@@ -1,0 +1,239 @@
+"""Stopping costs nothing: a run that was stopped and started again equals, to the bit, one that never was.
+
+Every part that has a state of its own is switched on (arm "everything"). Interruptions come where they hurt: in the
+middle of a step, with slots in flight and the reservoir half full.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import trainer
+from modules import state as checkpoints
+from modules.commands import run as stages
+from modules.commands import run_results
+from modules.diffusion.inversion import Inversion
+from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, shared_folder
+
+ARM, STOP = "everything", 6  # the step in whose middle the run is stopped: between the checkpoints of 4 and 8
+TIMES = ("_ms", "images_per_s")  # endings of columns that measure time
+COSTS = ("seconds.", "cost.seconds", "run.peak_memory")
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    """The run that never stopped, made before anything is patched."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield finished_run(ARM)
+    signal.signal(signal.SIGTERM, before)
+
+
+def go(name: str, *overrides: str) -> int:
+    """`trainer.py run everything.yaml run.name=<name> ...` in this process; the exit code."""
+    return trainer.main(["run", str(finished_run(ARM).config_path), f"run.name={name}", *overrides])
+
+
+def directory(name: str) -> Path:
+    return shared_folder() / "runs" / name
+
+
+def in_the_middle_of(step: int, interrupt):
+    """trainer.step that calls `interrupt` after the generation of `step`, before its batch is learned from."""
+    one_step = trainer.step
+
+    def interrupted(state):
+        if state.step != step:
+            one_step(state)
+            return
+        batch = state.mixer.batch
+
+        def stop_first(number):
+            interrupt()
+            return batch(number)
+
+        with mock.patch.object(state.mixer, "batch", stop_first):
+            one_step(state)
+
+    return mock.patch.object(trainer, "step", interrupted)
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def newest(name: str) -> tuple[int, dict]:
+    step, tree, _ = checkpoints.load_newest(directory(name) / "checkpoints" / "contrastive")
+    return step, tree
+
+
+def rows(path: Path) -> list[dict]:
+    """Metric rows without the columns that measure time."""
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in found]
+
+
+def assert_equal_to_never_having_stopped(name: str, reference: Finished):
+    made, expected = contents(directory(name)), contents(reference.path)
+    assert rows(directory(name)) == rows(reference.path)
+    for file in ("export/encoder.safetensors", "export/ood.safetensors", "predictions.safetensors", "recipes.json"):
+        assert made[file] == expected[file], file
+    results = json.loads(made["results.json"])
+    assert {key: value for key, value in results.items() if not key.startswith(COSTS)} == {
+        key: value for key, value in reference.results.items() if not key.startswith(COSTS)
+    }
+    assert made.keys() == expected.keys()
+
+
+def test_everything_has_a_state_that_matters():
+    """The reference generates, rejects, moves strengths and averages: a resume that lost any of it would show."""
+    last = rows(finished_run(ARM).path)[-1]
+    verdicts = {name.split(".")[-1] for name in last if name.startswith("gate.")}
+    assert verdicts & {"other_class", "unlike_class", "too_close", "too_far"} and "accepted" in verdicts
+    assert last["images_finished"] > 16 and last["reuse"] > 1
+
+
+def test_interrupted_in_the_middle_of_a_step(capsys):
+    with in_the_middle_of(STOP, press_ctrl_c):
+        assert go("interrupted") == 130
+    assert "the same command" in capsys.readouterr().err
+    step, tree = newest("interrupted")
+    generator = tree["generator"]
+    assert step == 4
+    assert any(occupant is not None for occupant in generator["slots"]["occupants"]), "slots are in flight"
+    places = 2 * 4 * SETTINGS["generation.ring_size"]
+    assert 0 < len(generator["reservoir"]["rows"]) < places, "the reservoir is neither empty nor full"
+    assert rows(directory("interrupted"))[-1]["step"] == 6, "a row beyond the checkpoint, to be cut"
+
+    assert go("interrupted", "run.checkpoint_every=3", "run.keep_checkpoints=1") == 0
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert_equal_to_never_having_stopped("interrupted", finished_run(ARM))
+
+
+def test_terminated_in_the_middle_of_a_step_it_is_brought_to_its_end(capsys):
+    with in_the_middle_of(STOP, terminate):
+        assert go("terminated") == 143
+    assert f"SIGTERM at step {STOP + 1} of" in capsys.readouterr().err
+    assert newest("terminated")[0] == STOP + 1
+
+    assert go("terminated", "learning.lr=0.5") == 2
+    assert "learning.lr was 0.01, now 0.5" in capsys.readouterr().err
+
+    assert go("terminated") == 0
+    assert_equal_to_never_having_stopped("terminated", finished_run(ARM))
+
+
+def test_a_corrupt_checkpoint_gives_way_to_the_older_one(capsys):
+    with in_the_middle_of(10, press_ctrl_c):
+        assert go("corrupt") == 130
+    folder = directory("corrupt") / "checkpoints" / "contrastive"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000008"]
+    tensors = folder / "step-00000008" / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+
+    assert go("corrupt") == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "warning" in out and "step-00000008" in out and "an older checkpoint is used" in out
+    assert "resumed at step 4" in out
+    assert_equal_to_never_having_stopped("corrupt", finished_run(ARM))
+
+
+def test_stopped_after_training_no_step_is_taken_again(capsys):
+    with mock.patch.object(trainer, "step", wraps=trainer.step) as steps:
+        with mock.patch.object(run_results, "evaluate", side_effect=KeyboardInterrupt):
+            assert go("trained") == 130
+        assert steps.call_count == SETTINGS["learning.steps"]
+        assert go("trained") == 0
+        assert steps.call_count == SETTINGS["learning.steps"]
+    assert_equal_to_never_having_stopped("trained", finished_run(ARM))
+
+
+@pytest.mark.parametrize(("interrupt", "code", "checkpoint"), [(press_ctrl_c, 130, 2), (terminate, 143, 4)])
+def test_stopped_while_learning_tokens(interrupt, code, checkpoint, capsys, monkeypatch):
+    """In the middle of the fourth of four steps; the cache of the reference is out of reach."""
+    name = f"tokens-{code}"
+    own = [f"run.cache_dir={shared_folder() / name}", "learning.steps=1", "learning.warmup_steps=0"]
+    monkeypatch.setattr(stages, "TOKEN_CHECKPOINT_STEPS", 2)
+    update = Inversion._update
+
+    def stop_at_the_last(self, *arguments):
+        if self.done == 3:
+            interrupt()
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inversion, "_update", stop_at_the_last)
+        assert go(name, *own) == code
+    assert checkpoints.load_newest(directory(name) / "checkpoints" / "tokens")[0] == checkpoint
+    assert not (directory(name) / "tokens").exists()
+    capsys.readouterr()
+    assert go(name, *own) == 0
+    assert f"resumed at step {checkpoint} of tokens" in capsys.readouterr().out
+    made, expected = contents(directory(name) / "tokens"), contents(finished_run(ARM).path / "tokens")
+    assert made == expected
+
+
+def test_other_images_are_not_gone_on_with(capsys, tmp_path):
+    data = tmp_path / "tiny.zip"
+    shutil.copy(shared_folder() / "tiny.zip", data)
+    own = [f"data.root={data}", f"run.dir={tmp_path}", f"run.cache_dir={shared_folder() / 'runs' / 'cache'}"]
+    with in_the_middle_of(STOP, press_ctrl_c):
+        assert go("changed", *own) == 130
+    with zipfile.ZipFile(data) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["bolt/train-0-0.png"] = members["bolt/train-0-1.png"]
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    capsys.readouterr()
+    assert go("changed", *own) == 3
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: data.root {data}: ") and "not those that this run began with" in message
+
+
+def test_sigterm_to_a_process_checkpoints_and_the_same_command_goes_on(tmp_path, reference):
+    """A real process, a real signal in the middle of a step, its exit code; then going on, here."""
+    ready = tmp_path / "ready"
+    arguments = ["run", str(reference.config_path), "run.name=process"]
+    script = textwrap.dedent(f"""
+        import pathlib, sys, time
+        from modules.termination import termination
+        import trainer
+        from tests.base.test_resume import in_the_middle_of
+        def wait():
+            pathlib.Path({str(ready)!r}).touch()
+            while not termination._asked:
+                time.sleep(0.01)
+        with in_the_middle_of({STOP}, wait):
+            sys.exit(trainer.main({arguments!r}))
+    """)
+    environment = os.environ | {"PYTHONPATH": str(Path(trainer.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=-3, stderr=-1, text=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert f"error: SIGTERM at step {STOP + 1} of {SETTINGS['learning.steps']}: checkpointed" in err
+    assert "Traceback" not in err
+    assert go("process") == 0
+    assert_equal_to_never_having_stopped("process", reference)
