@@ -55,7 +55,7 @@ def step(state) -> None:
 
 def run(config, origins: dict[str, str], console) -> dict:
     """A whole run, from wherever its directory stands; returns its results."""
-    from modules.commands import run as stages
+    from modules.commands import stages
     from modules.commands.run_results import embed_sets, evaluate_features, show, write_results
     from modules.commands.run_training import train
     from modules.workdir import Workdir
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     from modules.errors import UserError
     from modules.termination import termination
 
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments[:2]):
         print(USAGE)
         return 0 if arguments else 2
     verb, *rest = arguments

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.commands.job import Job, State
 from modules.console import Console
 from modules.settings import load_config

@@ -21,7 +21,7 @@ import torch
 from benchmarks import harness, inputs
 from benchmarks.session import session
 from benchmarks.stepper import Stepper
-from modules.meter import STEP_PHASES
+from modules.phases import STEP_PHASES
 from modules.runtime import quiet_libraries
 
 COMMON = {  # settings of every case: nothing to learn beforehand, rings that never run dry

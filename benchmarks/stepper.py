@@ -11,7 +11,7 @@ import trainer
 from benchmarks.session import with_images_per_step
 from modules.commands.job import State
 from modules.commands.timing import time_steps, window
-from modules.meter import STEP_PHASES
+from modules.phases import STEP_PHASES
 
 
 class Stepper:

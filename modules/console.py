@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from modules.meter import STEP_PHASES
+from modules.phases import STEP_PHASES
 
 LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
 FILE_WIDTH = 160  # columns of a table off a terminal

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-STEP_PHASES = ("generate", "mix", "augment", "encode", "loss", "backward", "optimize")
-STAGES = ("data", "tokens", "contrastive", "probe", "evaluate", "report")
+from modules.phases import STEP_PHASES
 
 
 class Meter:

@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.commands.flags import split_flags
 from modules.commands.job import Job
 from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.commands.job import Job
 from modules.config import Config
 from modules.console import Console

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from kernels.pixels import pixels
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.commands.flags import SWITCH, number, split_flags, words
 from modules.commands.job import Job
 from modules.commands.memory_plan import job_recipes

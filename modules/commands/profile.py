@@ -12,8 +12,7 @@ import math
 
 import torch
 
-from modules.commands import costs
-from modules.commands import run as stages
+from modules.commands import costs, stages
 from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
 from modules.commands.flags import number, split_flags
 from modules.commands.job import Job
@@ -22,7 +21,7 @@ from modules.commands.preparation import load_generation, opened, print_card, va
 from modules.commands.profile_trace import Trace, find_syncs, trace_steps
 from modules.commands.timing import Ceilings, Timing, measure_ceilings, time_steps, window
 from modules.learning.encoder import choose_arch
-from modules.meter import STEP_PHASES
+from modules.phases import STEP_PHASES
 from modules.rules import generated_rows
 from modules.runtime import DTYPES, environment
 from modules.settings import load_config

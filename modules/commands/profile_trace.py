@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from modules.commands.job import State
 from modules.commands.timing import PARTS, parts_timed, synchronize
-from modules.meter import STEP_PHASES
+from modules.phases import STEP_PHASES
 
 ANNOTATIONS = {*STEP_PHASES, *(f"part.{name}" for name in PARTS)}
 NAME_WIDTH = 56

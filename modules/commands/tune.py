@@ -10,7 +10,7 @@ line of YAML to paste; tune.json and tune.png stand in the run's directory under
 
 import dataclasses
 
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.commands.flags import number, split_flags, words
 from modules.commands.preparation import load_generation, opened, print_card
 from modules.commands.tune_choice import RULE, Row, recommend, within

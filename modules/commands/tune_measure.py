@@ -6,7 +6,7 @@ other work beside, the least disturbed window is the nearest to the truth. How f
 
 from dataclasses import dataclass, replace
 
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.commands.job import Job, State
 from modules.commands.preparation import load_generation, variant
 from modules.commands.timing import Timing, copied, time_steps, window

@@ -18,7 +18,7 @@ from modules.evaluation.evaluate import Outcome
 from modules.evaluation.metrics import OOD_METRICS
 from modules.evaluation.ood import SCORES
 from modules.evaluation.stored import ROLES
-from modules.meter import STEP_PHASES
+from modules.phases import STEP_PHASES
 from modules.state import write_atomic
 
 MAX_PANELS = 9

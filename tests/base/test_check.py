@@ -9,8 +9,7 @@ import torch
 
 import trainer
 from modules import state as checkpoints
-from modules.commands import check
-from modules.commands import run as stages
+from modules.commands import check, stages
 from modules.commands.job import Job
 from modules.commands.memory_plan import HELD, MemoryPlan, Part, memory_plan
 from modules.console import Console

@@ -20,8 +20,7 @@ import pytest
 
 import trainer
 from modules import state as checkpoints
-from modules.commands import run as stages
-from modules.commands import run_results
+from modules.commands import run_results, stages
 from modules.diffusion.inversion import Inversion
 from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, shared_folder
 

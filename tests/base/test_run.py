@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import trainer
-from modules.commands import run as stages
+from modules.commands import stages
 from modules.console import Console
 from modules.data.index import read_index
 from modules.evaluation.metrics import OOD_METRICS

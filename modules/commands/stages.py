@@ -1,0 +1,243 @@
+"""Stages data and tokens of a run, and the state that its steps start from; `trainer.run` calls them in order.
+
+What a stage makes for the next ones stands in `Job` (data, pipeline, tokens); what a step reads stands in `State`.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kernels import backend
+from modules import state as checkpoints
+from modules.commands.job import Job, State
+from modules.data.duplicates import describe_duplicates, near_duplicates
+from modules.data.mixer import Mixer, check_balance
+from modules.data.reservoir import Reservoir
+from modules.data.sets import load_sets, load_sources
+from modules.diffusion import tokens as token_files
+from modules.diffusion.generator import Generator
+from modules.diffusion.inversion import Inversion, token_cache_key
+from modules.diffusion.pipeline import load_pipeline
+from modules.diffusion.prompts import check_prompts, trained_words
+from modules.diffusion.slots import Sources
+from modules.diffusion.token_report import token_report
+from modules.ema import build_average
+from modules.errors import Terminated
+from modules.evaluation.intervals import check_groups
+from modules.evaluation.ood import check_score_name
+from modules.learning.encoder import build_encoder, choose_arch
+from modules.learning.geometry import CollapseAlarm
+from modules.learning.judge import load_judge
+from modules.learning.objectives import build_objective
+from modules.optim import Optimizer
+from modules.rules import generated_rows, generates
+from modules.termination import termination
+
+TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
+
+
+def load_data(job: Job, progress) -> None:
+    """Stage data: every image decoded once and checked; data.json."""
+    config = job.config
+    masks = generates(config) and (config.generation.mask_edit != "none" or "mask_split" in config.near_ood.recipes)
+    job.sets = load_sets(config.data, config.run.seed, masks=masks, progress=progress)
+    job.workdir.write_json("data.json", job.sets.summary())
+    for note in (*job.sets.index.notes, *job.sets.train.notes):
+        job.console.line(f"  {note}")
+    tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
+    groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
+    check_groups(groups, config.evaluation.bootstrap)
+    negatives = generates(config) and config.generation.near_ood_fraction > 0
+    check_score_name(config.evaluation.score, negatives or "near_ood_val" in job.sets.images)
+    check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
+    tested = [job.sets.images[name] for name in ("train", "val", "test")]
+    if pairs := near_duplicates(*tested):
+        job.console.warn(describe_duplicates(pairs))
+
+
+def learn_tokens(job: Job, progress) -> None:
+    """Stage tokens: the pipeline, VAE moments of every train image, a token for each class, the judge."""
+    config, sets = job.config, job.sets
+    if not generates(config):
+        job.console.line("  no generated rows: nothing to learn")
+        return
+    job.pipeline = pipeline = load_pipeline(config.pipeline, job.device, job.runtime.pipeline_dtype.value)
+    words = trained_words(pipeline.source)
+    check_prompts(config.generation.templates, config.generation.conditions, words)
+    stored = load_sources(sets, config.data, pipeline.resolution, masks=sets.train.masks_DHW is not None)
+    pixels = stored.pixels_DHWC.to(job.device)
+    moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))
+    masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
+    job.sources = Sources(moments, pixels, masks)
+    if not config.inversion.class_agnostic:
+        job.tokens = _tokens(job, pixels, moments, progress)
+        shutil.rmtree(job.workdir.path / "tokens", ignore_errors=True)
+        token_files.save_tokens(job.tokens, job.workdir.path / "tokens")
+        val = sets.images["val"] if pipeline.resolution == config.data.image_size else None
+        if val is not None:
+            val_moments = pipeline.encode_moments(val.pixels_DHWC.to(job.device))
+            job.inversion_rows = token_report(pipeline, job.tokens, val_moments, sets.labels("val"))
+            job.workdir.write_json("tokens/report.json", job.inversion_rows)
+    if config.evaluation.judge_steps:
+        job.judge = load_judge(
+            sets.train.pixels_DHWC.to(job.device),
+            sets.labels_D,
+            len(sets.index.classes),
+            config.evaluation.judge_steps,
+            config.run.seed,
+            job.cache_dir,
+            lambda text: job.console.line(f"  {text}"),
+            progress,
+        )
+
+
+def _tokens(job: Job, pixels, moments, progress):
+    """Class tokens from the cache, or learned now and kept there; resumable."""
+    config, sets, pipeline = job.config, job.sets, job.pipeline
+    settings, seed, classes = config.inversion, config.run.seed, sets.index.classes
+    names = [sets.train.items[row].label for row in range(len(sets.train.items))]
+    key = token_cache_key(pipeline, sets.train.digests, names, settings, seed)
+    found = token_files.cached_tokens(job.cache_dir, key, classes, pipeline.digest)
+    if found is not None:
+        job.console.line(f"  class tokens: read from the cache ({key[:16]})")
+        return found
+    planes = [moments] if settings.flip == 0 else [moments, pipeline.encode_moments(pixels.flip(2))]
+    inversion = Inversion(pipeline, torch.stack(planes), sets.labels_D, classes, settings, seed)
+    folder = job.workdir.checkpoints / "tokens"
+    _load(folder, inversion, job.console)
+    try:
+        while inversion.done < inversion.steps:
+            with termination.whole():
+                loss = inversion.step()
+                if inversion.done % 20 == 0 or inversion.done == inversion.steps:
+                    inversion.check_finite()
+                    progress(inversion.done, inversion.steps, f"class tokens, denoising loss {loss.item():.4f}")
+                if inversion.done % TOKEN_CHECKPOINT_STEPS == 0:
+                    checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
+    except Terminated:
+        checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
+        raise Terminated(f"SIGTERM in stage tokens: checkpointed at step {inversion.done}") from None
+    learned = inversion.tokens()
+    token_files.store_tokens(job.cache_dir, key, learned)
+    shutil.rmtree(folder, ignore_errors=True)
+    return learned
+
+
+def build(job: Job, progress) -> State:
+    """Everything a step reads, as it is before step 0 or as the newest checkpoint left it; prints the run card."""
+    config, sets, device = job.config, job.sets, job.device
+    num_classes = len(sets.index.classes)
+    generation, learning = config.generation, config.learning
+    precision = job.runtime.precision.value
+    encoder = build_encoder(config.encoder, config.data.image_size, num_classes, config.run.seed).to(device)
+    rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(config)
+    train = sets.train.pixels_DHWC.to(device)
+    reservoir = Reservoir(
+        num_classes, generation.ring_size, config.data.image_size, device, generation.max_uses, generation.max_age
+    )
+    roundtrip = None
+    if generation.roundtrip_fraction and job.pipeline is not None:
+        roundtrip = _roundtrip(job)
+    state = State(
+        config=config,
+        meter=job.meter,
+        autocast=partial(torch.autocast, device.type, precision, enabled=precision != torch.float32),
+        generator=None,
+        mixer=Mixer(train, sets.labels_D, reservoir, generation, learning, config.run.seed, roundtrip),
+        encoder=encoder,
+        objective=build_objective(learning),
+        optimizer=Optimizer(encoder, learning, rows, loss_scaling=precision == torch.float16),
+        average=build_average(encoder, learning.ema_decay),
+        alarm=CollapseAlarm(learning.warmup_steps),
+        inputs={"data.root": sets.digest} | ({"pipeline.path": job.pipeline.digest} if job.pipeline else {}),
+    )
+    for warning in state.mixer.warnings:
+        job.console.warn(warning)
+    if job.pipeline is not None:
+        masks = job.sources.masks_DHW
+        state.generator = Generator(
+            config, job.pipeline, job.tokens, job.sources, train, sets.labels_D.tolist(), num_classes, reservoir,
+            embed=state.embed, has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+        )  # fmt: skip
+    job.card = run_card(job, rows)
+    job.console.card(f"run {job.workdir.path}", job.card)
+    encoder.train()
+    if not _load(job.workdir.checkpoints / "contrastive", state, job.console) and state.generator is not None:
+        state.generator.prefill(progress)
+    job.workdir.cut_rows(state.step)
+    return state
+
+
+def _roundtrip(job: Job) -> torch.Tensor:
+    """The train images after encode and decode, stored like generated ones."""
+    from kernels.pixels import pixels
+
+    means = job.sources.moments_D8hw.split(job.config.generation.decode_batch)
+    with torch.no_grad():
+        decoded = [
+            pixels(
+                job.pipeline.decode(job.pipeline.sample_latents(m, torch.zeros_like(m[:, :4]))),
+                job.config.data.image_size,
+            )
+            for m in means
+        ]
+    return torch.cat(decoded)
+
+
+def _kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
+    """One row for each reason by which an implementation was chosen, naming the ops it holds for."""
+    by_choice: dict = {}
+    for op, choice in backend.explain(device).items():
+        by_choice.setdefault(choice, []).append(op)
+    return [("kernels", f"{choice.name}: {', '.join(ops)}", choice.reason) for choice, ops in by_choice.items()]
+
+
+def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
+    """(what, value, reason) of each choice."""
+    config, runtime = job.config, job.runtime
+    generation, learning = config.generation, config.learning
+    counts = {name: len(images.items) for name, images in job.sets.images.items()}
+    arch = choose_arch(config.encoder.arch, config.data.image_size)
+    card = [
+        ("data", config.data.root, ", ".join(f"{count} {name}" for name, count in counts.items())),
+        ("device", str(runtime.device.value), runtime.device.reason),
+        ("precision", str(runtime.precision.value).removeprefix("torch."), runtime.precision.reason),
+        ("threads", str(runtime.threads.value), runtime.threads.reason),
+        *_kernel_rows(job.device),
+        ("encoder", str(arch.value), arch.reason),
+        ("method", learning.method, f"{learning.steps} steps, {rows:.4g} rows a batch, two views each"),
+    ]
+    if job.pipeline is None:
+        return [*card, ("generation", "off", "generation.synthetic_fraction is 0")]
+    needed = generated_rows(config)
+    reuse = needed / generation.images_per_step if generation.images_per_step else 0
+    dtype = str(runtime.pipeline_dtype.value).removeprefix("torch.")
+    return [
+        *card,
+        ("pipeline", config.pipeline.path, f"{job.pipeline.resolution} px, {dtype}: {runtime.pipeline_dtype.reason}"),
+        ("generation", f"{generation.images_per_step:g} images a step",
+         f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times"),
+        ("solver", f"{generation.solver}, {generation.num_inference_steps} steps",
+         f"guidance {generation.guidance_scale:g}, {generation.slots} slots"),
+        ("positives", str(generation.strengths), "strength: weight"),
+        ("near-OOD", str(config.near_ood.recipes), f"{100 * generation.near_ood_fraction:.0f} % of generated images"),
+    ]  # fmt: skip
+
+
+def _load(folder: Path, part, console) -> bool:
+    """Bring `part` to the newest valid checkpoint below `folder`; whether there was one."""
+    found = checkpoints.load_newest(folder)
+    if found is None:
+        return False
+    step, tree, complaints = found
+    for complaint in complaints:
+        console.warn(complaint)
+    part.load_state_dict(tree)
+    console.line(f"  resumed at step {step} of {folder.name}")
+    return True
+
+
+def _noted(progress, note: str):
+    return lambda done, total, *_: progress(done, total, note)

@@ -1,0 +1,3 @@
+"""The words for what a step does, the same in code, live table, trace, CSV and README."""
+
+STEP_PHASES = ("generate", "mix", "augment", "encode", "loss", "backward", "optimize")
