@@ -53,6 +53,11 @@ def interpreted() -> bool:
     return triton is not None and _INTERPRET
 
 
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN."""
+    return _ONEDNN
+
+
 def choose(op: str, implementation: str = "auto", device: torch.device | str = "cpu") -> Choice:
     """The implementation of `op` on `device`, with the reason.
 
@@ -95,6 +100,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile cannot trace the question
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -27,6 +27,7 @@ import torch
 from modules.config import Inversion as Settings
 from modules.data.staging import upload
 from modules.diffusion.denoising import Denoising, stratified
+from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, initializer_id, trained_words
 from modules.diffusion.tokens import Tokens
 from modules.errors import DataError, NonFinite, OutOfMemory
@@ -113,7 +114,7 @@ class Inversion:
         self.micro_batch = settings.batch_size
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            module.requires_grad_(False).eval()
+            freeze_linears(module.requires_grad_(False).eval())
         self.denoising = Denoising(pipeline)
         row = initializer_id(settings.initializer, pipeline.tokenizer, trained_words(pipeline.source))
         row_E = pipeline.text_encoder.get_input_embeddings().weight[row].detach().float()

@@ -17,6 +17,7 @@ import torch
 from kernels.guided_step import guided_step
 from modules.data.staging import upload
 from modules.diffusion.attention import install, text_key_values
+from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import StepTable
 
@@ -55,6 +56,7 @@ class Tick:
         """
         self.pipeline, self.table, self.unconditional_rows, self.masked = pipeline, table, unconditional_rows, masked
         self.unet = pipeline.unet  # replaced by its compiled form, see `capture`
+        freeze_linears(self.unet)
         device, size = pipeline.device, pipeline.latent_size
         self.stochastic_steps = max((g.num_inference_steps for g in table.grids.values() if g.stochastic), default=0)
 
