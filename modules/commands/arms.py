@@ -1,0 +1,79 @@
+"""Arms of a comparison: each is a word for a handful of settings laid over one config.
+
+They are fair (method.md 6): whatever the arm, a batch holds the same P x K real rows under the same views, and every arm
+takes the same number of optimizer steps. Arms with generated rows add them, up to B rows; arms without them fill the
+same B with further real rows, so that neither batch size nor learning rate (which follows the batch) explains a
+difference. `<arm>_small_batch` runs at B_real = P x K rows, `<arm>_long` for more steps, as many as equal wall time
+allows. The words stand here, in a committed file, before any test split is read.
+"""
+
+import difflib
+
+from modules.config import Config
+from modules.errors import ConfigError
+from modules.rules import generated_rows
+
+ONLY_REAL = {"generation.synthetic_fraction": 0.0, "generation.roundtrip_fraction": 0.0}
+SUPCON = {"learning.method": "supcon", "controller.enabled": False}
+CLASSIC = {  # arms without generated rows
+    "ce": {"learning.method": "cross_entropy"},
+    "ce_strong": {"learning.method": "cross_entropy", "learning.augment": "strong"},
+    "simclr": {"learning.method": "simclr", "learning.ood_columns": "global", "learning.ood_variant": "none"},
+    "supcon": {"learning.method": "supcon"},
+}
+GENERATING = {  # arms with them; what an arm does not name is the config's
+    "positives": SUPCON | {"generation.near_ood_fraction": 0.0},
+    "positives_ood": SUPCON,
+    "jigsaw_roundtrip": SUPCON | {"near_ood.recipes": {"jigsaw_roundtrip": 1.0}},  # in place of generated negatives
+    "adaptive": SUPCON | {"controller.enabled": True},
+    "gated": SUPCON | {"gate.enabled": True},
+    "roundtrip_rows": SUPCON | {"generation.roundtrip_fraction": 0.25},  # against the artifact shortcut
+    "separate_batchnorm": SUPCON | {"encoder.separate_batchnorm": True},  # against it as well
+}
+SMALL_BATCH, LONG = "_small_batch", "_long"
+ARMS = (*CLASSIC, *GENERATING, *(arm + ending for ending in (SMALL_BATCH, LONG) for arm in CLASSIC))
+DEFAULT_ARMS = ("ce", "ce_strong", "supcon", "positives", "positives_ood", "jigsaw_roundtrip")
+
+
+def arm_settings(arm: str, config: Config, long_steps: int = 0) -> dict[str, object]:
+    """{"section.key": value} that makes `arm` of the experiment `config` describes.
+
+    Args:
+        long_steps: optimizer steps of the `_long` arms.
+
+    Raises:
+        ConfigError: an unknown arm (with a suggestion), an arm with generated rows of a config that has none, a `_long`
+            arm without more steps than the config's.
+    """
+    if arm not in ARMS:
+        close = difflib.get_close_matches(arm, ARMS, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"--arms names {arm!r}, which is no arm{hint}; arms are {', '.join(ARMS)}")
+    if arm in GENERATING:
+        _check_generation(arm, config)
+        return dict(GENERATING[arm])
+    base = arm.removesuffix(SMALL_BATCH).removesuffix(LONG)
+    further = 0 if arm.endswith(SMALL_BATCH) else round(generated_rows(config))
+    settings = CLASSIC[base] | ONLY_REAL
+    settings["learning.extra_real_rows"] = config.learning.extra_real_rows + further
+    if arm.endswith(LONG):
+        if long_steps <= config.learning.steps:
+            raise ConfigError(
+                f"--arms names {arm}, which needs --long-steps above learning.steps {config.learning.steps}; a finished "
+                "comparison prints how many steps equal the wall time of its arms with generated rows"
+            )
+        settings["learning.steps"] = long_steps
+    return settings
+
+
+def _check_generation(arm: str, config: Config) -> None:
+    generation = config.generation
+    if generation.synthetic_fraction == 0:
+        raise ConfigError(
+            f"arm {arm} mixes generated rows into its batches, but generation.synthetic_fraction is 0 in this config; "
+            "set the share all arms with generated rows shall have"
+        )
+    if arm != "positives" and generation.near_ood_fraction == 0:
+        raise ConfigError(
+            f"arm {arm} has near-OOD rows, but generation.near_ood_fraction is 0 in this config; set their share"
+        )

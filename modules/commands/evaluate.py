@@ -1,0 +1,184 @@
+"""`trainer.py evaluate RUN [data.root=...]`: a finished run's encoder, judged again or put to work.
+
+Without data.root the run's own image sets are read again and probe, scores and intervals made anew, under other `probe`
+or `evaluation` settings or with a far-OOD set that was not there before. With data.root the exported encoder and
+detector judge every image below it: class, probability, and whether the exported threshold accepts it. Both read what
+the run exported, never its checkpoints, and leave what it wrote as it is.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from modules.commands.evaluate_folder import judge_folder
+from modules.config import Config
+from modules.data.sets import ImageSets, load_sets
+from modules.data.views import plain_view
+from modules.errors import ConfigError, DataError
+from modules.evaluation.evaluate import Outcome, evaluate, feature_set
+from modules.evaluation.features import embed_images
+from modules.evaluation.stored import Detector, load_detector, save_detector, save_predictions
+from modules.learning.encoder import build_encoder
+from modules.runtime import resolve_runtime
+from modules.settings import load_config, to_yaml
+from modules.state import write_atomic
+
+EXPORTED = ("export/encoder.safetensors", "export/ood.safetensors")
+ANYWHERE = {"data.on_bad_image", "data.max_pixels", "evaluation.batch_size"}
+ANYWHERE |= {f"run.{key}" for key in ("device", "precision", "threads", "kernels")}
+
+
+def command(path: str, overrides: list[str], console, run, step) -> Path:
+    """Evaluate the run below `path` again, or judge the images of data.root; returns the folder of what was written.
+
+    Raises:
+        DataError: no directory of a finished run, a broken export, no images.
+        ConfigError: a setting that would make it another encoder or that is not used.
+    """
+    folder = Path(path)
+    check_finished(folder)
+    config, origins = load_config(folder / "config.yaml", overrides)
+    given = {name for name, origin in origins.items() if origin == "command line"}
+    check_overrides(given)
+    detector = load_detector(folder / "export/ood.safetensors")
+    embed = load_embed(folder / "export/encoder.safetensors", config, len(detector.classes))
+    if "data.root" in given:
+        return judge_folder(folder, config, detector, embed, console)
+    return evaluate_again(folder, config, origins, detector, embed, console)
+
+
+def check_finished(folder: Path) -> None:
+    """Raise DataError where `folder` is not the directory of a finished run, saying what it is instead."""
+    if not (folder / "config.yaml").is_file():
+        trials = sorted(found.parent.name for found in folder.glob("*/config.yaml"))
+        hint = f"; it holds the runs {', '.join(trials)}: name one of them" if trials else "; name one, as runs/demo"
+        raise DataError(f"{folder}: is no run directory, because it has no config.yaml{hint}")
+    if not (folder / "results.json").is_file():
+        raise DataError(
+            f"{folder}: this run is not finished; start its `trainer.py run` command again to go on with it"
+        )
+    for name in EXPORTED:
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{folder}: has no {name}; only what `trainer.py run` wrote can be evaluated, and a run whose export was "
+                "removed must be made again"
+            )
+
+
+def check_overrides(given: set[str]) -> None:
+    """Raise ConfigError for a setting of the command line that evaluation does not use or that the encoder rests on."""
+    for name in sorted(given - ANYWHERE - {"data.root"}):
+        if "data.root" in given:
+            raise ConfigError(
+                f"`{name}` has no use while the exported encoder judges data.root; settings that have: "
+                f"{', '.join(sorted(ANYWHERE))}"
+            )
+        if not name.startswith(("probe.", "evaluation.")) and name != "data.far_ood_root":
+            raise ConfigError(
+                f"`{name}` belongs to what this run was trained with; evaluate takes probe.*, evaluation.*, data.root, "
+                f"data.far_ood_root, {', '.join(sorted(ANYWHERE))}"
+            )
+
+
+def load_embed(path: Path, config: Config, num_classes: int):
+    """embed(images_BHWC uint8) -> features_BF fp32 of an exported encoder, on the device that `config` resolves to.
+
+    Raises:
+        DataError: the file is broken or holds another encoder than config.yaml describes.
+    """
+    runtime = resolve_runtime(config.run, config.pipeline)
+    device, precision = runtime.device.value, runtime.precision.value
+    # the export holds the statistics of real rows only, which are all that evaluation reads
+    settings = dataclasses.replace(config.encoder, separate_batchnorm=False)
+    encoder = build_encoder(settings, config.data.image_size, num_classes, config.run.seed)
+    try:
+        encoder.backbone.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: other names or shapes of weights
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: is not the encoder that config.yaml describes ({reason}); run it again") from error
+    encoder.to(device).eval()
+
+    @torch.no_grad()
+    def embed(images_BHWC: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            return encoder(plain_view(images_BHWC.to(device))).float()
+
+    return embed
+
+
+def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detector, embed, console) -> Path:
+    """Probe, scores and intervals of the run's sets into <run>/evaluated/again; prints them beside the run's own.
+
+    Generated images are not kept, so the binary ID/OOD head learns from near-OOD val images, if there are any.
+    """
+    out = folder / "evaluated" / "again"
+    with console.stage("data") as progress:
+        sets = load_sets(config.data, config.run.seed, masks=False, progress=progress)
+    _warn_of_other_images(folder, sets, console)
+    with console.stage("probe") as progress:
+        features = {
+            name: feature_set(
+                images.items,
+                embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress),
+                sets.index.classes if name in ("train", "val", "test") else (),
+            )
+            for name, images in sets.images.items()
+        }
+    with console.stage("evaluate") as progress:
+        outcome = evaluate(
+            **features,
+            classes=sets.index.classes,
+            probe=config.probe,
+            evaluation=config.evaluation,
+            seed=config.run.seed,
+            classifier=detector.readout if config.learning.method == "cross_entropy" else None,
+            progress=progress,
+        )
+    write_atomic(out / "config.yaml", to_yaml(config, origins))
+    write_atomic(out / "results.json", json.dumps(outcome.results, indent=1) + "\n")
+    save_predictions(out / "predictions.safetensors", outcome.predictions)
+    save_detector(out / "ood.safetensors", outcome.detector)
+    _show_again(json.loads((folder / "results.json").read_text()), outcome, folder, console)
+    console.line(f"written: {out}")
+    return out
+
+
+def _warn_of_other_images(folder: Path, sets: ImageSets, console) -> None:
+    """A warning where images are not those the run read; far-OOD may be another set, that is what it is for."""
+    before = json.loads((folder / "data.json").read_text())["files"]
+    now = {name: images for name, images in sets.images.items() if name != "far_ood_test"}
+    read = {
+        item.path: {"set": name, "sha256": digest}
+        for name, images in now.items()
+        for item, digest in zip(images.items, images.digests, strict=True)
+    }
+    other = [path for path, file in read.items() if before.get(path, {}) | file != before.get(path)]
+    missing = [path for path, file in before.items() if file["set"] != "far_ood_test" and path not in read]
+    if other or missing:
+        console.warn(
+            f"{len(other)} of {len(read)} images are not what the run read and {len(missing)} are gone (first: "
+            f"{(other + missing)[0]}): figures below are those of another image set than the run's"
+        )
+
+
+def _show_again(before: dict, outcome: Outcome, folder: Path, console) -> None:
+    now = outcome.results
+    names = {f"test.{key}": key.replace("_", " ") for key in ("accuracy", "macro_accuracy", "knn_accuracy", "ece")}
+    for role, title in (("near_ood", "near-OOD"), ("far_ood", "far-OOD")):
+        names |= {f"test.{role}.{score}.auroc": f"{title} AUROC, {score}" for score in outcome.detector.states}
+    rows = []
+    for key, title in names.items():
+        if key in now:
+            interval = f"[{100 * now[key + '_low']:.1f}, {100 * now[key + '_high']:.1f}]" if key + "_low" in now else ""
+            saved = f"{100 * before[key]:.1f}" if key in before else "-"
+            rows.append([title, saved, f"{100 * now[key]:.1f}", interval])
+    console.table(f"{folder}, percent", ["test", "the run", "now", "interval"], rows)
+    if now["binary_head.trained_on"] != before["binary_head.trained_on"]:
+        console.line(
+            f"the binary head was trained on OOD rows of: {before['binary_head.trained_on']}; "
+            f"now of: {now['binary_head.trained_on']} (generated images are not kept)"
+        )

@@ -1,0 +1,101 @@
+"""A finished run put to work: its exported encoder and detector judge images that it has never seen."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from modules.config import Config
+from modules.data.images import Images, load_images
+from modules.data.unlabeled import read_images
+from modules.evaluation.features import embed_images
+from modules.evaluation.stored import Detector, Judgment
+from modules.state import write_atomic
+
+
+def judge_folder(folder: Path, config: Config, detector: Detector, embed, console) -> Path:
+    """Class, probability, scores and decision of every image below data.root into <run>/evaluated/<name of the root>."""
+    with console.stage("data") as progress:
+        index = read_images(config.data.root, detector.classes)
+        images = load_images(index, index.items, config.data.image_size, config.data, progress, masks=False)
+    for note in images.notes:
+        console.line(f"  {note}")
+    with console.stage("judge") as progress:
+        features_DF = embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress)
+        judgment = detector.judge(features_DF)
+    summary = summarize(images, judgment, detector) | {"root": index.root, "skipped": len(images.skipped)}
+    root = Path(index.root).resolve()
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.stem) + "-" + hashlib.sha256(str(root).encode()).hexdigest()[:8]
+    out = folder / "evaluated" / name
+    write_atomic(out / "predictions.csv", as_csv(images, judgment, detector))
+    write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _show_summary(summary, detector, console)
+    console.line(f"written: {out / 'predictions.csv'}, {out / 'summary.json'}")
+    return out
+
+
+def summarize(images: Images, judgment: Judgment, detector: Detector) -> dict:
+    """What was decided, in counts: accepted images by predicted class; and how right, where labels say so.
+
+    `known` are images labeled with a class of the encoder (accuracy of all and share accepted), `other` those with
+    another label (share accepted, which should be small); an image without a label counts in neither.
+    """
+    labels = [item.label for item in images.items]
+    predicted = [detector.classes[row] for row in judgment.labels_D.tolist()]
+    accepted = judgment.accepted_D.tolist()
+    by_class = Counter(name for name, kept in zip(predicted, accepted, strict=True) if kept)
+    known = [row for row, label in enumerate(labels) if label in detector.classes]
+    other = [row for row, label in enumerate(labels) if label and label not in detector.classes]
+    summary = {
+        "images": len(labels),
+        "accepted": sum(accepted),
+        "score": detector.headline,
+        "threshold": detector.thresholds[detector.headline],
+        "accepted_by_class": {name: by_class[name] for name in detector.classes},
+    }
+    for name, rows in (("known", known), ("other", other)):
+        if rows:
+            summary[f"{name}.images"] = len(rows)
+            summary[f"{name}.accepted"] = sum(accepted[row] for row in rows) / len(rows)
+    if known:
+        summary["known.accuracy"] = sum(predicted[row] == labels[row] for row in known) / len(known)
+    return summary
+
+
+def as_csv(images: Images, judgment: Judgment, detector: Detector) -> str:
+    """One line an image: path, label, predicted, probability, accepted (1 or 0), then every score."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["path", "label", "predicted", "probability", "accepted", *judgment.scores])
+    for row, item in enumerate(images.items):
+        writer.writerow(
+            [
+                item.path,
+                item.label,
+                detector.classes[judgment.labels_D[row]],
+                f"{judgment.confidence_D[row].item():.6g}",
+                int(judgment.accepted_D[row]),
+                *(f"{values_D[row].item():.6g}" for values_D in judgment.scores.values()),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def _show_summary(summary: dict, detector: Detector, console) -> None:
+    rows = [[name, str(count)] for name, count in summary["accepted_by_class"].items() if count]
+    rows.append(["rejected", str(summary["images"] - summary["accepted"])])
+    title = f"{summary['root']}: {summary['images']} images, accepted where {summary['score']} >= {summary['threshold']:.4g}"
+    console.table(title, ["predicted", "images"], rows)
+    if "known.images" in summary:
+        console.line(
+            f"labeled with a known class: {summary['known.images']}, accuracy {100 * summary['known.accuracy']:.1f} %, "
+            f"accepted {100 * summary['known.accepted']:.1f} % (the threshold accepted 95 % of the run's val images)"
+        )
+    if "other.images" in summary:
+        console.line(
+            f"labeled otherwise: {summary['other.images']}, accepted {100 * summary['other.accepted']:.1f} % "
+            "(each of them an error, if the label is no known class)"
+        )

@@ -1,0 +1,165 @@
+"""Trials of a comparison: what they are, whether they may start, and running them one after another.
+
+A trial is one unmodified `run` command in a process of its own, in a directory that is a function of arm and seed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from modules.commands.arms import arm_settings
+from modules.config import Config
+from modules.errors import ConfigError, StorageError, Terminated
+from modules.settings import load_config
+
+TRAINER = Path(__file__).resolve().parents[2] / "trainer.py"
+CRASHED = 1  # exit code of a traceback
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One arm at one seed: its settings, its run directory and the command that makes it."""
+
+    arm: str
+    seed: int
+    config: Config
+    path: Path
+    command: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-s{self.seed}"
+
+
+def plan(
+    path: str, arms: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], long_steps: int = 0
+) -> list[Planned]:
+    """Every trial, checked by all rules of settings before any is started; all arms of a seed before the next seed.
+
+    Args:
+        overrides: "section.key=value" of every trial; an arm's own settings come after them and so have the last word.
+        long_steps: optimizer steps of the `_long` arms.
+
+    Raises:
+        ConfigError: as `arm_settings`; an arm whose settings contradict those of the config.
+    """
+    base, _ = load_config(path, overrides)
+    shared = [override for override in overrides if not is_setting(override, "run.name")]
+    trials = []
+    for seed in seeds:
+        for arm in arms:
+            settings = {"run.name": f"{base.run.name}/{arm}-s{seed}", "run.seed": seed}
+            settings |= arm_settings(arm, base, long_steps)
+            own = shared + [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
+            try:
+                config, _ = load_config(path, own)
+            except ConfigError as error:
+                raise ConfigError(f"arm {arm}: {error}") from error
+            trainer = TRAINER.name if Path.cwd() == TRAINER.parent else str(TRAINER)
+            words = [sys.executable, trainer, "run", str(path), *own]
+            trials.append(Planned(arm, seed, config, Path(config.run.dir) / config.run.name, words))
+    return trials
+
+
+def refuse_other_settings(trials: list[Planned]) -> None:
+    """Raise ConfigError if any run directory holds a run of other settings: before anything is started or written."""
+    from modules.workdir import changed_settings
+
+    others = {trial.path: changed for trial in trials if (changed := changed_settings(trial.path, trial.config))}
+    if others:
+        path, changed = next(iter(others.items()))
+        more = f", and so do {len(others) - 1} more" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{path}: holds a trial of other settings ({'; '.join(changed)}){more}; nothing was started. Set run.name to "
+            "begin another comparison, or restore the settings to go on with this one"
+        )
+
+
+def run_trials(trials: list[Planned], logs: Path, console) -> dict[str, tuple[int, str]]:
+    """Bring every trial to its end, one after another; {name: (exit code, last line)} of those that failed.
+
+    Raises:
+        Terminated, KeyboardInterrupt: after the trial under way has checkpointed.
+        StorageError: the logs cannot be written.
+    """
+    from modules.meter import Meter
+
+    meter, failures = Meter(), {}
+    with console.stage("trials") as progress:
+        for number, trial in enumerate(trials):
+            progress(number, len(trials), trial.name)
+            if results := _results(trial):
+                console.line(f"{trial.name:<24} finished before  {headline(results)}")
+                continue
+            log = logs / f"{trial.name}.log"
+            with meter.stage(trial.name):
+                code = run_trial(trial, log)
+            seconds = f"{meter.seconds[f'stage.{trial.name}']:>7.0f} s"
+            results = _results(trial)
+            if code == 0 and results:
+                console.line(f"{trial.name:<24} {seconds}  {headline(results)}")
+                continue
+            failures[trial.name] = (code or CRASHED, _last_line(log))
+            console.warn(f"{trial.name:<15} {seconds}  exit code {code}: {_last_line(log)} ({log})")
+        progress(len(trials), len(trials), f"{len(trials) - len(failures)} finished")
+    return failures
+
+
+def run_trial(trial: Planned, log: Path) -> int:
+    """Exit code of a trial's command, its output appended to `log`; a signal counts as 128 + its number.
+
+    The command gets a session of its own, so that a Ctrl-C reaches it once, through here, as the SIGTERM that it answers
+    with a checkpoint.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = open(log, "ab")  # noqa: SIM115 - closed below, its failure is told apart from the command's
+    except OSError as error:
+        raise StorageError(f"{log}: cannot be written ({error.strerror}); set run.dir to a place that can") from error
+    with output:
+        process = subprocess.Popen(trial.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait()
+        except (Terminated, KeyboardInterrupt):
+            process.terminate()
+            process.wait()
+            raise
+    return code if code >= 0 else 128 - code
+
+
+def is_setting(override: str, name: str) -> bool:
+    """Whether a "section.key=value" of the command line sets `name`."""
+    return override.partition("=")[0].strip() == name
+
+
+def headline(results: dict) -> str:
+    """Accuracy and near-OOD AUROC of a run in a few words."""
+    text = f"accuracy {100 * results['test.accuracy']:5.1f} %"
+    score = results["headline.score"]
+    if (key := f"test.near_ood.{score}.auroc") in results:
+        text += f"  near-OOD AUROC {100 * results[key]:5.1f} % ({score})"
+    return text
+
+
+def _as_yaml(value) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    return text.removesuffix("...").strip()
+
+
+def _results(trial: Planned) -> dict | None:
+    path = trial.path / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _last_line(log: Path) -> str:
+    """The last line that says something: the message of a UserError, or that of a traceback."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "no output")

@@ -1,0 +1,51 @@
+"""Images to be judged, not learned from: whatever is below a root, without splits, roles or labels being demanded."""
+
+import os
+from pathlib import Path
+
+from modules.data.files import Files
+from modules.data.index import read_raw
+from modules.data.items import Index, Item
+from modules.data.mvip import is_mvip
+from modules.data.sources import EXTENSIONS, PACK_INDEX, resolve_root
+from modules.errors import DataError
+
+
+def read_images(root: str, classes: tuple[str, ...]) -> Index:
+    """Every image below `root`: a folder with or without folders in it, or a set that `read_raw` reads.
+
+    In a folder, an image's label is the folder on its path that bears the name of one of `classes`, else the topmost
+    one, else "".
+
+    Raises:
+        ConfigError, DataError: as `read_raw`; a folder without images; a link out of the root.
+    """
+    path = resolve_root(root)
+    if not path.is_dir() or (path / PACK_INDEX).is_file():
+        return read_raw(root)
+    with Files(path) as files:
+        if is_mvip(files):
+            return read_raw(root)
+        found = list(_walk(files, ""))
+        for name in found:
+            if reason := files.obstacle(name):
+                raise DataError(f"{path}: {name} {reason}; copy the file into the folder")
+    if not found:
+        raise DataError(f"{path}: holds no image; the endings read are {', '.join(EXTENSIONS)}")
+    items = tuple(Item(path=name, label=_label(name, classes)) for name in sorted(found))
+    return Index(str(path), "folder", items, tuple(sorted({item.label for item in items} - {""})))
+
+
+def _walk(files: Files, folder: str):
+    """The path of every visible image below `folder`."""
+    inside = f"{folder}/" if folder else ""
+    for name in os.listdir(files.root / folder):
+        if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and not (files.root / inside / name).is_dir():
+            yield inside + name
+    for name in files.folders(folder):
+        yield from _walk(files, inside + name)
+
+
+def _label(path: str, classes: tuple[str, ...]) -> str:
+    folders = Path(path).parts[:-1]
+    return next((name for name in reversed(folders) if name in classes), folders[0] if folders else "")
