@@ -1,0 +1,97 @@
+"""What is printed: plain lines off a terminal, a live display on one, the same facts in both."""
+
+import io
+
+import pytest
+
+from modules.console import Console
+from modules.phases import STEP_PHASES
+
+ROW = {"step": 10, "loss": 1.25, "reference_level": 2.5, "step_ms": 200.0, "images_per_s": 3.5, "reuse": 1.5}
+ROW |= {"age_mean": 7.0} | {f"{name}_ms": 20.0 for name in STEP_PHASES}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def plain():
+    return Console(io.StringIO())
+
+
+@pytest.fixture
+def live(monkeypatch):
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "140")
+    return Console(Terminal())
+
+
+def text(console) -> str:
+    return console.rich.file.getvalue()
+
+
+def test_off_a_terminal_a_stage_prints_at_each_quarter(plain):
+    with plain.stage("data") as progress:
+        for done in range(1, 101):
+            progress(done, 100, "images")
+    assert text(plain).splitlines() == ["[data]", *(f"  data {n}/100 images" for n in (25, 50, 75, 100))]
+    assert "\x1b" not in text(plain), "nothing is redrawn or colored"
+
+
+def test_every_stage_starts_its_quarters_anew(plain):
+    for _ in range(2):
+        with plain.stage("data") as progress:
+            progress(3, 4)
+    assert text(plain).splitlines() == ["[data]", "  data 3/4"] * 2
+
+
+def test_a_metric_row_is_one_line(plain):
+    plain.step_row(ROW, 40)
+    (line,) = text(plain).splitlines()
+    for fact in ("step 10/40", "loss 1.250 (reference 2.500)", "3.5 generated images/s", "200 ms/step"):
+        assert fact in line
+    assert all(f"{name} 10%" in line for name in STEP_PHASES)
+
+
+def test_a_row_without_generation_speaks_of_none(plain):
+    row = {name: value for name, value in ROW.items() if name not in ("images_per_s", "generate_ms")}
+    plain.step_row(row, 40)
+    assert "generate" not in text(plain)
+
+
+def test_brackets_are_no_markup(plain):
+    """A path or class name may look like one of rich's style tags."""
+    plain.line("[bold]parts[/bold]")
+    plain.warn("class '[red]' is small")
+    assert text(plain).splitlines() == ["[bold]parts[/bold]", "warning: class '[red]' is small"]
+
+
+def test_the_card_gives_each_choice_with_its_reason(plain, live):
+    for console in (plain, live):
+        console.card("run x", [("device", "cpu", "no CUDA GPU found"), ("method", "supcon", "")])
+        for word in ("run x", "device", "cpu", "no CUDA GPU found", "supcon"):
+            assert word in text(console)
+    assert "  method: supcon\n" in text(plain), "no empty brackets where there is no reason"
+
+
+def test_on_a_terminal_progress_and_phases_are_redrawn(live):
+    with live.stage("contrastive") as progress:
+        progress(5, 40, "warming up")
+        live.step_row(ROW, 40)
+    shown = text(live)
+    assert "\x1b[" in shown and "contrastive" in shown and "reference 2.500" in shown
+    assert all(name in shown for name in STEP_PHASES)
+    with live.stage("probe") as progress:
+        progress(1, 1)
+    assert "loss" not in text(live)[len(shown) :], "the table belongs to its stage"
+
+
+def test_the_closing_table_and_its_footer(plain):
+    plain.result("runs/x", [("test accuracy", "50.0 %")], "report: runs/x/report.html")
+    plain.table("kernels", ["op", "ms"], [["views", "1.5"]])
+    for word in ("runs/x", "test accuracy", "50.0 %", "report: runs/x/report.html", "kernels", "op", "views", "1.5"):
+        assert word in text(plain)

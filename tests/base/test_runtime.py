@@ -1,0 +1,82 @@
+"""Choices with their reasons, and randomness that is a function of what is drawn for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from modules import config
+from modules.errors import ConfigError
+from modules.runtime import commit, environment, resolve_runtime, stream, stream_seed
+
+
+def resolved(dtype="auto", **run):
+    return resolve_runtime(
+        dataclasses.replace(config.Run(), **run), dataclasses.replace(config.Pipeline(), dtype=dtype)
+    )
+
+
+def test_every_choice_has_a_reason():
+    runtime = resolved(device="cpu")
+    assert runtime.device.value == torch.device("cpu") and runtime.device.reason == "run.device is cpu"
+    assert runtime.precision.value == runtime.pipeline_dtype.value == torch.float32
+    assert all(choice.reason for choice in vars(runtime).values())
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolved().device.reason == "no CUDA GPU found"
+    with pytest.raises(ConfigError, match="run.device is cuda, but .* or set run.device=cpu"):
+        resolved(device="cuda")
+
+
+def test_a_gpu_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    runtime = resolved()
+    assert (runtime.device.value.type, runtime.device.reason) == ("cuda", "a GPU")
+    assert (runtime.precision.value, runtime.pipeline_dtype.value) == (torch.bfloat16, torch.float16)
+    assert resolved(device="cpu").device.value.type == "cpu"
+
+
+def test_asked_for_formats():
+    assert resolved(device="cpu", precision="bf16", dtype="bf16").precision.value == torch.bfloat16
+    with pytest.raises(ConfigError, match="fp16 trains on a GPU only"):
+        resolved(device="cpu", precision="fp16")
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        assert resolved(device="cpu", threads=1).threads.value == torch.get_num_threads() == 1
+        assert resolved(device="cpu").threads.value == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_stream_depends_on_its_name_alone():
+    first = torch.rand(4, generator=stream(3, "image", 17))
+    torch.manual_seed(99)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    assert torch.equal(torch.rand(4, generator=stream(3, "image", 17)), first)
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
+    others = [(4, "image", 17), (3, "images", 17), (3, "image", 18), (3, "image", 17, 0), (3, "image")]
+    assert all(not torch.equal(torch.rand(4, generator=stream(*other)), first) for other in others)
+
+
+def test_parts_of_a_name_do_not_run_together():
+    seeds = {stream_seed(1, "a", 23), stream_seed(1, "a2", 3), stream_seed(1, "a", 2, 3), stream_seed(12, "a", 3)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_stream_is_the_same_on_every_machine():
+    """Runs of years ago can be repeated only if this number never changes."""
+    assert stream_seed(0, "image", 17) == 2_022_613_793_433_254_464
+
+
+def test_the_environment_says_what_results_depend_on():
+    found = environment()
+    assert {"python", "platform", "cpu", "cores", "gpu", "cuda", "packages", "commit"} <= found.keys()
+    assert torch.__version__.startswith(found["packages"]["torch"]) and found["packages"]["numpy"]
+    assert found["commit"] == commit()

@@ -1,0 +1,128 @@
+"""A run's directory: locked, exact in what it lets go on, whole in what it writes."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+import yaml
+
+from modules.config import Config
+from modules.errors import ConfigError, StorageError
+from modules.settings import flatten, with_settings
+from modules.workdir import MAY_CHANGE, Workdir
+
+
+@pytest.fixture
+def config(tmp_path):
+    return with_settings(Config(), {"run.name": "one", "run.dir": str(tmp_path)})
+
+
+def opened(config, **origins) -> Workdir:
+    return Workdir(config, origins)
+
+
+def begun(config) -> Workdir:
+    """The closed directory of a run that holds a checkpoint."""
+    workdir = opened(config)
+    (workdir.checkpoints / "contrastive" / "step-00000004").mkdir(parents=True)
+    (workdir.checkpoints / "contrastive" / "step-00000004" / "manifest.json").write_text("{}")
+    workdir.close()
+    return workdir
+
+
+def test_the_resolved_config_with_origins_is_kept(config):
+    workdir = Workdir(config, {"learning.lr": "command line"})
+    text = (workdir.path / "config.yaml").read_text()
+    assert "lr: 0.1  # command line" in text and "momentum: 0.9  # default" in text
+    stored = yaml.safe_load(text)
+    for name, value in flatten(config).items():
+        section, key = name.split(".")
+        assert stored[section][key] == (list(value) if isinstance(value, tuple) else value)
+    workdir.close()
+
+
+def test_one_process_at_a_time_and_the_other_is_named(config):
+    workdir = opened(config)
+    with pytest.raises(StorageError, match=f"in use by process {os.getpid()}; wait for it, or set run.name"):
+        opened(config)
+    workdir.close()
+    workdir.close()
+    opened(config).close()
+
+
+def _hold_and_die(config):
+    opened(config)
+    os._exit(9)
+
+
+def test_a_lock_dies_with_its_process(config):
+    child = multiprocessing.get_context("fork").Process(target=_hold_and_die, args=(config,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 9
+    opened(config).close()
+
+
+def test_a_directory_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written .*; set run.dir"):
+        opened(with_settings(config, {"run.dir": str(tmp_path / "file")}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning.lr", 0.2), ("run.seed", 1), ("generation.strengths", {0.5: 1.0}), ("probe.lrs", [0.1])],
+)
+def test_a_run_does_not_go_on_under_other_settings(config, name, value):
+    path = begun(config).path
+    before = (path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=f"holds a run of other settings .*{name} was .*, now .*set run.name"):
+        opened(with_settings(config, {name: value}))
+    assert (path / "config.yaml").read_bytes() == before
+    opened(config).close()
+
+
+def test_every_changed_setting_is_named(config):
+    begun(config)
+    with pytest.raises(ConfigError, match=r"run.seed was 0, now 3; learning.lr was 0.1, now 0.2"):
+        opened(with_settings(config, {"learning.lr": 0.2, "run.seed": 3}))
+
+
+def test_settings_that_do_not_change_results_may_change(config):
+    begun(config)
+    changes = {"run.threads": 1, "run.log_every": 3, "run.checkpoint_every": 7, "run.keep_checkpoints": 1}
+    changes |= {"run.cache_dir": "elsewhere", "run.kernels": "torch", "tune.steps": 5}
+    assert changes.keys() - {"tune.steps"} <= MAY_CHANGE
+    opened(with_settings(config, changes)).close()
+
+
+def test_a_command_that_ended_before_any_work_may_be_corrected(config):
+    opened(config).close()
+    opened(with_settings(config, {"data.root": "elsewhere"})).close()
+
+
+def test_a_finished_run_is_kept_from_other_settings_too(config):
+    workdir = opened(config)
+    assert workdir.results() is None
+    workdir.write_json("results.json", {"test.accuracy": 0.5})
+    assert workdir.results() == {"test.accuracy": 0.5}
+    workdir.close()
+    with pytest.raises(ConfigError, match="run.seed was 0, now 1"):
+        opened(with_settings(config, {"run.seed": 1}))
+
+
+def test_metric_rows_beyond_the_resumed_step_are_cut(config):
+    workdir = opened(config)
+    assert workdir.rows() == []
+    for step in (2, 4, 6):
+        workdir.log({"step": step, "loss": step / 3})
+    with open(workdir.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # power went
+    assert [row["step"] for row in workdir.rows()] == [2, 4, 6]
+    workdir.cut_rows(4)
+    assert workdir.rows() == [{"step": 2, "loss": 2 / 3}, {"step": 4, "loss": 4 / 3}]
+    workdir.log({"step": 6})
+    lines = (workdir.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    workdir.close()
