@@ -11,6 +11,7 @@ import trainer
 from benchmarks.session import with_images_per_step
 from modules.commands.job import State
 from modules.commands.timing import time_steps, window
+from modules.diffusion.overlap import Overlap
 from modules.phases import STEP_PHASES
 
 
@@ -21,10 +22,25 @@ class Stepper:
     the ratio owes them.
     """
 
-    def __init__(self, state: State, least: int):
-        """least: steps of a block at least."""
+    def __init__(self, state: State, least: int, mode: str = "sequential"):
+        """least: steps of a block at least; mode: how generation shares the device, laid over the step from outside."""
         self.state, self.least, self.config = state, least, state.config
         self.device = next(state.encoder.parameters()).device
+        self.advance = state.generator.advance
+        if mode != "sequential":
+            self._overlap(Overlap(mode, self.device))
+
+    def _overlap(self, overlap: Overlap) -> None:
+        """Generation is launched once the batch is mixed, and waited for before the next one is."""
+        advance, batch = self.advance, self.state.mixer.batch
+
+        def mix(step: int):
+            mixed = batch(step)
+            overlap.launch()
+            return mixed
+
+        self.state.generator.advance = lambda step: overlap.generate(lambda: advance(step))
+        self.state.mixer.batch = mix
 
     @property
     def train_images(self) -> int:
@@ -53,7 +69,7 @@ class Stepper:
         def call() -> None:
             self._set(images)
             for _ in range(count):
-                self.state.generator.advance(self.state.step)
+                self.advance(self.state.step)
 
         return call
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import correctness, generator, harness, inputs, peers, quality, step, suite
+from benchmarks import correctness, generator, harness, inputs, peers, quality, step, stepper, suite
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from benchmarks.session import session
@@ -169,10 +169,36 @@ def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys
     assert len(rows_of(tmp_path / "step.csv")) == 3
 
 
+class Side:
+    """An overlap that runs what is pending when it is launched, without a device."""
+
+    def __init__(self, mode, device):
+        self.calls = []
+
+    def generate(self, advance):
+        self.calls.append("generate")
+        self.pending = advance
+
+    def launch(self):
+        self.calls.append("launch")
+        self.pending()
+
+
+def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tiny, monkeypatch):
+    overlaps = []
+    monkeypatch.setattr(stepper, "Overlap", lambda *given: overlaps.append(Side(*given)) or overlaps[-1])
+    with session(step.COMMON, tiny) as (_job, state):
+        own = Stepper(state, 1, "stream")
+        before = state.generator.slots.counts["ticks"]
+        own.at(2.0)()
+        assert overlaps[0].calls == ["generate", "launch"] * own.steps(2.0)
+        assert state.generator.slots.counts["ticks"] > before
+
+
 def test_bytes_written_are_seen(tiny, tmp_path):
     with session(step.COMMON, tiny) as (_job, state):
-        stepper = Stepper(state, 1)
-        assert stepper.bytes_written(1.0) == 0
+        own = Stepper(state, 1)
+        assert own.bytes_written(1.0) == 0
         advance = state.generator.advance
 
         def writing(number):
@@ -180,7 +206,7 @@ def test_bytes_written_are_seen(tiny, tmp_path):
             advance(number)
 
         state.generator.advance = writing
-        assert stepper.bytes_written(1.0) >= 5000
+        assert own.bytes_written(1.0) >= 5000
 
 
 def test_quality_reads_val_only_and_judges_each_choice(tiny, monkeypatch, tmp_path, capsys):
