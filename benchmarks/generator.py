@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
     candidates = ready(bench)
     images = images_a_block(candidates, bench.setting.images, bench.batch, options.blocks, budget.left)
     comparison = alternate(candidates, images, bench.device, options.blocks, budget.left)
-    floor = (
-        ceilings.matmul_tflop_per_s * 1e12 / bench.work.of_image(bench.setting, bench.pipeline.scheduler, peer=False)
-    )
+    floor = peak * 1e12 / bench.work.of_image(bench.setting, bench.pipeline.scheduler, peer=False)
     rows = [_row(bench, candidate, images, comparison, peak, floor) for candidate in candidates]
     rows.sort(key=lambda row: row["images_per_s"])
     document = _document(bench, conditions, ceilings, peak, floor, comparison, images, rows)
