@@ -36,7 +36,7 @@ class Probe:
 
 
 class Wrong(Exception):
-    """A call returned, and its result is not what it should be."""
+    """A call was refused for a reason that is known, or returned and its result is not what it should be."""
 
 
 def accelerators(device: torch.device) -> list[Probe]:
@@ -66,7 +66,7 @@ def probe(name: str, work: Callable[[], str]) -> Probe:
             return Probe(name, True, work())
     except Exception as error:  # libraries refuse with exceptions of every kind; the refusal is what was asked for
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        return Probe(name, False, f"{type(error).__name__}: {lines[0]}")
+        return Probe(name, False, lines[0] if isinstance(error, Wrong) else f"{type(error).__name__}: {lines[0]}")
 
 
 def available_memory(device: torch.device) -> tuple[int, int] | None:
@@ -121,8 +121,14 @@ def _attention_truth(q, k, v) -> torch.Tensor:
 
 def _sdpa(device: torch.device, dtype: torch.dtype, backend: SDPBackend) -> str:
     q, k, v = (x.transpose(1, 2) for x in _normal(device, dtype, HEADS_SHAPE, HEADS_SHAPE, HEADS_SHAPE))
-    with sdpa_kernel(backend):
-        return _compare(F.scaled_dot_product_attention(q, k, v), _attention_truth(q, k, v), dtype)
+    try:
+        with warnings.catch_warnings(record=True) as told, sdpa_kernel(backend):
+            warnings.simplefilter("always")
+            found = F.scaled_dot_product_attention(q, k, v)
+    except RuntimeError as error:  # it says only that no backend is left; why stands in warnings, on a GPU alone
+        reasons = "; ".join(str(warning.message).split(" (Triggered")[0] for warning in told)
+        raise Wrong(reasons or f"it takes no {dtype} tensors on {device.type}") from error
+    return _compare(found, _attention_truth(q, k, v), dtype)
 
 
 def _xformers(device: torch.device, dtype: torch.dtype) -> str:

@@ -101,7 +101,8 @@ def _on_paper(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A module of the same diffusers config without weights, free of what was compiled or put into the original."""
     original = getattr(module, "_orig_mod", module)
     with META:
-        return type(original).from_config(original.config).to(dtype).eval()
+        module = type(original).from_config(original.config)
+    return torch.nn.Module.to(module, dtype).eval()  # diffusers' own `to` warns of layers that are not there
 
 
 class _FusedAttention(TorchFunctionMode):

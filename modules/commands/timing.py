@@ -68,8 +68,8 @@ def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Ti
         synchronize(state)
         if meter.on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        meter.restart_interval()  # also reads the events of the warm-up, which belong to no window
         before, seconds = _counts(state), {name: meter.seconds[f"part.{name}"] for name in PARTS}
-        meter.restart_interval()
         for _ in range(count):
             step(state)
         synchronize(state)

@@ -13,7 +13,7 @@ from modules.commands.timing import Timing, copied, time_steps, window
 from modules.commands.tune_choice import Row
 from modules.config import Config
 from modules.diffusion.presets import plan
-from modules.errors import ConfigError, UserError
+from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.evaluation.metrics import ood_metrics
 from modules.evaluation.ood import SCORES, Fitting
@@ -21,6 +21,7 @@ from modules.rules import generated_rows
 from modules.settings import with_settings
 
 ROUNDS = 3
+REFUSALS = (ConfigError, DataError, OutOfMemory, NonFinite)  # of one ratio or preset; SIGTERM and a full disk end all
 QUALITY_WARMUP = 2  # steps of a short run that are not timed
 
 
@@ -63,7 +64,7 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
                     try:
                         windows[rate].append(candidate.window(step, job.config.tune.steps, quality))
                         judged[rate] = _judge(candidate) if quality else None
-                    except UserError as error:  # a ratio that cannot be run is a row with its reason, not the end
+                    except REFUSALS as error:  # a row with its reason, not the end
                         refused[rate] = str(error)
                 done += 1
                 progress(done, total, f"{preset}, {rate:g} images a step")
@@ -136,7 +137,7 @@ def _candidates(
         planned = plan(preset, own.config.generation, own.pipeline, bool(own.config.pipeline.resolution))
         job.console.line(f"  preset {preset}: {'; '.join(planned.reasons)}")
         state = stages.build(own, _silent)
-    except UserError as error:
+    except REFUSALS as error:
         return {}, refused | dict.fromkeys(configs, str(error))
     start = copied(state.state_dict())
     return {

@@ -61,6 +61,8 @@ def test_quick_probes_on_a_cpu():
     assert probe("matmul", lambda: probes._matmul(CPU, torch.bfloat16)).works
     graph = probe("CUDA graph", lambda: probes._graph(CPU))
     assert not graph.works and "no CUDA GPU" in graph.detail
+    cudnn = probe("cudnn", lambda: probes._sdpa(CPU, torch.float32, probes.ATTENTION["cudnn"]))
+    assert cudnn == Probe("cudnn", False, "it takes no torch.float32 tensors on cpu")
     triton = probe("triton", lambda: probes._triton(CPU))
     assert not triton.works and "GPU" in triton.detail
 
@@ -76,7 +78,7 @@ def test_a_result_that_is_wrong_does_not_work():
     truth = torch.linspace(-1, 1, 9)
     assert probe("x", lambda: probes._compare(truth + 1e-6, truth, torch.float32)).works
     wrong = probe("x", lambda: probes._compare(truth + 0.5, truth, torch.float32))
-    assert not wrong.works and wrong.detail.startswith("Wrong: it runs, but its largest error is 5.0e-01")
+    assert not wrong.works and wrong.detail.startswith("it runs, but its largest error is 5.0e-01")
     nan = probe("x", lambda: probes._compare(truth * torch.nan, truth, torch.float32))
     assert not nan.works
 
@@ -86,7 +88,7 @@ def test_a_result_that_is_wrong_does_not_work():
     [
         (ImportError("No module named 'x'"), "ImportError: No module named 'x'"),
         (RuntimeError("\n  first\nsecond"), "RuntimeError: first"),
-        (Wrong(""), "Wrong: no reason given"),
+        (Wrong(""), "no reason given"),
     ],
 )
 def test_whatever_a_library_raises_is_the_reason(error, detail):

@@ -14,7 +14,7 @@ from modules.commands.tune_choice import Row, cost_of_an_image, recommend, withi
 from modules.config import Generation, Tune
 from modules.console import Console
 from modules.data.reservoir import Entry, Reservoir
-from modules.errors import ConfigError
+from modules.errors import ConfigError, Terminated
 from modules.runtime import stream
 from tests.base.tinyset import write_config
 
@@ -94,6 +94,34 @@ def test_a_preset_that_cannot_be_run_is_a_row(tmp_path):
     refused = [row for row in report["rows"] if row["preset"] == "turbo"]
     assert "turbo needs weights distilled to a few steps" in refused[0]["reason"]
     assert "preset turbo" in text
+
+
+def test_sigterm_is_no_refusal_of_a_ratio(tmp_path):
+    calls = []
+
+    def step(state):
+        calls.append(state)
+        if state.generator is not None:
+            raise Terminated("SIGTERM")
+        trainer.step(state)
+
+    path = write_config(tmp_path, tune={"grid": "[2]", "steps": 2})
+    with pytest.raises(Terminated):
+        tune.command(path, [], Console(io.StringIO()), None, step)
+    assert calls[-1].generator is not None
+
+
+def test_a_ratio_that_runs_out_of_memory_is_a_row(tmp_path):
+    def step(state):
+        if state.generator is not None and state.config.generation.images_per_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        trainer.step(state)
+
+    path = write_config(tmp_path, tune={"grid": "[1, 2]", "steps": 2, "max_slowdown": 0})
+    report = tune.command(path, [], Console(io.StringIO()), None, step)
+    rows = {row["images_per_step"]: row for row in report["rows"]}
+    assert "a step does not fit (CUDA out of memory); lower generation.slots (4)" in rows[2]["reason"]
+    assert rows[1]["step_ms"] > 0 and "  images_per_step: 1" in report["recommendation"]
 
 
 @pytest.mark.parametrize(
