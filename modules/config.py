@@ -252,6 +252,7 @@ class PipelineTraining:
     """How a pipeline is trained from scratch."""
 
     out: str = ""  # folder of the finished pipeline; empty: pipeline below the run directory
+    start: str = ""  # pipeline folder, or embedded: its VAE is kept, text encoder and UNet are trained on; empty: none
     vae_steps: int = 3600
     vae_batch: int = 16
     vae_lr: float = 1.5e-3

@@ -5,6 +5,7 @@ training stage resumes exactly from its newest checkpoint; the finished pipeline
 """
 
 import hashlib
+import json
 import math
 import shutil
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 import torch
 
 from modules import state
-from modules.config import PipelineConfig
+from modules.config import Pipeline, PipelineConfig
 from modules.data.images import load_images
 from modules.data.index import Index, read_raw
 from modules.diffusion import train_pipeline as training
+from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
-from modules.errors import DataError
+from modules.errors import ConfigError, DataError
 from modules.evaluation.sheets import curves_png, sheet_png
 from modules.runtime import environment, resolve_runtime, stream
 from modules.settings import load_config
@@ -53,36 +55,63 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     device = runtime.device.value
     pixels = images.pixels_DHWC.to(device)
 
-    vae = training.vae_stage(config.shape, config.training, config.run.seed)
-    vae_curve = _train(vae, lambda: training.vae_step(vae, pixels), "vae", workdir, console, config)
-    averaged = vae.averages["vae"].eval()
-    moments, scaling = training.latent_statistics(averaged, pixels)
+    start = started_from(config, runtime.device.value)
+    if start is None:
+        stage = training.vae_stage(config.shape, config.training, config.run.seed)
+        vae_curve = _train(stage, lambda: training.vae_step(stage, pixels), "vae", workdir, console, config)
+        vae, tokenizer = stage.averages["vae"].eval(), training.build_tokenizer(captions, config.shape)
+        moments, scaling = training.latent_statistics(vae, pixels)
+        text, unet = training.build_text_and_unet(config.shape, tokenizer, config.run.seed)
+    else:
+        vae, vae_curve, tokenizer, scaling = start.vae, [], start.tokenizer, start.scaling_factor
+        moments, _ = training.latent_statistics(vae, pixels)
+        text, unet = training.copy_text_and_unet(start)
 
-    tokenizer = training.build_tokenizer(captions, config.shape)
     wording = training.Captions(captions, nouns, objects, tokenizer, config.training)
-    unet = training.unet_stage(config.shape, config.training, tokenizer, wording.num_objects, config.run.seed)
+    second = training.unet_stage(text, unet, config.training, wording.num_objects, config.run.seed)
     alphas = training.alphas_cumprod(training.SCHEDULER)
     unet_curve = _train(
-        unet, lambda: training.unet_step(unet, moments, scaling, wording, alphas), "unet", workdir, console, config
+        second, lambda: training.unet_step(second, moments, scaling, wording, alphas), "unet", workdir, console, config
     )
 
-    facts = training_facts(config, path, overrides, index, captions, images, tokenizer)
-    parts = (averaged, unet.averages["text_encoder"].eval(), unet.averages["unet"].eval())
+    facts = training_facts(config, path, overrides, index, captions, images, tokenizer, start)
+    parts = (vae, second.averages["text_encoder"].eval(), second.averages["unet"].eval())
     digests = training.export(folder, *parts, tokenizer, scaling, facts)
-    curves = {"VAE reconstruction error (mean square)": vae_curve, "UNet loss (min-SNR)": unet_curve}
+    curves = {"VAE reconstruction error (mean square)": vae_curve} if vae_curve else {}
+    curves["UNet loss (min-SNR)"] = unet_curve
     state.write_atomic(workdir.path / "curves.png", curves_png(curves))
     for name, (rows, labels) in sheets(folder, pixels, captions, config.run.seed).items():
         state.write_atomic(workdir.path / f"{name}.png", sheet_png(rows, labels))
-    psnr = 10 * math.log10(4 / vae_curve[-1][1])
-    workdir.write_json(
-        "results.json", {"train.vae_psnr_db": psnr, "train.unet_loss": unet_curve[-1][1], "sha256": digests}
-    )
+    results = {"train.unet_loss": unet_curve[-1][1], "sha256": digests}
+    shown = [("folder", str(folder))]
+    if vae_curve:
+        results["train.vae_psnr_db"] = 10 * math.log10(4 / vae_curve[-1][1])
+        shown.append(("VAE PSNR on training images, last interval", f"{results['train.vae_psnr_db']:.2f} dB"))
+    workdir.write_json("results.json", results)
     shutil.rmtree(workdir.checkpoints, ignore_errors=True)
     workdir.close()
-    console.result(
-        "pipeline", [("folder", str(folder)), ("VAE PSNR on training images, last interval", f"{psnr:.2f} dB")]
-    )
+    console.result("pipeline", shown)
     return folder
+
+
+def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusion | None:
+    """The pipeline that `training.start` names, in fp32; None: training starts from scratch.
+
+    Raises:
+        ConfigError: the pipeline is of another resolution than `shape.resolution`, or predicts something but noise.
+        DataError: the folder or a part of it is missing or broken.
+    """
+    if not config.training.start:
+        return None
+    start = load_pipeline(Pipeline(path=config.training.start), device)
+    if start.resolution != config.shape.resolution:
+        raise ConfigError(
+            f"training.start: {start.source} is a pipeline of {start.resolution} px, shape.resolution is "
+            f"{config.shape.resolution}; set shape.resolution={start.resolution}"
+        )
+    if start.prediction_type != training.SCHEDULER["prediction_type"]:
+        raise ConfigError(f"training.start: {start.source} predicts {start.prediction_type}; only epsilon is trained on")
+    return start
 
 
 class _Dtype:
@@ -102,13 +131,19 @@ def wordings(items) -> tuple[list[str], list[str], list[str]]:
     return captions, nouns, objects
 
 
-def training_facts(config, path, overrides, index: Index, captions, images, tokenizer) -> dict:
-    """What `training.json` says of the pipeline's making."""
+def training_facts(config, path, overrides, index: Index, captions, images, tokenizer, start) -> dict:
+    """What `training.json` says of the pipeline's making; of one that was trained on, of its first making as well."""
     words = {word for caption in captions for word in phrase_of(caption).lower().split()}
     words |= {word for template in OBJECT_TEMPLATES for word in fill(template, "object").lower().split()}
-    whole = {word for word in words if len(tokenizer.tokenize(word)) == 1}
     data_hash = hashlib.sha256("".join(images.digests).encode()).hexdigest()
-    return {
+    before = {}
+    if start is not None:
+        record = Path(start.source) / "training.json"
+        earlier = json.loads(record.read_text()) if record.is_file() else {"source": start.source}
+        words |= set(earlier.get("trained_words", ()))
+        before = {"started_from": {k: v for k, v in earlier.items() if not k.endswith("_words")}}
+    whole = {word for word in words if len(tokenizer.tokenize(word)) == 1}
+    return before | {
         "command": "python trainer.py train-pipeline " + " ".join([str(path), *overrides]),
         "images": len(images.items),
         "data": Path(index.root).name,

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from modules.config import PipelineShape, PipelineTraining
+from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.runtime import stream
 
@@ -115,6 +116,15 @@ def build_text_and_unet(
             up_block_types=("CrossAttnUpBlock2D",) * inner + ("UpBlock2D",),
         )
     return text, unet
+
+
+def copy_text_and_unet(pipeline: StableDiffusion) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """The text encoder and UNet of a loaded pipeline as fp32 copies that can be trained on."""
+    text = CLIPTextModel(pipeline.text_encoder.config)
+    unet = UNet2DConditionModel.from_config(pipeline.unet.config)
+    text.load_state_dict(pipeline.text_encoder.state_dict())
+    unet.load_state_dict(pipeline.unet.state_dict())
+    return text.float(), unet.float()
 
 
 class seeded:
@@ -272,10 +282,10 @@ class Captions:
         return self.cache[text]
 
 
-def unet_stage(shape: PipelineShape, recipe: PipelineTraining, tokenizer: CLIPTokenizer, num_objects: int, seed: int):
+def unet_stage(text: CLIPTextModel, unet, recipe: PipelineTraining, num_objects: int, seed: int) -> Stage:
     """The second stage: text encoder and UNet together, with one extra row of the embedding table an object."""
-    text, unet = build_text_and_unet(shape, tokenizer, seed)
-    table = torch.randn(num_objects, shape.text_width, generator=stream(seed, "object rows")) * 0.02
+    width = text.config.hidden_size
+    table = torch.randn(num_objects, width, generator=stream(seed, "object rows")) * 0.02
     modules = {"text_encoder": text, "unet": unet.to(memory_format=torch.channels_last)}
     return Stage(modules, [torch.nn.Parameter(table)], recipe.unet_steps, recipe.unet_lr, recipe, seed)
 

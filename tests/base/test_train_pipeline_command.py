@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from modules import state
 from modules.commands.train_pipeline import command
 from modules.console import Console
-from modules.errors import DataError
+from modules.errors import ConfigError, DataError
 
 SETTINGS = [
     "shape.resolution=16", "shape.vae_channels=[16, 16]", "shape.unet_channels=[16, 16]", "shape.text_width=16",
@@ -71,6 +71,31 @@ def test_a_folder_without_captions_becomes_a_pipeline_and_resumes_exactly(root, 
     assert not (whole / "checkpoints").exists()
     results = json.loads((whole / "results.json").read_text())
     assert results["train.vae_psnr_db"] > 0
+
+
+def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, tmp_path):
+    (tmp_path / "first").mkdir()
+    first = train(root, tmp_path / "first") / "pipeline"
+    further = train(root, tmp_path, f"training.start={first}", "training.unet_steps=2") / "pipeline"
+    vae, unet = ("vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors")
+    assert (first / vae).read_bytes() == (further / vae).read_bytes()
+    assert (first / unet).read_bytes() != (further / unet).read_bytes()
+    configs = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (first, further)]
+    assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]
+    before, after = (json.loads((folder / "training.json").read_text()) for folder in (first, further))
+    assert after["started_from"]["sha256"] == before["sha256"]
+    assert set(before["trained_words"]) <= set(after["trained_words"])
+
+
+def test_a_start_of_another_resolution_or_without_a_part_is_refused(root, tmp_path):
+    (tmp_path / "first").mkdir()
+    first = train(root, tmp_path / "first") / "pipeline"
+    with pytest.raises(ConfigError, match="shape.resolution=16"):
+        train(root, tmp_path, f"training.start={first}", "shape.resolution=8")
+    (first / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "second").mkdir()
+    with pytest.raises(DataError, match="unet"):
+        train(root, tmp_path / "second", f"training.start={first}")
 
 
 def test_images_smaller_than_the_pipeline_are_refused(root, tmp_path):

@@ -121,12 +121,16 @@ def test_unet_stage_resumes_bit_for_bit_and_trains_object_rows(pixels, tokenizer
     def step(stage):
         return training.unet_step(stage, moments, scaling, words, alphas)
 
-    whole = training.unet_stage(SHAPE, TRAINING, tokenizer, words.num_objects, 0)
+    def stage():
+        text, unet = training.build_text_and_unet(SHAPE, tokenizer, 0)
+        return training.unet_stage(text, unet, TRAINING, words.num_objects, 0)
+
+    whole = stage()
     before = whole.extra[0].clone()
     losses = run(whole, step, 4)
-    first = training.unet_stage(SHAPE, TRAINING, tokenizer, words.num_objects, 0)
+    first = stage()
     run(first, step, 2)
-    second = training.unet_stage(SHAPE, TRAINING, tokenizer, words.num_objects, 0)
+    second = stage()
     second.load_state_dict(first.state_dict())
     assert run(second, step, 4) == losses[2:]
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
