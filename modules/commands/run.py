@@ -1,7 +1,4 @@
-"""`trainer.py run CONFIG [section.key=value ...]`: the main verb.
-
-The settings are read before torch and diffusers are, so that a mistake in them is answered at once.
-"""
+"""`trainer.py run CONFIG [section.key=value ...]`: the main verb."""
 
 from modules.settings import load_config
 
