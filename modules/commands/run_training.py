@@ -2,12 +2,17 @@
 
 from functools import partial
 
+import torch
+
 from modules import state as checkpoints
 from modules.commands.job import Job, State
-from modules.errors import StorageError, Terminated
+from modules.errors import OutOfMemory, StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
 from modules.workdir import Workdir
+
+GENERATION_KNOBS = "generation.slots, generation.decode_batch or pipeline.resolution, or set pipeline.dtype=fp16"
+LEARNING_KNOBS = "learning.classes_per_batch, learning.rows_per_class or encoder.width, or set run.precision=bf16"
 
 
 def train(job: Job, state: State, step, progress) -> None:
@@ -15,34 +20,52 @@ def train(job: Job, state: State, step, progress) -> None:
 
     Raises:
         Terminated: SIGTERM came; the state was checkpointed first.
+        StorageError: it came, and the state could not be written.
         NonFinite: an update was refused; a capture was written.
+        OutOfMemory: a step does not fit; the message names the phase and its knobs.
     """
     config, workdir, console = job.config, job.workdir, job.console
-    folder, total = workdir.checkpoints / "contrastive", config.learning.steps
+    total = config.learning.steps
     state.meter.restart_interval()
     begun = _progress_of(state)
     try:
         while state.step < total:
             with termination.whole():
-                step(state)
+                _step_in_memory(state, step)
                 logs = state.step % config.run.log_every == 0 or state.step == total
                 saves = state.step % config.run.checkpoint_every == 0 or state.step == total
                 if logs or saves:
                     state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
                 if logs:
                     row = _metric_row(job, state, begun)
-                    workdir.log(row)
+                    _or_warn(console, workdir.log, row)
                     console.step_row(row, total)
                 progress(state.step, total)
                 if saves:
-                    _save_or_warn(job, state)
+                    _or_warn(console, _save, job, state)
                 if logs or saves:
                     state.meter.restart_interval()
                     begun = _progress_of(state)
     except Terminated:
         state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
-        checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)
+        _save(job, state)
         raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
+
+
+def _step_in_memory(state: State, step) -> None:
+    """One step.
+
+    Raises:
+        OutOfMemory: it does not fit; the batch is never made smaller, because that would be another experiment.
+    """
+    try:
+        step(state)
+    except torch.OutOfMemoryError as error:
+        knobs = GENERATION_KNOBS if state.meter.phase_begun == "generate" else LEARNING_KNOBS
+        raise OutOfMemory(
+            f"step {state.step}, phase {state.meter.phase_begun}: {str(error).splitlines()[0]} Lower {knobs}, under another "
+            "run.name; `trainer.py check` plans the memory part by part"
+        ) from error
 
 
 def _progress_of(state: State) -> tuple[int, int]:
@@ -50,15 +73,17 @@ def _progress_of(state: State) -> tuple[int, int]:
     return state.step, 0 if state.generator is None else state.generator.slots.counts["finished"]
 
 
-def _save_or_warn(job: Job, state: State) -> None:
-    """A checkpoint in passing: a full disk costs this one, not the run, and the older one stays."""
-    run = job.config.run
+def _save(job: Job, state: State) -> None:
+    folder = job.workdir.checkpoints / "contrastive"
+    checkpoints.save_checkpoint(folder, state.step, state.state_dict(), job.config.run.keep_checkpoints)
+
+
+def _or_warn(console, write, *what) -> None:
+    """write(*what) in passing: a full disk costs this checkpoint or row, not the run, and the older checkpoint stays."""
     try:
-        checkpoints.save_checkpoint(
-            job.workdir.checkpoints / "contrastive", state.step, state.state_dict(), run.keep_checkpoints
-        )
+        write(*what)
     except StorageError as error:
-        job.console.warn(str(error))
+        console.warn(str(error))
 
 
 def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
