@@ -4,6 +4,8 @@ from functools import partial
 
 from modules import state as checkpoints
 from modules.commands.job import Job, State
+from modules.commands.machine import choose_overlap
+from modules.commands.timing import named_memory
 from modules.errors import StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
@@ -15,16 +17,19 @@ def train(job: Job, state: State, step, progress) -> None:
 
     Raises:
         Terminated: SIGTERM came; the state was checkpointed first.
+        OutOfMemory: a step does not fit; the settings that make it smaller are named.
         NonFinite: an update was refused; a capture was written.
     """
     config, workdir, console = job.config, job.workdir, job.console
     folder, total = workdir.checkpoints / "contrastive", config.learning.steps
+    choose_overlap(job, state, step)
     state.meter.restart_interval()
     begun = _progress_of(state)
     try:
         while state.step < total:
             with termination.whole():
-                step(state)
+                with named_memory(state):
+                    step(state)
                 logs = state.step % config.run.log_every == 0 or state.step == total
                 saves = state.step % config.run.checkpoint_every == 0 or state.step == total
                 if logs or saves:
@@ -39,6 +44,7 @@ def train(job: Job, state: State, step, progress) -> None:
                 if logs or saves:
                     state.meter.restart_interval()
                     begun = _progress_of(state)
+        state.overlap.join()
     except Terminated:
         state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
         checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)

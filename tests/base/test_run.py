@@ -48,7 +48,7 @@ def test_a_run_directory_holds_what_is_promised_and_nothing_else(arm):
     folders = {path.split("/")[1].rsplit("-", 1)[0] for path in tokens if path.endswith("learned_embeds.safetensors")}
     assert folders == set(COLORS)
     assert len(tokens) == len(COLORS) + 1 and "tokens/report.json" in tokens
-    assert files - tokens == ALWAYS | {"recipes.json"}
+    assert files - tokens == ALWAYS | {"recipes.json", "machine.json"}
 
 
 @pytest.mark.parametrize("arm", ["supcon", "cross_entropy", "jigsaw_roundtrip"])
