@@ -168,4 +168,4 @@ def _write(job: Job, **choices) -> None:
 
 
 def _device_name(job: Job) -> str:
-    return torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu"
+    return job.runtime.device.reason if job.device.type == "cuda" else "cpu"  # the reason names the card
