@@ -9,6 +9,7 @@ data -> tokens -> contrastive -> probe -> evaluate -> report.
 
 import importlib
 import sys
+from functools import partial
 
 VERBS = {  # verb -> (module below modules.commands, one line of help)
     "run": ("run", "CONFIG [section.key=value ...]   train, probe, evaluate, report; again: go on, or show the result"),
@@ -34,9 +35,10 @@ def step(state) -> None:
     log = (state.step + 1) % config.run.log_every == 0 or state.step + 1 == config.learning.steps
     with phase("generate"):
         if state.generator is not None:
-            state.generator.advance(state.step)
+            state.overlap.generate(partial(state.generator.advance, state.step))
     with phase("mix"):
         batch = state.mixer.batch(state.step)
+        state.overlap.launch()  # in stream mode generation starts here, beside the rest of the step
     with phase("augment"):
         views = two_views(batch.images_BHWC, seed=config.run.seed, step=state.step, learning=config.learning)
     with phase("encode"), state.autocast():

@@ -28,12 +28,10 @@ class Meter:
         self._interval_start = time.perf_counter()
         self._pending: deque = deque()
         self._stage: tuple[str, float] | None = None  # the stage under way and when it began
-        self.phase_begun = ""  # the last one, which an error came from
 
     @contextmanager
     def phase(self, name: str):
         """Attribute what runs inside to `name`."""
-        self.phase_begun = name
         with torch.profiler.record_function(name):
             if self.on_gpu:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -11,13 +11,15 @@ from modules.data.mixer import Mixer
 from modules.data.sets import ImageSets
 from modules.data.views import plain_view
 from modules.diffusion.generator import Generator
+from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.presets import Plan
 from modules.diffusion.slots import Sources
 from modules.errors import DataError
 from modules.learning.geometry import CollapseAlarm
 from modules.meter import Meter
 from modules.optim import Optimizer
-from modules.runtime import environment, resolve_runtime
+from modules.runtime import Choice, environment, resolve_runtime
 from modules.settings import flatten
 from modules.workdir import Workdir
 
@@ -31,10 +33,12 @@ class Job:
     console: object
     sets: ImageSets | None = None
     pipeline: StableDiffusion | None = None
+    plan: Plan | None = None  # what the preset makes of the settings of generation
     tokens: object = None
     sources: Sources | None = None
     judge: object = None
     inversion_rows: list[dict] = field(default_factory=list)
+    choices: dict[str, Choice] = field(default_factory=dict)  # how this machine generates, see `machine`
     card: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -70,6 +74,7 @@ class State:
     average: object  # averaged encoder, or None
     alarm: CollapseAlarm
     inputs: dict[str, str]  # setting -> sha256 of the files it names
+    overlap: Overlap  # where the generation of a step runs
     step: int = 0
     forward_rows: int = 0  # views that went through the encoder
     logs: dict = field(default_factory=dict)  # device tensors of the last step
@@ -89,6 +94,7 @@ class State:
         return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}
 
     def state_dict(self) -> dict:
+        self.overlap.join()
         own = {"step": self.step, "forward_rows": self.forward_rows, "inputs": self.inputs}
         return own | {name: part.state_dict() for name, part in self._parts().items()}
 
@@ -98,6 +104,7 @@ class State:
         Raises:
             DataError: images or pipeline are not those that the state was reached with.
         """
+        self.overlap.join()
         for name, digest in self.inputs.items():
             if tree["inputs"].get(name) != digest:
                 raise DataError(

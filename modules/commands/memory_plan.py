@@ -5,12 +5,11 @@ Working memory (what a call holds while it runs) is counted on the meta device; 
 one counts, unless generation overlaps training.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from modules.commands import costs
 from modules.commands.job import Job
 from modules.diffusion.conditioning import tokens_digest
-from modules.diffusion.presets import plan
 from modules.diffusion.recipes import Recipes
 from modules.learning.encoder import build_encoder
 from modules.rules import generated_rows
@@ -150,16 +149,15 @@ def _generation_parts(job: Job) -> list[Part]:
 def job_recipes(job: Job) -> Recipes:
     """The sequence of images a run with this job's settings makes."""
     masks, pipeline = job.sources.masks_DHW, job.pipeline
-    planned = plan(job.config.pipeline.preset, job.config.generation, pipeline, bool(job.config.pipeline.resolution))
     return Recipes(
-        replace(job.config.generation, guidance_scale=planned.guidance_scale),
+        job.plan.settings(job.config.generation),
         job.config.near_ood,
-        planned.grid(pipeline.scheduler),
+        job.plan.grid(pipeline.scheduler),
         job.sets.labels_D.tolist(),
         len(job.sets.index.classes),
         seed=job.config.run.seed,
         resolution=pipeline.resolution,
-        preset=planned.preset,
+        preset=job.plan.preset,
         pipeline=pipeline.digest,
         tokens=tokens_digest(None if job.tokens is None else job.tokens.vectors_CKE.float()),
         has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),

@@ -2,17 +2,14 @@
 
 from functools import partial
 
-import torch
-
 from modules import state as checkpoints
 from modules.commands.job import Job, State
-from modules.errors import OutOfMemory, StorageError, Terminated
+from modules.commands.machine import choose_overlap
+from modules.commands.timing import named_memory
+from modules.errors import StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
 from modules.workdir import Workdir
-
-GENERATION_KNOBS = "generation.slots, generation.decode_batch or pipeline.resolution, or set pipeline.dtype=fp16"
-LEARNING_KNOBS = "learning.classes_per_batch, learning.rows_per_class or encoder.width, or set run.precision=bf16"
 
 
 def train(job: Job, state: State, step, progress) -> None:
@@ -21,17 +18,19 @@ def train(job: Job, state: State, step, progress) -> None:
     Raises:
         Terminated: SIGTERM came; the state was checkpointed first.
         StorageError: it came, and the state could not be written.
+        OutOfMemory: a step does not fit; the settings that make it smaller are named.
         NonFinite: an update was refused; a capture was written.
-        OutOfMemory: a step does not fit; the message names the phase and its knobs.
     """
     config, workdir, console = job.config, job.workdir, job.console
     total = config.learning.steps
+    choose_overlap(job, state, step)
     state.meter.restart_interval()
     begun = _progress_of(state)
     try:
         while state.step < total:
             with termination.whole():
-                _step_in_memory(state, step)
+                with named_memory(state):
+                    step(state)
                 logs = state.step % config.run.log_every == 0 or state.step == total
                 saves = state.step % config.run.checkpoint_every == 0 or state.step == total
                 if logs or saves:
@@ -46,26 +45,11 @@ def train(job: Job, state: State, step, progress) -> None:
                 if logs or saves:
                     state.meter.restart_interval()
                     begun = _progress_of(state)
+        state.overlap.join()
     except Terminated:
         state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
         _save(job, state)
         raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
-
-
-def _step_in_memory(state: State, step) -> None:
-    """One step.
-
-    Raises:
-        OutOfMemory: it does not fit; the batch is never made smaller, because that would be another experiment.
-    """
-    try:
-        step(state)
-    except torch.OutOfMemoryError as error:
-        knobs = GENERATION_KNOBS if state.meter.phase_begun == "generate" else LEARNING_KNOBS
-        raise OutOfMemory(
-            f"step {state.step}, phase {state.meter.phase_begun}: {str(error).splitlines()[0]} Lower {knobs}, under another "
-            "run.name; `trainer.py check` plans the memory part by part"
-        ) from error
 
 
 def _progress_of(state: State) -> tuple[int, int]:

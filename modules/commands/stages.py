@@ -12,14 +12,16 @@ import torch
 from kernels import backend
 from modules import state as checkpoints
 from modules.commands.job import Job, State
+from modules.commands.machine import build_generator
 from modules.data.duplicates import describe_duplicates, near_duplicates
 from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
 from modules.data.sets import load_sets, load_sources
 from modules.diffusion import tokens as token_files
-from modules.diffusion.generator import Generator
 from modules.diffusion.inversion import Inversion, token_cache_key
+from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline
+from modules.diffusion.presets import plan
 from modules.diffusion.prompts import check_prompts, trained_words
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
@@ -36,6 +38,7 @@ from modules.rules import generated_rows, generates
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
+VAE_CHECK_IMAGES = 2  # train images whose latents and pixels must be finite before anything is learned from them
 
 
 def load_data(job: Job, progress) -> None:
@@ -64,10 +67,13 @@ def learn_tokens(job: Job, progress) -> None:
         job.console.line("  no generated rows: nothing to learn")
         return
     job.pipeline = pipeline = load_pipeline(config.pipeline, job.device, job.runtime.pipeline_dtype.value)
+    job.plan = plan(config.pipeline.preset, config.generation, pipeline, bool(config.pipeline.resolution))
+    pipeline.resolution = job.plan.resolution
     words = trained_words(pipeline.source)
     check_prompts(config.generation.templates, config.generation.conditions, words)
     stored = load_sources(sets, config.data, pipeline.resolution, masks=sets.train.masks_DHW is not None)
     pixels = stored.pixels_DHWC.to(job.device)
+    pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
     moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
     job.sources = Sources(moments, pixels, masks)
@@ -151,16 +157,13 @@ def build(job: Job, progress) -> State:
         optimizer=Optimizer(encoder, learning, rows, loss_scaling=precision == torch.float16),
         average=build_average(encoder, learning.ema_decay),
         alarm=CollapseAlarm(learning.warmup_steps),
+        overlap=Overlap("sequential", device),
         inputs={"data.root": sets.digest} | ({"pipeline.path": job.pipeline.digest} if job.pipeline else {}),
     )
     for warning in state.mixer.warnings:
         job.console.warn(warning)
     if job.pipeline is not None:
-        masks = job.sources.masks_DHW
-        state.generator = Generator(
-            config, job.pipeline, job.tokens, job.sources, train, sets.labels_D.tolist(), num_classes, reservoir,
-            embed=state.embed, has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
-        )  # fmt: skip
+        state.generator = build_generator(job, state, train, reservoir)
     job.card = run_card(job, rows)
     job.console.card(f"run {job.workdir.path}", job.card)
     encoder.train()
@@ -211,16 +214,18 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
     ]
     if job.pipeline is None:
         return [*card, ("generation", "off", "generation.synthetic_fraction is 0")]
-    needed = generated_rows(config)
+    needed, plan, choices = generated_rows(config), job.plan, job.choices
     reuse = needed / generation.images_per_step if generation.images_per_step else 0
     dtype = str(runtime.pipeline_dtype.value).removeprefix("torch.")
     return [
         *card,
         ("pipeline", config.pipeline.path, f"{job.pipeline.resolution} px, {dtype}: {runtime.pipeline_dtype.reason}"),
+        *(("pipeline note", note, "read from its files") for note in job.pipeline.notes),
         ("generation", f"{generation.images_per_step:g} images a step",
          f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times"),
-        ("solver", f"{generation.solver}, {generation.num_inference_steps} steps",
-         f"guidance {generation.guidance_scale:g}, {generation.slots} slots"),
+        ("preset", plan.preset, "; ".join(plan.reasons)),
+        ("solver", f"{plan.solver}, {plan.num_inference_steps} steps", f"guidance {plan.guidance_scale:g}"),
+        *((name.replace("_", " "), str(choice.value), choice.reason) for name, choice in choices.items()),
         ("positives", str(generation.strengths), "strength: weight"),
         ("near-OOD", str(config.near_ood.recipes), f"{100 * generation.near_ood_fraction:.0f} % of generated images"),
     ]  # fmt: skip

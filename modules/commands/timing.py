@@ -62,7 +62,7 @@ def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Ti
         OutOfMemory: with the phase and the settings that make it smaller.
     """
     meter = state.meter
-    with _named_memory(state), parts_timed(state):
+    with named_memory(state), parts_timed(state):
         for _ in range(warmup):
             step(state)
         synchronize(state)
@@ -161,7 +161,8 @@ def _measured(method, meter, name: str):
 
 
 @contextmanager
-def _named_memory(state: State):
+def named_memory(state: State):
+    """Inside, memory that runs out becomes an OutOfMemory error that names what to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -12,7 +12,6 @@ from modules.commands.preparation import load_generation, variant
 from modules.commands.timing import Timing, copied, time_steps, window
 from modules.commands.tune_choice import Row
 from modules.config import Config
-from modules.diffusion.presets import plan
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.evaluation.metrics import ood_metrics
@@ -134,8 +133,7 @@ def _candidates(
         own = variant(job, changes)
         if preset != job.config.pipeline.preset:
             load_generation(own, _silent, learn=quality > 0)
-        planned = plan(preset, own.config.generation, own.pipeline, bool(own.config.pipeline.resolution))
-        job.console.line(f"  preset {preset}: {'; '.join(planned.reasons)}")
+        job.console.line(f"  preset {preset}: {'; '.join(own.plan.reasons)}")
         state = stages.build(own, _silent)
     except REFUSALS as error:
         return {}, refused | dict.fromkeys(configs, str(error))

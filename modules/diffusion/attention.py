@@ -149,6 +149,7 @@ def tune(
     timer: Callable[[Callable[[], object]], float],
     asked: str = "auto",
     candidates: tuple[str, ...] = BACKENDS,
+    kept: dict[str, str] | None = None,
 ) -> list[Timing]:
     """Time backends on each attention shape that `call` meets in the UNet, and set the fastest; returns all timings.
 
@@ -157,6 +158,7 @@ def tune(
         timer: milliseconds of a function.
         asked: auto times the candidates; a name sets that backend everywhere.
         candidates: what auto chooses from; on a CPU the caller has none to offer but sdpa.
+        kept: backend by shape as `chosen` returned it before; it is taken again.
 
     Raises:
         ConfigError: the named backend refuses a shape of this UNet (with its reason).
@@ -170,7 +172,8 @@ def tune(
         processor.seen = None
     inputs = {_shape(q, k): (q, k, v) for _, q, k, v in seen}
     candidates = candidates if asked == "auto" else (asked,)
-    timings = [_time(shape, name, qkv, timer) for shape, qkv in inputs.items() for name in candidates]
+    names = {shape: [kept[_name(shape)]] if kept and _name(shape) in kept else candidates for shape in inputs}
+    timings = [_time(shape, name, qkv, timer) for shape, qkv in inputs.items() for name in names[shape]]
     for processor, q, k, _ in seen:
         working = [t for t in timings if t.shape == _shape(q, k) and t.ms is not None]
         if not working:
@@ -181,6 +184,30 @@ def tune(
             )
         processor.backend = min(working, key=lambda t: t.ms).backend
     return timings
+
+
+def chosen(timings: list[Timing]) -> dict[str, str]:
+    """The backend `tune` took at each shape, by a name of the shape that JSON can hold."""
+    best: dict[str, Timing] = {}
+    for t in timings:
+        if t.ms is not None and (_name(t.shape) not in best or t.ms < best[_name(t.shape)].ms):
+            best[_name(t.shape)] = t
+    return {name: t.backend for name, t in best.items()}
+
+
+def describe(timings: list[Timing]) -> list[str]:
+    """A line for each shape: every backend with its time, or why it refused, the fastest first."""
+    lines = []
+    for shape in dict.fromkeys(t.shape for t in timings):
+        tried = sorted((t for t in timings if t.shape == shape), key=lambda t: (t.ms is None, t.ms or 0.0))
+        times = [f"{t.backend} {t.ms:.3f} ms" if t.ms is not None else f"{t.backend} no ({t.reason})" for t in tried]
+        rows, tokens, keys, heads, width = shape
+        lines.append(f"attention, {rows} rows of {tokens} x {keys}, {heads} heads of {width}: {', '.join(times)}")
+    return lines
+
+
+def _name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _shape(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[int, int, int, int, int]:

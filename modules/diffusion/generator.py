@@ -3,6 +3,8 @@
 Nothing here touches a file, PIL or numpy: train moments in, uint8 rows of the reservoir out.
 """
 
+import math
+
 import torch
 
 from kernels.pixels import pixels
@@ -10,17 +12,19 @@ from modules.config import Config
 from modules.data.reservoir import Entry, Reservoir
 from modules.diffusion.conditioning import Conditioning
 from modules.diffusion.controller import Controller
+from modules.diffusion.fit import fit_slots
 from modules.diffusion.gate import Gate
 from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.presets import Plan
 from modules.diffusion.recipes import Recipes
 from modules.diffusion.requests import Request
-from modules.diffusion.schedule import time_grid
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
 from modules.errors import ConfigError
 
 EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
 PREFILL_PATIENCE = 40  # images made per image wanted before prefill gives up
+SHARE_IMAGES = 200  # first images of a run, over which the share of guided steps is counted
 
 
 class Generator:
@@ -30,6 +34,7 @@ class Generator:
         self,
         config: Config,
         pipeline: StableDiffusion,
+        plan: Plan,
         tokens: Tokens | None,
         sources: Sources,
         train_DHWC: torch.Tensor,
@@ -40,32 +45,37 @@ class Generator:
         embed=None,
         has_mask: list[bool] | None = None,
     ):
-        """A generator with empty slots.
+        """A generator with empty slots; `sizes` holds how many slots and latents a decode fit, with reasons.
 
         Args:
+            plan: what the preset makes of config section `generation`.
             tokens: learned class tokens; None: prompts use the initializer word.
             sources: the train split as generation starts from it.
             train_DHWC: the same images as stored for training, uint8, on the device.
             embed: features of stored images by the learner, for gate and controller.
+
+        Raises:
+            OutOfMemory: not even one slot, or the decode of one image, fits.
         """
         self.config, self.reservoir, self.embed = config, reservoir, embed
+        self.pipeline, self.sources, self.plan = pipeline, sources, plan
         self.train_DHWC, self.labels, self.num_classes = train_DHWC, labels, num_classes
-        generation, seed = config.generation, config.run.seed
+        generation, seed = plan.settings(config.generation), config.run.seed
         self.now = 0
         self.provenance: dict[int, Request] = {}  # of the images that the reservoir holds, by index
-        grid = time_grid(pipeline.scheduler, generation.solver, generation.num_inference_steps)
+        self.grid = plan.grid(pipeline.scheduler)
         bank = PromptBank(pipeline, tokens, config.inversion.initializer)
         self.conditioning = Conditioning(bank, seed)
         self.controller = Controller(config.controller, num_classes) if config.controller.enabled else None
         self.recipes = Recipes(
             generation,
             config.near_ood,
-            grid,
+            self.grid,
             labels,
             num_classes,
             seed=seed,
             resolution=pipeline.resolution,
-            preset=config.pipeline.preset,
+            preset=plan.preset,
             pipeline=pipeline.digest,
             tokens=self.conditioning.tokens,
             has_mask=has_mask,
@@ -81,19 +91,7 @@ class Generator:
             embed=embed if judged else None,
             observe=self.controller.observe if self.controller else None,
         )
-        self.slots = Slots(
-            pipeline,
-            sources,
-            [grid],
-            self.recipes.request,
-            self.conditioning,
-            self.gate.finish,
-            seed=seed,
-            slots=generation.slots,
-            decode_batch=generation.decode_batch,
-            empty_TE=self.conditioning.empty() if self.recipes.guided else None,
-            masked=self.recipes.masked,
-        )
+        self.slots, *self.sizes = fit_slots(self._engine, generation.slots, generation.decode_batch)
 
     def store(self, decoded_N3HW: torch.Tensor) -> torch.Tensor:
         """Decoded pixels as the reservoir keeps them: uint8 [N, size, size, 3] by one antialiased resize."""
@@ -164,6 +162,37 @@ class Generator:
         for name in ("slots", "gate", "reservoir", "controller"):
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
+
+    def _engine(self, slots: int, decode_batch: int) -> Slots:
+        return Slots(
+            self.pipeline,
+            self.sources,
+            [self.grid],
+            self.recipes.request,
+            self.conditioning,
+            self.gate.finish,
+            seed=self.config.run.seed,
+            slots=slots,
+            decode_batch=decode_batch,
+            empty_TE=self.conditioning.empty() if self.recipes.guided else None,
+            unconditional_rows=self._unconditional_rows(slots),
+            masked=self.recipes.masked,
+            kv_cache_gib=self.config.generation.kv_cache_gib,
+        )
+
+    def _unconditional_rows(self, slots: int) -> int | None:
+        """Rows of a UNet call for guidance where it ends early: the share of steps that are guided, and one to spare.
+
+        None: as the slots themselves say, a row for each of them or none at all.
+        """
+        if self.plan.guided_steps >= self.plan.num_inference_steps or self.pipeline.guidance_embedding_width:
+            return None
+        if not self.recipes.guided:
+            return None
+        requests = [self.recipes.request(index) for index in range(SHARE_IMAGES)]
+        guided = sum(max(0, r.guided_steps - r.start) for r in requests if r.denoises and r.guidance_scale != 1)
+        share = guided / max(1, sum(r.cost for r in requests))
+        return min(slots, math.ceil(share * slots) + 1)
 
     def _accept(self, stored_NHWC: torch.Tensor, requests: list[Request]) -> None:
         entries = [Entry(r.label, r.is_ood, r.source, r.recipe, self.now, r.image_index) for r in requests]

@@ -5,7 +5,7 @@ where it changes least. faster adds a tiny decoder and a smaller image. turbo is
 The lossy ones have to pass a quality gate (benchmarks/quality.py) before a figure of theirs is quoted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import Grid, time_grid
@@ -32,6 +32,15 @@ class Plan:
     def grid(self, scheduler: dict) -> Grid:
         """The plan's time grid on a pipeline's scheduler config."""
         return time_grid(scheduler, self.solver, self.num_inference_steps, self.guided_steps)
+
+    def settings(self, generation):
+        """Config section `generation` as the plan runs it."""
+        return replace(
+            generation,
+            solver=self.solver,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+        )
 
 
 def plan(preset: str, generation, pipeline: StableDiffusion, resolution_is_set: bool = False) -> Plan:

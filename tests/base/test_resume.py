@@ -260,15 +260,14 @@ def test_a_disk_that_takes_nothing_ends_the_run_with_its_code_and_the_old_checkp
     assert_equal_to_never_having_stopped("fuller", finished_run(ARM))
 
 
-def test_a_step_that_does_not_fit_names_the_phase_and_the_knobs(capsys):
+def test_a_step_that_does_not_fit_ends_with_its_code(capsys):
     def exhaust():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore advice")
 
     with in_the_middle_of(STOP, exhaust):
         assert go("memory") == 4
     err = capsys.readouterr().err
-    assert err.startswith(f"error: step {STOP}, phase mix: CUDA out of memory. Tried to allocate 20.00 GiB. Lower ")
-    assert "learning.classes_per_batch" in err and len(err.splitlines()) == 1
+    assert "Tried to allocate 20.00 GiB" in err and "learning.classes_per_batch" in err and len(err.splitlines()) == 1
 
 
 def test_sigterm_on_a_full_disk_says_that_the_last_save_failed(capsys):

@@ -48,7 +48,7 @@ def test_a_run_directory_holds_what_is_promised_and_nothing_else(arm):
     folders = {path.split("/")[1].rsplit("-", 1)[0] for path in tokens if path.endswith("learned_embeds.safetensors")}
     assert folders == set(COLORS)
     assert len(tokens) == len(COLORS) + 1 and "tokens/report.json" in tokens
-    assert files - tokens == ALWAYS | {"recipes.json"}
+    assert files - tokens == ALWAYS | {"recipes.json", "machine.json"}
 
 
 @pytest.mark.parametrize("arm", ["supcon", "cross_entropy", "jigsaw_roundtrip"])
@@ -178,7 +178,7 @@ def test_a_finished_run_shows_its_result_and_changes_nothing(capsys):
 def test_training_inversion_and_generation_are_handed_the_train_split_only():
     path = write_config(shared_folder(), "spied", learning={"steps": 1, "warmup_steps": 0})
     config, origins = load_config(path, [f"run.cache_dir={shared_folder() / 'cache-of-spied'}"])
-    names = ("Mixer", "Inversion", "Generator", "Sources", "load_judge")
+    names = ("Mixer", "Inversion", "build_generator", "Sources", "load_judge")
     spies = {name: mock.Mock(wraps=getattr(stages, name)) for name in names}
     with mock.patch.multiple(stages, **spies):
         trainer.run(config, origins, Console(io.StringIO()))
@@ -186,7 +186,7 @@ def test_training_inversion_and_generation_are_handed_the_train_split_only():
     assert len(train.items) == TRAIN and {item.split for item in train.items} == {"train"}
     assert [spies[name].call_count for name in names] == [1] * len(names)
     mixer, inversion, generator, sources, judge = (spies[name].call_args.args for name in names)
-    for pixels in (mixer[0], generator[4], sources[1], judge[0]):
+    for pixels in (mixer[0], generator[2], sources[1], judge[0]):
         assert torch.equal(pixels, train.pixels_DHWC)
     assert inversion[1].shape[1] == len(sources[0]) == TRAIN
     assert torch.equal(inversion[1][0], sources[0])

@@ -12,7 +12,10 @@ from modules.diffusion.attention import (
     BACKENDS,
     KeyValueCache,
     SlotAttention,
+    Timing,
     attend,
+    chosen,
+    describe,
     install,
     layers_of,
     text_key_values,
@@ -142,8 +145,33 @@ def test_the_tuner_sets_the_fastest_backend_of_each_shape(monkeypatch):
     found = tune(unet, lambda: run(unet), Timer(monkeypatch, speed), candidates=("sdpa", "xformers"))
     refused = {t.shape[-1]: t.reason for t in found if t.ms is None}
     assert refused == {8: "head width 8 is not supported"}
-    chosen = {layer.processor.backend: layer.to_q.out_features // layer.heads for layer in layers_of(unet)}
-    assert chosen == {"xformers": 4, "sdpa": 8}
+    taken = {layer.processor.backend: layer.to_q.out_features // layer.heads for layer in layers_of(unet)}
+    assert taken == {"xformers": 4, "sdpa": 8}
+
+
+def test_what_was_chosen_is_taken_again_without_looking_at_the_others(monkeypatch):
+    unet = build_parts()["unet"]
+    install(unet)
+    fake_xformers(monkeypatch, sdpa_in_its_layout)
+    speed, backends = {"sdpa": 2.0, "xformers": 1.0}, ("sdpa", "xformers")
+    kept = chosen(tune(unet, lambda: run(unet), Timer(monkeypatch, speed), candidates=backends))
+    assert set(kept.values()) == {"xformers"} and "3x16x77x4x8" in kept
+    faster = {"sdpa": 1.0, "xformers": 2.0}
+    kept |= {"3x16x77x4x8": "sdpa"}
+    again = tune(unet, lambda: run(unet), Timer(monkeypatch, faster), candidates=backends, kept=kept)
+    assert chosen(again) == kept and len(again) == len(kept)
+
+
+def test_timings_are_told_a_line_a_shape_the_fastest_first():
+    shape = (4, 64, 77, 8, 40)
+    found = [
+        Timing(shape, "sdpa", 2.0, ""),
+        Timing(shape, "xformers", None, "no CUDA"),
+        Timing(shape, "sdpa_flash", 1.0, ""),
+    ]
+    assert describe(found) == [
+        "attention, 4 rows of 64 x 77, 8 heads of 40: sdpa_flash 1.000 ms, sdpa 2.000 ms, xformers no (no CUDA)"
+    ]
 
 
 class Timer:

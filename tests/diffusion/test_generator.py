@@ -6,6 +6,7 @@ import torch
 from modules.config import Config
 from modules.data.reservoir import Reservoir
 from modules.diffusion.generator import Generator
+from modules.diffusion.presets import plan
 from modules.diffusion.slots import Sources
 from modules.errors import ConfigError
 from modules.settings import with_settings
@@ -39,7 +40,18 @@ def build(embed=None, **settings) -> Generator:
     generation = config.generation
     reservoir = Reservoir(CLASSES, generation.ring_size, SIZE, "cpu", generation.max_uses, generation.max_age)
     sources = Sources(pipeline.encode_moments(pixels), pixels)
-    return Generator(config, pipeline, None, sources, stored, LABELS, CLASSES, reservoir, embed=embed)
+    return Generator(
+        config,
+        pipeline,
+        plan(config.pipeline.preset, config.generation, pipeline),
+        None,
+        sources,
+        stored,
+        LABELS,
+        CLASSES,
+        reservoir,
+        embed=embed,
+    )
 
 
 def embed(images_NHWC: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,171 @@
+"""How a run generates on this machine: what fits, which attention, compiled or not, beside the learner or before it.
+
+Each choice is made once, on idle slots or on copies of the state, written to `machine.json` with its reason, and taken
+again when the run goes on on the same device: a run that was stopped goes on with the engine it had.
+"""
+
+import copy
+import json
+import math
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from modules.commands.job import Job, State
+from modules.commands.timing import copied, named_memory, time_steps, window
+from modules.data.reservoir import Reservoir
+from modules.data.views import two_views
+from modules.diffusion import attention
+from modules.diffusion.capture import accelerate
+from modules.diffusion.generator import Generator
+from modules.diffusion.overlap import Overlap, choose_mode
+from modules.errors import OutOfMemory
+from modules.meter import Meter, timer
+from modules.rules import generated_rows
+from modules.runtime import Choice
+from modules.settings import with_settings
+
+FILE = "machine.json"
+CALIBRATION_STEPS = 8  # joint steps timed in each overlap mode, at least
+ATTENTION_REPEATS = 5  # of which the median counts
+
+
+def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir: Reservoir) -> Generator:
+    """The generator of a job with empty slots, fitted, tuned and accelerated; its choices stand in `job.choices`.
+
+    Raises:
+        OutOfMemory: not even one slot fits beside the learner, or fewer than the run had when it was stopped.
+        ConfigError: a recipe or an attention backend that cannot be used here.
+    """
+    kept, masks = _read(job), job.sources.masks_DHW
+    asked = {name: kept[name][0] for name in ("slots", "decode_batch") if name in kept}
+    with _room_for_learner(job, state, train_DHWC):
+        generator = Generator(
+            with_settings(job.config, {f"generation.{name}": value for name, value in asked.items()}),
+            job.pipeline,
+            job.plan,
+            job.tokens,
+            job.sources,
+            train_DHWC,
+            job.sets.labels_D.tolist(),
+            len(job.sets.index.classes),
+            reservoir,
+            embed=state.embed,
+            has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+        )
+    sizes = dict(zip(("slots", "decode_batch"), generator.sizes, strict=True))
+    for name, value in asked.items():
+        if sizes[name].value != value:
+            raise OutOfMemory(
+                f"this run was begun with generation.{name} {value}, and now only {sizes[name].value} fit beside what "
+                "else the device holds; free its memory and start the same command again"
+            )
+        sizes[name] = Choice(*kept[name])
+    job.choices = sizes | {
+        "attention": _tune_attention(job, generator, kept.get("backends", {})),
+        "tick": accelerate(generator.slots, job.config.pipeline.compile),
+    }
+    _write(job, **{name: [choice.value, choice.reason] for name, choice in job.choices.items()})
+    return generator
+
+
+def choose_overlap(job: Job, state: State, step) -> None:
+    """Give a state the overlap mode of its run: kept from before, or measured now on copies.
+
+    Raises:
+        ConfigError: generation.mode asks for a mode that cannot run here.
+    """
+    if state.generator is None:
+        return
+    kept = _read(job).get("mode")
+    choice = Choice(*kept) if kept else None
+    if choice is None:
+        judged = job.config.gate.enabled or job.config.controller.enabled
+
+        def measure(mode: str) -> float:
+            with unchanged(state, Overlap(mode, job.device)) as trial:
+                return time_steps(trial, step, window(trial, CALIBRATION_STEPS)).step_ms
+
+        choice = choose_mode(job.config.generation.mode, job.device, measure, judged)
+        _write(job, mode=[choice.value, choice.reason])
+    state.overlap = Overlap(choice.value, job.device)
+    job.choices["mode"] = choice
+    job.console.line(f"  generation and training: {choice.value} ({choice.reason})")
+
+
+@contextmanager
+def unchanged(state: State, overlap: Overlap):
+    """A trial state over the same parts, with a meter of its own; what it does to them is undone at the end."""
+    trial = replace(state, meter=Meter(next(state.encoder.parameters()).device), overlap=overlap)
+    before = copied(trial.state_dict())
+    try:
+        yield trial
+    finally:
+        trial.load_state_dict(before)
+
+
+@contextmanager
+def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
+    """Inside, as much memory is held as a training step of the encoder takes: slots must fit beside it.
+
+    On a CPU nothing is held: there the system's memory is not a fixed bound.
+    """
+    if job.device.type != "cuda":
+        yield
+        return
+    with named_memory(state):
+        held = torch.empty(_learner_bytes(state, train_DHWC), dtype=torch.uint8, device=job.device)
+    try:
+        yield
+    finally:
+        del held
+
+
+def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
+    """Peak device memory of a training step beside what is held before it, measured on a copy of the encoder."""
+    config, learning = state.config, state.config.learning
+    rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
+    rows += math.ceil(generated_rows(config))
+    encoder = copy.deepcopy(state.encoder).train()
+    images = train_DHWC[:1].expand(rows, -1, -1, -1).contiguous()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    views = two_views(images, seed=config.run.seed, step=0, learning=learning)
+    with state.autocast():
+        outputs = encoder(views, state.objective.output, [False] * rows)
+    outputs.float().square().mean().backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _tune_attention(job: Job, generator: Generator, kept: dict[str, str]) -> Choice:
+    """Set the attention backend of every layer, and say which were taken; each shape's times are printed."""
+    asked, unet, tick = job.config.pipeline.attention, job.pipeline.unet, generator.slots.in_flight
+    if asked in ("auto", "sdpa") and job.device.type != "cuda":
+        return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: a CPU has one backend")
+    measure = timer(job.device)
+    timings = attention.tune(unet, tick.step, lambda work: measure(work, ATTENTION_REPEATS), asked, kept=kept)
+    _write(job, backends=attention.chosen(timings))
+    for line in attention.describe(timings):
+        job.console.line(f"  {line}")
+    taken = Counter(layer.processor.backend for layer in attention.layers_of(unet))
+    value = ", ".join(f"{name} in {count} layers" for name, count in taken.most_common())
+    if kept:
+        return Choice(value, "as this run chose before")
+    return Choice(value, "the fastest at each shape" if asked == "auto" else "pipeline.attention")
+
+
+def _read(job: Job) -> dict:
+    """The choices this run made on this device before; none on another one."""
+    path = job.workdir.path / FILE
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("device") == _device_name(job) else {}
+
+
+def _write(job: Job, **choices) -> None:
+    job.workdir.write_json(FILE, _read(job) | {"device": _device_name(job)} | choices)
+
+
+def _device_name(job: Job) -> str:
+    return job.runtime.device.reason if job.device.type == "cuda" else "cpu"  # the reason names the card

@@ -1,0 +1,180 @@
+"""How a run generates on this machine: every choice is made once, written down with its reason, and taken again."""
+
+import dataclasses
+import io
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import trainer
+from modules.commands import machine, stages
+from modules.commands.job import Job
+from modules.console import Console
+from modules.diffusion.overlap import Overlap
+from modules.errors import ConfigError, DataError, OutOfMemory
+from modules.runtime import Choice
+from modules.workdir import Workdir
+from tests.base.tinyset import tiny_config
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def built(folder, **sections):
+    """(job, state) of the tiny run before step 0, and all that was printed."""
+    config, origins = tiny_config(folder, **sections)
+    workdir, text = Workdir(config, origins), io.StringIO()
+    try:
+        job = Job(config, workdir, Console(text))
+        with job.stage("data") as progress:
+            stages.load_data(job, progress)
+        with job.stage("tokens") as progress:
+            stages.learn_tokens(job, progress)
+        with job.stage("contrastive") as progress:
+            yield job, stages.build(job, progress), text
+    finally:
+        workdir.close()
+
+
+def equal(first, second) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def test_choices_stand_in_the_card_and_in_a_file_with_their_reasons(tmp_path):
+    with built(tmp_path) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        card = {name: (value, reason) for name, value, reason in job.card}
+        kept = json.loads((job.workdir.path / machine.FILE).read_text())
+    assert card["slots"] == ("4", "generation.slots") and card["decode batch"] == ("3", "generation.decode_batch")
+    assert card["attention"] == ("sdpa", "auto: a CPU has one backend")
+    assert card["tick"] == ("eager", "auto: compiling pays on a GPU only")
+    assert card["preset"] == ("exact", "as configured")
+    assert kept["device"] == "cpu" and kept["slots"] == [4, "generation.slots"]
+    assert kept["mode"] == ["sequential", "auto: a CPU has no streams"] and state.overlap.mode == "sequential"
+
+
+def test_what_was_chosen_before_is_taken_again_and_said(tmp_path, monkeypatch):
+    with built(tmp_path) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        path = job.workdir.path / machine.FILE
+    kept = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(kept | {"slots": [2, "generation.slots 4 ran out of memory"], "mode": ["sequential", "x"]})
+    )
+    with built(tmp_path) as (job, state, text):
+        assert len(state.generator.slots.occupants) == 2
+        monkeypatch.setattr(machine, "choose_mode", lambda *_: pytest.fail("the mode was measured again"))
+        machine.choose_overlap(job, state, trainer.step)
+        assert job.choices["slots"].reason == "generation.slots 4 ran out of memory"
+        assert "sequential (x)" in text.getvalue()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another card"}))
+    with built(tmp_path) as (_, state, _):
+        assert len(state.generator.slots.occupants) == 4, "choices of another device say nothing about this one"
+
+
+def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_path, monkeypatch):
+    with built(tmp_path):
+        pass
+    from modules.diffusion import generator
+
+    fit = generator.fit_slots
+    smaller = lambda build, slots, decode: (fit(build, 2, decode)[0], Choice(2, "ran out"), Choice(decode, "as asked"))  # noqa: E731
+    monkeypatch.setattr(generator, "fit_slots", smaller)
+    with pytest.raises(OutOfMemory, match="begun with generation.slots 4.*only 2 fit"), built(tmp_path):
+        pass
+
+
+def test_a_trial_leaves_everything_as_it_was(tmp_path):
+    """The calibration of the overlap mode steps on the run's own parts: nothing of it may stay."""
+    with built(tmp_path, learning={"ema_decay": 0.8}, run={"checkpoint_every": 100}) as (_, state, _):
+        for _ in range(3):
+            trainer.step(state)
+        state.meter.restart_interval()
+        before = machine.copied(state.state_dict())
+        with machine.unchanged(state, Overlap("sequential", CPU)) as trial:
+            for _ in range(3):
+                trainer.step(trial)
+            assert trial.step == state.step + 3
+            assert not equal(trial.state_dict()["encoder"], before["encoder"])
+            assert not equal(trial.state_dict()["generator"], before["generator"])
+        after = state.state_dict()
+        del before["meter"]["seconds"], after["meter"]["seconds"]  # the stage goes on
+        assert equal(after, before)
+        trainer.step(state)
+        assert state.step == 4
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ({"preset": "faster"}, "AutoencoderTiny"),
+        ({"preset": "turbo"}, "distilled to a few steps"),
+        ({"attention": "xformers"}, "pipeline.attention is xformers, which does not run here"),
+    ],
+)
+def test_what_these_weights_or_this_machine_lack_is_refused_before_a_step(tmp_path, pipeline, message):
+    with pytest.raises(ConfigError, match=message), built(tmp_path, pipeline=pipeline):
+        pass
+
+
+def test_stream_mode_on_a_cpu_is_refused(tmp_path):
+    with built(tmp_path, generation={"mode": "stream"}) as (job, state, _), pytest.raises(ConfigError, match="CUDA"):
+        machine.choose_overlap(job, state, trainer.step)
+
+
+def test_a_vae_that_overflows_is_refused_before_anything_is_learned_from_it(tmp_path, monkeypatch):
+    load = stages.load_pipeline
+
+    def overflowing(*arguments):
+        pipeline = load(*arguments)
+        pipeline.vae.decoder.conv_out.bias.data.fill_(float("inf"))
+        return pipeline
+
+    monkeypatch.setattr(stages, "load_pipeline", overflowing)
+    with pytest.raises(DataError, match="non-finite.*pipeline.dtype"), built(tmp_path):
+        pass
+
+
+def test_a_fast_run_takes_fewer_guided_rows_and_its_images_say_how_they_were_made(tmp_path):
+    settings = {
+        "num_inference_steps": 20,
+        "guidance_scale": 3.0,
+        "images_per_step": 3.0,
+        "slots": 12,
+        "kv_cache_gib": 1e-9,
+    }
+    with built(tmp_path, pipeline={"preset": "fast"}, generation=settings) as (job, state, _):
+        assert (job.plan.solver, job.plan.num_inference_steps, job.plan.guided_steps) == ("dpmpp_2m", 8, 7)
+        slots = state.generator.slots
+        assert 0 < slots.unconditional_rows < len(slots.occupants)
+        for _ in range(6):
+            trainer.step(state)
+        made = [request for _, request in state.generator.examples() if request.denoises]
+        assert made and {(r.solver, r.num_inference_steps, r.guided_steps, r.preset) for r in made} == {
+            ("dpmpp_2m", 8, 7, "fast")
+        }
+        assert slots.key_values.hits == 0, "a cache of one byte holds no prompt"
+
+
+def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tmp_path):
+    """The order of stream mode on a CPU, the side stream left out."""
+    with built(tmp_path) as (_, state, _):
+        order = []
+        overlap = Overlap("sequential", CPU)
+        overlap.side, overlap.launch = object(), lambda: order.append(("launch", len(order)))
+        advance, batch = state.generator.advance, state.mixer.batch
+        state.generator.advance = lambda step: order.append("generate") or advance(step)
+        state.mixer.batch = lambda step: order.append("mix") or batch(step)
+        trial = dataclasses.replace(state, overlap=overlap)
+        trainer.step(trial)
+        assert order == ["mix", ("launch", 1)] and overlap.pending is not None
+        overlap.pending()
+        assert order[-1] == "generate"
