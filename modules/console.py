@@ -35,7 +35,7 @@ class Console:
         self._task = None
         self._last_share = 0.0
         self._table = None
-        self._accuracy: float | None = None  # the newest of the stage
+        self._row: dict = {}  # the newest metric row of the stage
 
     def line(self, text: str, style: str = "") -> None:
         """One plain line."""
@@ -78,7 +78,7 @@ class Console:
             console=self.rich,
         )
         self._task = self._progress.add_task(name, total=None, note="")
-        self._table = self._accuracy = None
+        self._table, self._row = None, {}
         with Live(self._renderable(), console=self.rich, refresh_per_second=4) as self._display:
             yield self._live_progress
             self._display.update(self._renderable(), refresh=True)
@@ -87,8 +87,8 @@ class Console:
     def step_row(self, row: dict, total: int) -> None:
         """A metric row of the contrastive stage: the live table of phases, or one plain line."""
         if self.live and self._display is not None:
-            self._accuracy = row.get(ACCURACY, self._accuracy)  # not every row has one
-            self._table = _phase_table(row, self._accuracy)
+            self._row |= row  # what not every row holds stays in sight
+            self._table = _phase_table(self._row)
             self._display.update(self._renderable())
             return
         parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.3f} (reference {row['reference_level']:.3f})"]
@@ -138,8 +138,8 @@ class Console:
         return Group(self._progress, self._table) if self._table is not None else self._progress
 
 
-def _phase_table(row: dict, accuracy: float | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=_headline(row, accuracy))
+def _phase_table(row: dict) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=_headline(row))
     table.add_column("phase")
     for name in ("ms", "share"):
         table.add_column(name, justify="right")
@@ -150,12 +150,12 @@ def _phase_table(row: dict, accuracy: float | None) -> Table:
     return table
 
 
-def _headline(row: dict, accuracy: float | None) -> str:
+def _headline(row: dict) -> str:
     text = f"loss {row['loss']:.3f} (reference {row['reference_level']:.3f})"
     if "images_per_s" in row:
         text += (
             f" · {row['images_per_s']:.1f} generated images/s · reuse {row['reuse']:.2f} · age {row['age_mean']:.0f}"
         )
-    if accuracy is not None:
-        text += f" · val kNN {100 * accuracy:.1f} %"
+    if ACCURACY in row:
+        text += f" · val kNN {100 * row[ACCURACY]:.1f} %"
     return text

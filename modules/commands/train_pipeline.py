@@ -62,7 +62,7 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
 def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir, console) -> dict:
     """Read the images, train both stages, write `folder`, curves and sheets; returns the figures of the training."""
     workdir.write_json("environment.json", environment())
-    device = resolve_runtime(config.run, _Dtype()).device.value
+    device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
     with console.stage("data") as progress:
         index = read_raw(config.data.root)
         items = [item for item in index.items if item.split in ("", "train")]
@@ -132,12 +132,6 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
             f"training.start: {start.source} predicts {start.prediction_type}; only epsilon is trained on"
         )
     return start
-
-
-class _Dtype:
-    """A pipeline trained from scratch is trained in fp32."""
-
-    dtype = "fp32"
 
 
 def wordings(items) -> tuple[list[str], list[str], list[str]]:
