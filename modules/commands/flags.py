@@ -78,6 +78,7 @@ def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, 
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{close[0]}?" if close else _list(known)
+            hint = f"settings have no dashes: {word[2:]}" if "." in name else hint
             raise ConfigError(f"command line: unknown flag --{name}; {hint}")
         if name in flags:
             raise ConfigError(f"command line: --{name} is given twice; give it once, several values with commas")

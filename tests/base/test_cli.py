@@ -46,8 +46,10 @@ def refused(capsys, path, overrides: list[str], code: int, *phrases: str) -> Non
     [
         ("learning.stepz=3", ("unknown setting `learning.stepz`", "did you mean `learning.steps`?")),
         ("lerning.steps=3", ("unknown section `lerning`", "did you mean `learning`?")),
-        ("learning.steps=many", ("`learning.steps` is 'many'", "expected int")),
+        ("learning.steps=many", ("`learning.steps` is 'many'", "expected a whole number")),
         ("learning.steps", ("is not section.key=value",)),
+        ("--learning.steps=3", ("settings have no dashes: learning.steps=3",)),
+        ("run.name=../elsewhere", ("`run.name` is '../elsewhere'", "set run.dir")),
         ("near_ood.strength=0.01", ("near_ood.strength", "0.01", "= 0", "use a strength of at least")),
         ("generation.images_per_step=0.1", ("synthetic_fraction", "images_per_step", "max_uses", "raise")),
         ("generation.solver=plms", ("`generation.solver` is 'plms'", "ddim")),
