@@ -148,7 +148,9 @@ def test_killed_at_fifty_random_moments_nothing_is_lost(tmp_path):
         writer = multiprocessing.get_context("fork").Process(target=write_until_killed, args=(tmp_path, last + 1, told))
         writer.start()
         os.close(told)
-        assert os.read(hear, 8), "the writer has begun"
+        begun = os.read(hear, 8)
+        assert begun, "the writer has saved something"
+        last = int.from_bytes(begun)
         time.sleep(draw.uniform(0, 0.02))
         writer.kill()
         writer.join()
