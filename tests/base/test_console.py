@@ -53,7 +53,7 @@ def test_every_part_of_a_stage_starts_its_quarters_anew(plain):
     """Stage tokens: moments of every image, then the class tokens, which take minutes."""
     with plain.stage("tokens") as progress:
         progress(1, 1, "moments")
-        for done in (20, 40, 60, 80, 100):
+        for done in (25, 50, 75, 100):
             progress(done, 100, "class tokens")
     assert len(text(plain).splitlines()) == 2 + 4
 
