@@ -22,7 +22,7 @@ else:
     tl = triton.language
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-OPS = ("views", "supcon", "guided_step", "group_norm", "pixels")
+OPS = ("views", "supcon", "guided_step", "group_norm", "geglu", "pixels")
 
 # op -> the GPU row of benchmarks/results/kernels_gpu.csv on which its kernel earned its place (issue rule: >= 1.05x
 # torch.compile in time, or >= 2x better in memory at equal time). Empty: no kernel has been timed on a GPU yet.
