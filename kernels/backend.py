@@ -6,6 +6,7 @@ definition until then. A setting forces either. This is the one place in kernels
 there are; Triton itself is imported from here, so that the definitions also run where it cannot be installed.
 """
 
+import contextlib
 import importlib.util
 import os
 import types
@@ -46,6 +47,20 @@ def set_default(implementation: str) -> None:
     global _default
     _check(implementation)
     _default = implementation
+
+
+@contextlib.contextmanager
+def using(implementation: str):
+    """Inside, `implementation="auto"` means this one: for measuring one beside the other.
+
+    Raises ValueError if `implementation` is not one of auto, torch, triton.
+    """
+    before = _default
+    set_default(implementation)
+    try:
+        yield
+    finally:
+        set_default(before)
 
 
 def interpreted() -> bool:
