@@ -93,11 +93,17 @@ def compare(
     """
     repeats, failures = {}, {}
     for name, function in candidates.items():
+        if torch.device(device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             block(function, 1, device, clock)  # compiles, allocates, fills caches
             repeats[name] = max(1, round(block_seconds / max(block(function, 1, device, clock), 1e-9)))
         except Exception as error:  # a peer that is not installed, a kernel that does not compile, no memory
             failures[name] = described(error)
+            if isinstance(error, torch.OutOfMemoryError) and torch.device(device).type == "cuda":
+                failures[name] += f"; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB were held when it stopped"
+        if name in failures and torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
     if not repeats:
         raise ValueError(f"no candidate of {', '.join(candidates)} could run: {failures}")
     baseline = next(iter(repeats))

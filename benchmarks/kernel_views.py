@@ -5,7 +5,7 @@ are handed ours, and a form of the definition without rows picked on the host, w
 Legend as in kernels/views.py.
 """
 
-import importlib.util
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,8 +37,7 @@ def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
     if B * side <= 256 * 64:
         candidates["torchvision v2 per row"] = torchvision_rows(rows_B3HW, side)
         candidates["torchvision, same parameters"] = lambda: (same_rows(rows_B3HW, parameters, B),)
-    if importlib.util.find_spec("kornia"):
-        candidates["kornia"] = kornia_batch(images, side, dtype)
+    candidates["kornia"] = kornia_batch(images, side, dtype)  # where it is not installed, its row says so
     return Case(
         op="views",
         shape=f"B={B} V=2 {side}px",
@@ -142,18 +141,21 @@ def torchvision_rows(images_B3HW: torch.Tensor, side: int) -> Callable[[], tuple
 
 def kornia_batch(images_BHWC: torch.Tensor, side: int, dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor]]:
     """kornia's composition of the same augmentations, per row on the device."""
-    import kornia.augmentation as K
 
-    transform = K.AugmentationSequential(
-        K.RandomResizedCrop((side, side), scale=(0.2, 1.0)),
-        K.RandomHorizontalFlip(),
-        K.ColorJitter(*JITTER, p=0.8),
-        K.RandomGrayscale(p=0.2),
-        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-    )
+    @functools.cache
+    def transform():
+        import kornia.augmentation as K
+
+        return K.AugmentationSequential(
+            K.RandomResizedCrop((side, side), scale=(0.2, 1.0)),
+            K.RandomHorizontalFlip(),
+            K.ColorJitter(*JITTER, p=0.8),
+            K.RandomGrayscale(p=0.2),
+            K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        )
 
     def call():
         x = images_BHWC.permute(0, 3, 1, 2).float() / 255
-        return (torch.cat([transform(x), transform(x)]).to(dtype),)
+        return (torch.cat([transform()(x), transform()(x)]).to(dtype),)
 
     return call

@@ -178,6 +178,7 @@ def _settings(options: argparse.Namespace, cache: str) -> dict[str, object]:
         "learning.warmup_steps": max(1, options.steps // 10),
         "evaluation.bootstrap": 0,
         "evaluation.knn_every": 0,
+        "pipeline.compile": "off",  # compiling a tick for each choice would take longer than its run
     }
     return settings | ({"pipeline.path": options.pipeline} if options.pipeline else {})
 

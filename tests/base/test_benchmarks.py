@@ -81,6 +81,16 @@ def test_the_engine_takes_exactly_its_share_of_calls(pipeline):
     assert stored.float().std() > 1
 
 
+def test_a_tuned_engine_makes_the_same_images(pipeline):
+    moments, texts = pipeline.encode_moments(inputs.smooth_images(2, pipeline.resolution)), inputs.prompts(2)
+    plain, tuned = (
+        SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=2, tune_attention=tune)
+        for tune in (False, True)
+    )
+    assert plain.attention == "sdpa" and "sdpa" in tuned.attention and " x" in tuned.attention
+    assert psnr_db(first_images(tuned)[0], first_images(plain)[0]) > 90
+
+
 def test_da_fusions_loop_writes_one_png_an_image(pipeline, tmp_path):
     sources = [Image.fromarray(row.numpy()) for row in inputs.smooth_images(3, 48)]
     peers.da_fusion(pipeline, sources, inputs.prompts(3), SETTING, tmp_path)(2)

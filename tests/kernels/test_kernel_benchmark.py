@@ -140,3 +140,14 @@ def test_candidates_of_small_cases_answer_what_their_truth_is(op):
     for _ in range(2):
         errors = own.error("eager").removeprefix("relative error ").split()
         assert all(float(error) < (2e-2 if op == "pixels" else 1e-5) for error in errors)
+
+
+@pytest.mark.parametrize("op", list(SWEEPS))
+def test_a_compiler_traces_every_definition_whole(op, monkeypatch):
+    """Traced without Inductor, which takes minutes: a break in the graph would be timed as what the compiler can do."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: plain(call, backend="eager", fullgraph=True, dynamic=False))
+    small = {"views": (16, 8), "supcon": (16,), "guided_step": (2, 4), "geglu": (6, 5), "pixels": (2, 8, 4)}
+    own = SWEEPS[op].build(torch.device("cpu"), True, *small.get(op, (2, 32, 4, False)))
+    errors = own.error("torch.compile").removeprefix("relative error ").split()
+    assert all(float(error) < (2e-2 if op == "pixels" else 1e-4) for error in errors)
