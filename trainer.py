@@ -105,9 +105,11 @@ def main(arguments: list[str]) -> int:
 
     termination.listen()
     try:
+        from modules.commands.flags import check_arguments
         from modules.console import Console
 
         path, *overrides = rest or [""]
+        check_arguments(verb, path, overrides)  # before the verb imports torch: mistakes are answered at once
         importlib.import_module(f"modules.commands.{VERBS[verb][0]}").command(path, overrides, Console(), run, step)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

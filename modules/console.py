@@ -18,6 +18,7 @@ from rich.text import Text
 from modules.phases import STEP_PHASES
 
 LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
+ACCURACY = "val.knn_accuracy"
 FILE_WIDTH = 160  # columns of a table off a terminal
 
 
@@ -34,6 +35,7 @@ class Console:
         self._task = None
         self._last_share = 0.0
         self._table = None
+        self._row: dict = {}  # the newest metric row of the stage
 
     def line(self, text: str, style: str = "") -> None:
         """One plain line."""
@@ -76,7 +78,7 @@ class Console:
             console=self.rich,
         )
         self._task = self._progress.add_task(name, total=None, note="")
-        self._table = None
+        self._table, self._row = None, {}
         with Live(self._renderable(), console=self.rich, refresh_per_second=4) as self._display:
             yield self._live_progress
             self._display.update(self._renderable(), refresh=True)
@@ -85,12 +87,15 @@ class Console:
     def step_row(self, row: dict, total: int) -> None:
         """A metric row of the contrastive stage: the live table of phases, or one plain line."""
         if self.live and self._display is not None:
-            self._table = _phase_table(row)
+            self._row |= row  # what not every row holds stays in sight
+            self._table = _phase_table(self._row)
             self._display.update(self._renderable())
             return
         parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.3f} (reference {row['reference_level']:.3f})"]
         if "images_per_s" in row:
             parts.append(f"{row['images_per_s']:.1f} generated images/s")
+        if ACCURACY in row:
+            parts.append(f"val kNN {100 * row[ACCURACY]:.1f} %")
         parts.append(f"{row['step_ms']:.0f} ms/step")
         shares = [
             f"{name} {100 * row[f'{name}_ms'] / row['step_ms']:.0f}%" for name in STEP_PHASES if f"{name}_ms" in row
@@ -118,6 +123,8 @@ class Console:
     def _plain_progress(self, name: str):
         def progress(done: int, total: int, note: str = "") -> None:
             share = done / max(1, total)
+            if share < self._last_share:  # the next part of the same stage
+                self._last_share = 0.0
             if share - self._last_share >= LINE_SHARE or done == total:
                 self._last_share = share
                 self.line(f"  {name} {done}/{total} {note}".rstrip())
@@ -162,4 +169,6 @@ def _headline(row: dict) -> str:
         text += (
             f" · {row['images_per_s']:.1f} generated images/s · reuse {row['reuse']:.2f} · age {row['age_mean']:.0f}"
         )
+    if ACCURACY in row:
+        text += f" · val kNN {100 * row[ACCURACY]:.1f} %"
     return text

@@ -99,6 +99,23 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "evaluation.confidence": (0, 1, "()"),
     "evaluation.batch_size": (1, None, ""),
     "tune.steps": (1, None, ""),
+    "shape.resolution": (8, 1024, ""),
+    "shape.text_layers": (1, None, ""),
+    "shape.max_tokens": (16, 77, ""),
+    "shape.vocabulary": (600, None, ""),
+    "training.vae_steps": (1, None, ""),
+    "training.vae_batch": (1, None, ""),
+    "training.vae_lr": (0, None, "("),
+    "training.kl_weight": (0, None, ""),
+    "training.unet_steps": (1, None, ""),
+    "training.unet_batch": (1, None, ""),
+    "training.unet_lr": (0, None, "("),
+    "training.warmup_steps": (1, None, ""),
+    "training.caption_dropout": (0, 1, ")"),
+    "training.instance_tokens": (0, 1, ""),
+    "training.object_word": (0, 1, ""),
+    "training.min_snr_gamma": (0, None, "("),
+    "training.ema_decay": (0, 1, ")"),
 }
 DIFFUSION_RECIPES = (
     "strength",
@@ -114,12 +131,17 @@ FREE_RECIPES = ("jigsaw", "jigsaw_roundtrip")  # no UNet call
 
 def check_rules(config) -> None:
     """Raise ConfigError at the first setting, alone or with others, that cannot be run."""
+    sections = vars(config)
     for name, known in CHOICES.items():
-        value = _get(config, name)
-        if value not in known:
+        if name.split(".")[0] in sections and (value := _get(config, name)) not in known:
             raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(k or chr(39) * 2 for k in known)}")
     for name, (low, high, ends) in RANGES.items():
-        _check_range(name, _get(config, name), low, high, ends)
+        if name.split(".")[0] in sections:
+            _check_range(name, _get(config, name), low, high, ends)
+    _check_run_name(config.run.name)
+    if "shape" in sections:
+        _check_shape(config.shape)
+        return
     _check_recipes(config)
     if generates(config):
         _check_strengths(config)
@@ -150,6 +172,20 @@ def _check_range(name: str, value, low, high, ends: str) -> None:
         left = "(-inf" if low is None else f"{'(' if '(' in ends else '['}{low}"
         right = "inf)" if high is None else f"{high}{')' if ')' in ends else ']'}"
         raise ConfigError(f"`{name}` is {value}; it must lie in {left}, {right}")
+
+
+def _check_run_name(name: str) -> None:
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ConfigError(f"`run.name` is {name!r}; it must name a directory below run.dir: set run.dir to move that")
+
+
+def _check_shape(shape) -> None:
+    halvings = len(shape.vae_channels) + len(shape.unet_channels) - 2
+    if halvings < 0 or shape.resolution % 2**halvings:
+        raise ConfigError(
+            f"`shape.resolution` is {shape.resolution}; shape.vae_channels and shape.unet_channels halve it {halvings} "
+            f"times, so it must be a multiple of {2 ** max(0, halvings)}"
+        )
 
 
 def _check_weights(name: str, weights: dict) -> None:

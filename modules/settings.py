@@ -16,6 +16,8 @@ from modules.config import Config
 from modules.errors import ConfigError
 from modules.rules import check_rules
 
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
 
 def load_config(path: str | Path, overrides: list[str] = (), schema: type = Config) -> tuple:
     """The resolved configuration of a YAML file and `section.key=value` overrides, and the origin of every value.
@@ -60,8 +62,7 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type = Conf
     config = schema(**{s.name: s.type(**values.get(s.name, {})) for s in dataclasses.fields(schema)})
     for name in flatten(config):
         origins.setdefault(name, "default")
-    if schema is Config:
-        check_rules(config)
+    check_rules(config)
     return config, origins
 
 
@@ -101,13 +102,12 @@ def _put(schema: type, values: dict, origins: dict, name: str, value, origin: st
     section_name, _, key = name.partition(".")
     sections = {s.name: s.type for s in dataclasses.fields(schema)}
     if section_name not in sections:
-        raise ConfigError(f"{origin}: unknown section `{section_name}`{_did_you_mean(section_name, sections)}")
+        hint = _did_you_mean(section_name, sections) or _full_names(name, schema)
+        raise ConfigError(f"{origin}: unknown section `{section_name}`{hint}")
     fields = {f.name: f for f in dataclasses.fields(sections[section_name])}
     if key not in fields:
-        everywhere = _all_keys(schema)
-        elsewhere = f"; did you mean `{everywhere[key]}`?" if key in everywhere else ""
         known = [f"{section_name}.{k}" for k in fields]
-        hint = elsewhere or _did_you_mean(name, known) or _did_you_mean(key, everywhere)
+        hint = _full_names(key, schema) or _did_you_mean(name, known) or _did_you_mean(key, _all_keys(schema))
         raise ConfigError(f"{origin}: unknown setting `{name}`{hint}")
     values.setdefault(section_name, {})[key] = _coerce(value, fields[key].type, name, origin)
     origins[name] = origin
@@ -115,6 +115,14 @@ def _put(schema: type, values: dict, origins: dict, name: str, value, origin: st
 
 def _all_keys(schema: type) -> dict[str, str]:
     return {k.name: f"{s.name}.{k.name}" for s in dataclasses.fields(schema) for k in dataclasses.fields(s.type)}
+
+
+def _full_names(key: str, schema: type) -> str:
+    """A suggestion for a key without its section, or with another one: every setting of that name."""
+    found = [
+        f"`{s.name}.{key}`" for s in dataclasses.fields(schema) if key in {k.name for k in dataclasses.fields(s.type)}
+    ]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _did_you_mean(word: str, known) -> str:
@@ -131,8 +139,19 @@ def _coerce(value, kind, name: str, origin: str):
     try:
         return _coerced(value, kind)
     except (TypeError, ValueError):
-        shown = getattr(kind, "__name__", str(kind)) if not typing.get_origin(kind) else str(kind)
-        raise ConfigError(f"{origin}: `{name}` is {value!r}; expected {shown}") from None
+        raise ConfigError(f"{origin}: `{name}` is {value!r}; expected {_expected(kind)}") from None
+
+
+def _expected(kind) -> str:
+    """An annotated type in words."""
+    if kind is dict:
+        return "pairs of choice and weight, such as {a: 1.0, b: 2.0}"
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis:
+            return f"a list in brackets, each entry {WORDS[inner[0]]}: [..., ...]"
+        return f"a list of {len(inner)} in brackets, each {WORDS[inner[0]]}: [{', '.join(['...'] * len(inner))}]"
+    return WORDS[kind]
 
 
 def _coerced(value, kind):

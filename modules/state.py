@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from modules.errors import StorageError
@@ -60,10 +61,8 @@ def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
     """The newest valid state below `folder` as (step, tree, complaints about newer invalid ones); None without any."""
     complaints = []
     for path in sorted(Path(folder).glob(f"{PREFIX}*"), reverse=True):
-        reason = _invalid(path)
-        if reason is None:
-            tensors = load_file(path / "tensors.safetensors")
-            tree = _unpack(json.loads((path / "tree.json").read_text()), tensors)
+        tree, reason = _read(path)
+        if tree is not None:
             return int(path.name.removeprefix(PREFIX)), tree, complaints
         complaints.append(f"{path}: {reason}; an older checkpoint is used")
     if complaints:
@@ -139,16 +138,20 @@ def _unpack(node, tensors: dict[str, torch.Tensor]):
     return [_unpack(value, tensors) for value in node["list"]]
 
 
-def _invalid(path: Path) -> str | None:
-    """Why a checkpoint directory cannot be used, or None."""
+def _read(path: Path) -> tuple[dict | None, str]:
+    """The tree in a checkpoint directory, or None and why it cannot be used."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, digest in manifest["files"].items():
             if _digest(path / name) != digest:
-                return f"{name} does not match its manifest"
+                return None, f"{name} does not match its manifest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"no valid manifest ({error})"
-    return None
+        return None, f"no valid manifest ({error})"
+    try:  # a manifest may fit files that hold no state
+        tensors = load_file(path / "tensors.safetensors")
+        return _unpack(json.loads((path / "tree.json").read_text()), tensors), ""
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        return None, f"cannot be read ({error})"
 
 
 def _digest(path: Path) -> str:

@@ -4,6 +4,7 @@ The directory is a function of the config (`run.dir`/`run.name`), locked while i
 command goes on from the newest checkpoint, and a finished run shows its result.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -40,6 +41,7 @@ class Workdir:
     def __init__(self, config: Config, origins: dict[str, str]):
         self.path = Path(config.run.dir) / config.run.name
         self._lock_file = None
+        self._waiting: list[str] = []  # metric rows that found the disk full
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held as long as the run
@@ -81,12 +83,24 @@ class Workdir:
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def log(self, row: dict) -> None:
-        """Append one metric row."""
+        """Append one metric row, after those that could not be written before.
+
+        Raises:
+            StorageError: the disk is full; the file stays as it was, and the row waits for the next call.
+        """
+        path = self.path / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        self._waiting.append(json.dumps(row) + "\n")
         try:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with open(path, "a") as file:
+                file.writelines(self._waiting)
         except OSError as error:
-            raise StorageError(f"{self.path}/metrics.jsonl: cannot be written ({error.strerror})") from error
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise StorageError(
+                f"{path}: cannot be written ({error.strerror}); free some disk space: {len(self._waiting)} metric rows wait"
+            ) from error
+        self._waiting.clear()
 
     def rows(self) -> list[dict]:
         """Every metric row so far; a half-written last line (power loss) is dropped."""

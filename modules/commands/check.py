@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 from modules.commands import stages
-from modules.commands.flags import split_flags
+from modules.commands.flags import FLAGS, split_flags
 from modules.commands.job import Job
 from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
 from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, variant
@@ -26,7 +26,6 @@ from modules.probes import available_memory
 from modules.rules import generates
 from modules.settings import load_config
 
-FLAGS = {"untimed": "skip the timed steps"}
 TIMED_STEPS = 4
 LISTED_FILES, LISTED_CLASSES = 20, 40
 ENCODER_FORWARD_SHARE = 1 / 3  # of a training step's encoder time: the backward pass costs about two forwards
@@ -37,7 +36,7 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
 
     Raises: as the stages of a run, for what no run could go on with.
     """
-    flags, overrides = split_flags(overrides, FLAGS)
+    flags, overrides = split_flags(overrides, FLAGS["check"])
     asked, origins = load_config(path, overrides)
     skips = dataclasses.replace(asked, data=dataclasses.replace(asked.data, on_bad_image="skip"))  # to list them all
     with opened(skips, origins, console, "check") as job:

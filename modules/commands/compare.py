@@ -12,17 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.commands.arms import CLASSIC, DEFAULT_ARMS, GENERATING
-from modules.commands.flags import number, split_flags, words
+from modules.commands.flags import FLAGS, number, split_flags, words
 from modules.commands.trials import CRASHED, Planned, is_setting, plan, refuse_other_settings, run_trials
 from modules.errors import ConfigError, UserError
 
-FLAGS = {
-    "arms": "words of modules/commands/arms.py, by comma",
-    "seeds": "whole numbers, by comma",
-    "baseline": "arm the others are set against; supcon where it is among them",
-    "long-steps": "optimizer steps of the <arm>_long arms",
-    "print-trials": "print the command of every trial, run nothing",
-}
 DEFAULT_SEEDS = ("0", "1", "2")
 BASELINE = "supcon"
 RENDERED = (
@@ -82,7 +75,7 @@ def parse(arguments: list[str]) -> Asked:
     Raises:
         ConfigError: an unknown flag, a seed that is no number, an arm or seed named twice, a setting of the grid's own.
     """
-    flags, overrides = split_flags(arguments, FLAGS)
+    flags, overrides = split_flags(arguments, FLAGS["compare"])
     arms = _once("arms", words(flags.get("arms", "")) or list(DEFAULT_ARMS))
     seeds = _once("seeds", words(flags.get("seeds", "")) or list(DEFAULT_SEEDS))
     if bad := [seed for seed in seeds if not re.fullmatch("0|[1-9][0-9]*", seed)]:

@@ -8,14 +8,13 @@ Needs no config. Every accelerator is asked by the call that training would make
 import torch
 
 from kernels import backend
-from modules.commands.flags import split_flags
+from modules.commands.flags import FLAGS, split_flags
 from modules.commands.timing import measure_ceilings
 from modules.config import Pipeline, Run
 from modules.errors import ConfigError
 from modules.probes import Probe, accelerators, hardware
 from modules.runtime import environment, resolve_runtime
 
-FLAGS = {"device": "cpu or cuda"}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -25,7 +24,7 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
     Raises:
         ConfigError: an unknown flag, a setting (there is no config to change), or a GPU that is not there.
     """
-    flags, rest = split_flags([path, *overrides] if path else overrides, FLAGS)
+    flags, rest = split_flags([path, *overrides] if path else overrides, FLAGS["doctor"])
     if rest:
         raise ConfigError(f"doctor takes no CONFIG and no settings, found {rest[0]!r}; leave it out")
     name = flags.get("device", "auto")

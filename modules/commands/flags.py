@@ -1,10 +1,54 @@
-"""Flags of a verb: the words beginning with "--" among its arguments, apart from section.key=value settings."""
+"""Flags of the verbs: the words beginning with "--" among their arguments, apart from section.key=value settings.
+
+They stand here and not with the verbs, so that a mistake in flags or settings is answered before torch is imported.
+"""
 
 import difflib
+from pathlib import Path
 
+from modules.config import Config, PipelineConfig
 from modules.errors import ConfigError
+from modules.settings import load_config
 
+FLAGS = {  # verb -> flag without dashes -> what it does
+    "compare": {
+        "arms": "words of modules/commands/arms.py, by comma",
+        "seeds": "whole numbers, by comma",
+        "baseline": "arm the others are set against; supcon where it is among them",
+        "long-steps": "optimizer steps of the <arm>_long arms",
+        "print-trials": "print the command of every trial, run nothing",
+    },
+    "tune": {
+        "quality": "train this many steps per ratio (60) and judge them on val",
+        "presets": "also measure these presets (all)",
+    },
+    "profile": {"steps": "steps to time (12)"},
+    "preview": {
+        "classes": "classes to show, or all",
+        "strengths": "strengths of the positives",
+        "recipes": "near-OOD recipes, or none",
+        "images": "images a row",
+        "again": "a JSON file of provenance",
+    },
+    "check": {"untimed": "skip the timed steps"},
+    "doctor": {"device": "cpu or cuda"},
+}
 SWITCH = ""  # the value of a flag that stands alone
+
+
+def check_arguments(verb: str, path: str, arguments: list[str]) -> None:
+    """Raise ConfigError for a mistake in what stands behind `verb` on the command line, as far as no image is needed."""
+    if verb == "doctor":
+        split_flags([path, *arguments], FLAGS[verb])
+        return
+    _, overrides = split_flags(arguments, FLAGS.get(verb, {}))
+    if verb == "compare":
+        return  # it imports torch in its trials only, and a config may lack what an arm brings
+    if verb == "evaluate":  # its CONFIG is a run, whose settings stand in it
+        path = Path(path) / "config.yaml"
+        if not path.is_file():
+            return  # the verb says what the folder is instead
+    load_config(path, overrides, schema=PipelineConfig if verb == "train-pipeline" else Config)
 
 
 def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -34,6 +78,7 @@ def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, 
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{close[0]}?" if close else _list(known)
+            hint = f"settings have no dashes: {word[2:]}" if "." in name else hint
             raise ConfigError(f"command line: unknown flag --{name}; {hint}")
         if name in flags:
             raise ConfigError(f"command line: --{name} is given twice; give it once, several values with commas")

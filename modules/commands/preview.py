@@ -20,7 +20,7 @@ import torch
 
 from kernels.pixels import pixels
 from modules.commands import stages
-from modules.commands.flags import SWITCH, number, split_flags, words
+from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
 from modules.commands.job import Job
 from modules.commands.memory_plan import job_recipes
 from modules.commands.preparation import load_generation, opened
@@ -35,13 +35,6 @@ from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates
 from modules.settings import load_config, with_settings
 from modules.state import write_atomic
 
-FLAGS = {
-    "classes": "classes to show, or all",
-    "strengths": "strengths of the positives",
-    "recipes": "near-OOD recipes, or none",
-    "images": "images a row",
-    "again": "a JSON file of provenance",
-}
 CLASSES, IMAGES = 6, 6
 SHOWN_PX = 128  # side at which an image stands on a sheet, about; larger ones are shrunk to at most twice that
 
@@ -65,7 +58,7 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
         ConfigError: an unknown flag, class or recipe, a strength that takes no step.
         DataError: --again names no readable provenance, or one of another pipeline.
     """
-    flags, overrides = split_flags(overrides, FLAGS)
+    flags, overrides = split_flags(overrides, FLAGS["preview"])
     config, origins = load_config(path, overrides)
     if not generates(config):
         raise ConfigError("preview: generation.synthetic_fraction is 0, so nothing is generated; set it above 0")

@@ -14,7 +14,7 @@ import torch
 
 from modules.commands import costs, stages
 from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
-from modules.commands.flags import number, split_flags
+from modules.commands.flags import FLAGS, number, split_flags
 from modules.commands.job import Job
 from modules.commands.memory_plan import memory_plan
 from modules.commands.preparation import load_generation, opened, print_card, variant
@@ -26,7 +26,6 @@ from modules.rules import generated_rows
 from modules.runtime import DTYPES, environment
 from modules.settings import load_config
 
-FLAGS = {"steps": "steps to time (12)"}
 TOP = 12  # operations listed
 OPTIMIZER_PASSES = {"sgd": 5, "adamw": 7}  # fp32 reads and writes of a number: weight, gradient, moments
 
@@ -43,7 +42,7 @@ class PartRow:
 
 def command(path: str, overrides: list[str], console, run, step) -> dict:
     """Time, trace, compare with ceilings, advise; returns what profile.json holds."""
-    flags, overrides = split_flags(overrides, FLAGS)
+    flags, overrides = split_flags(overrides, FLAGS["profile"])
     config, origins = load_config(path, overrides)
     least = number(flags, "steps", 12, low=2)
     with opened(config, origins, console, "profile") as job:

@@ -17,11 +17,12 @@ def train(job: Job, state: State, step, progress) -> None:
 
     Raises:
         Terminated: SIGTERM came; the state was checkpointed first.
+        StorageError: it came, and the state could not be written.
         OutOfMemory: a step does not fit; the settings that make it smaller are named.
         NonFinite: an update was refused; a capture was written.
     """
     config, workdir, console = job.config, job.workdir, job.console
-    folder, total = workdir.checkpoints / "contrastive", config.learning.steps
+    total = config.learning.steps
     choose_overlap(job, state, step)
     state.meter.restart_interval()
     begun = _progress_of(state)
@@ -36,18 +37,18 @@ def train(job: Job, state: State, step, progress) -> None:
                     state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
                 if logs:
                     row = _metric_row(job, state, begun)
-                    workdir.log(row)
+                    _or_warn(console, workdir.log, row)
                     console.step_row(row, total)
                 progress(state.step, total)
                 if saves:
-                    _save_or_warn(job, state)
+                    _or_warn(console, _save, job, state)
                 if logs or saves:
                     state.meter.restart_interval()
                     begun = _progress_of(state)
         state.overlap.join()
     except Terminated:
         state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
-        checkpoints.save_checkpoint(folder, state.step, state.state_dict(), config.run.keep_checkpoints)
+        _save(job, state)
         raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
 
 
@@ -56,15 +57,17 @@ def _progress_of(state: State) -> tuple[int, int]:
     return state.step, 0 if state.generator is None else state.generator.slots.counts["finished"]
 
 
-def _save_or_warn(job: Job, state: State) -> None:
-    """A checkpoint in passing: a full disk costs this one, not the run, and the older one stays."""
-    run = job.config.run
+def _save(job: Job, state: State) -> None:
+    folder = job.workdir.checkpoints / "contrastive"
+    checkpoints.save_checkpoint(folder, state.step, state.state_dict(), job.config.run.keep_checkpoints)
+
+
+def _or_warn(console, write, *what) -> None:
+    """write(*what) in passing: a full disk costs this checkpoint or row, not the run, and the older checkpoint stays."""
     try:
-        checkpoints.save_checkpoint(
-            job.workdir.checkpoints / "contrastive", state.step, state.state_dict(), run.keep_checkpoints
-        )
+        write(*what)
     except StorageError as error:
-        job.console.warn(str(error))
+        console.warn(str(error))
 
 
 def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:

@@ -9,9 +9,11 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from modules import state
 from modules.config import Pipeline, PipelineConfig
@@ -20,10 +22,11 @@ from modules.data.index import Index, read_raw
 from modules.diffusion import train_pipeline as training
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
-from modules.errors import ConfigError, DataError
+from modules.errors import ConfigError, DataError, NonFinite, StorageError, Terminated
 from modules.evaluation.sheets import curves_png, sheet_png
 from modules.runtime import environment, resolve_runtime, stream
 from modules.settings import load_config
+from modules.termination import termination
 from modules.workdir import Workdir
 
 SHEET_ROWS, SHEET_COLUMNS = 6, 8
@@ -33,16 +36,33 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     """Train, export and picture a pipeline; returns its folder.
 
     Raises:
-        DataError: no image set, or images smaller than the pipeline's resolution.
+        DataError: no image set, images smaller than the pipeline's resolution, or other ones than it began with.
+        NonFinite: a loss was not finite; the newest checkpoint is from before it.
+        Terminated: SIGTERM came; the stage under way was checkpointed first.
     """
     config, origins = load_config(path, overrides, schema=PipelineConfig)
     workdir = Workdir(config, origins)
-    folder = Path(config.training.out or workdir.path / "pipeline")
-    if (workdir.path / "results.json").exists():
-        console.line(f"{folder}: finished; delete {workdir.path} to train it again")
-        return folder
+    try:
+        folder = Path(config.training.out or workdir.path / "pipeline")
+        if workdir.results() is not None:
+            console.line(f"{folder}: finished; delete {workdir.path} to train it again")
+            return folder
+        results = _make(config, folder, f"{path} {' '.join(overrides)}".strip(), workdir, console)
+        workdir.write_json("results.json", results)
+        shutil.rmtree(workdir.checkpoints, ignore_errors=True)
+    finally:
+        workdir.close()
+    shown = [("folder", str(folder))]
+    if "train.vae_psnr_db" in results:
+        shown.append(("VAE PSNR on training images, last interval", f"{results['train.vae_psnr_db']:.2f} dB"))
+    console.result("pipeline", shown)
+    return folder
+
+
+def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir, console) -> dict:
+    """Read the images, train both stages, write `folder`, curves and sheets; returns the figures of the training."""
     workdir.write_json("environment.json", environment())
-    runtime = resolve_runtime(config.run, _Dtype())
+    device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
     with console.stage("data") as progress:
         index = read_raw(config.data.root)
         items = [item for item in index.items if item.split in ("", "train")]
@@ -51,14 +71,15 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
         images = load_images(index, items, config.shape.resolution, config.data, progress,
                              masks=False, min_size=config.shape.resolution)  # fmt: skip
     captions, nouns, objects = wordings(images.items)
-    console.line(f"{len(captions)} images, {len(set(objects))} objects, device {runtime.device.value}")
-    device = runtime.device.value
+    console.line(f"{len(captions)} images, {len(set(objects))} objects, device {device}")
     pixels = images.pixels_DHWC.to(device)
+    start = started_from(config, device)
+    read = hashlib.sha256("".join([*images.digests, *captions, start.digest if start else ""]).encode()).hexdigest()
+    trainer = _Trainer(config, workdir, console, read)
 
-    start = started_from(config, runtime.device.value)
     if start is None:
         stage = training.vae_stage(config.shape, config.training, config.run.seed)
-        vae_curve = _train(stage, lambda: training.vae_step(stage, pixels), "vae", workdir, console, config)
+        vae_curve = trainer.train("vae", stage, lambda: training.vae_step(stage, pixels))
         vae, tokenizer = stage.averages["vae"].eval(), training.build_tokenizer(captions, config.shape)
         moments, scaling = training.latent_statistics(vae, pixels)
         text, unet = training.build_text_and_unet(config.shape, tokenizer, config.run.seed)
@@ -66,32 +87,29 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
         vae, vae_curve, tokenizer, scaling = start.vae, [], start.tokenizer, start.scaling_factor
         moments, _ = training.latent_statistics(vae, pixels)
         text, unet = training.copy_text_and_unet(start)
-
     wording = training.Captions(captions, nouns, objects, tokenizer, config.training)
     second = training.unet_stage(text, unet, config.training, wording.num_objects, config.run.seed)
     alphas = training.alphas_cumprod(training.SCHEDULER)
-    unet_curve = _train(
-        second, lambda: training.unet_step(second, moments, scaling, wording, alphas), "unet", workdir, console, config
-    )
+    unet_curve = trainer.train("unet", second, lambda: training.unet_step(second, moments, scaling, wording, alphas))
 
-    facts = training_facts(config, path, overrides, index, captions, images, tokenizer, start)
+    facts = training_facts(config, arguments, index, captions, images, tokenizer, start)
     parts = (vae, second.averages["text_encoder"].eval(), second.averages["unet"].eval())
-    digests = training.export(folder, *parts, tokenizer, scaling, facts)
+    try:
+        digests = training.export(folder, *parts, tokenizer, scaling, facts)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder}: the pipeline could not be written ({error}); free some disk space or mend the folder, then start "
+            "the same command again: training is done and kept"
+        ) from error
     curves = {"VAE reconstruction error (mean square)": vae_curve} if vae_curve else {}
     curves["UNet loss (min-SNR)"] = unet_curve
     state.write_atomic(workdir.path / "curves.png", curves_png(curves))
     for name, (rows, labels) in sheets(folder, pixels, captions, config.run.seed).items():
         state.write_atomic(workdir.path / f"{name}.png", sheet_png(rows, labels))
     results = {"train.unet_loss": unet_curve[-1][1], "sha256": digests}
-    shown = [("folder", str(folder))]
     if vae_curve:
         results["train.vae_psnr_db"] = 10 * math.log10(4 / vae_curve[-1][1])
-        shown.append(("VAE PSNR on training images, last interval", f"{results['train.vae_psnr_db']:.2f} dB"))
-    workdir.write_json("results.json", results)
-    shutil.rmtree(workdir.checkpoints, ignore_errors=True)
-    workdir.close()
-    console.result("pipeline", shown)
-    return folder
+    return results
 
 
 def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusion | None:
@@ -116,12 +134,6 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
     return start
 
 
-class _Dtype:
-    """A pipeline trained from scratch is trained in fp32."""
-
-    dtype = "fp32"
-
-
 def wordings(items) -> tuple[list[str], list[str], list[str]]:
     """Caption, noun and object of each image; an image without a caption is "<template> <label>"."""
     captions, nouns, objects = [], [], []
@@ -133,7 +145,7 @@ def wordings(items) -> tuple[list[str], list[str], list[str]]:
     return captions, nouns, objects
 
 
-def training_facts(config, path, overrides, index: Index, captions, images, tokenizer, start) -> dict:
+def training_facts(config, arguments: str, index: Index, captions, images, tokenizer, start) -> dict:
     """What `training.json` says of the pipeline's making; of one that was trained on, of its first making as well."""
     words = {word for caption in captions for word in phrase_of(caption).lower().split()}
     words |= {word for template in OBJECT_TEMPLATES for word in fill(template, "object").lower().split()}
@@ -146,7 +158,7 @@ def training_facts(config, path, overrides, index: Index, captions, images, toke
         before = {"started_from": {k: v for k, v in earlier.items() if not k.endswith("_words")}}
     whole = {word for word in words if len(tokenizer.tokenize(word)) == 1}
     return before | {
-        "command": "python trainer.py train-pipeline " + " ".join([str(path), *overrides]),
+        "command": f"python trainer.py train-pipeline {arguments}",
         "images": len(images.items),
         "data": Path(index.root).name,
         "data_sha256": data_hash,
@@ -160,30 +172,87 @@ def training_facts(config, path, overrides, index: Index, captions, images, toke
     }
 
 
-def _train(stage, step, name: str, workdir: Workdir, console, config) -> list[tuple[int, float]]:
-    """Run a stage to its end from its newest checkpoint; returns its curve (step, mean loss of the interval)."""
-    folder = workdir.path / "checkpoints" / name
-    found = state.load_newest(folder)
-    curve: list[tuple[int, float]] = []
-    if found:
-        _, tree, complaints = found
+@dataclass
+class _Curve:
+    """Mean loss of each interval of steps, and the sum of the interval under way."""
+
+    points: list = field(default_factory=list)  # [step, mean loss]
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, loss: float) -> None:
+        self.total, self.count = self.total + loss, self.count + 1
+
+    def close_interval(self, step: int) -> float:
+        self.points.append([step, self.total / self.count])
+        self.total, self.count = 0.0, 0
+        return self.points[-1][1]
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Runs stages from their newest checkpoints to their ends."""
+
+    config: PipelineConfig
+    workdir: Workdir
+    console: object
+    read: str  # sha256 of images, captions and the pipeline started from
+
+    def train(self, name: str, stage, step) -> list[list]:
+        """Take `step` until the stage is done; returns its curve of [step, mean loss of the interval]."""
+        curve = self._resume(name, stage)
+        with self.console.stage(name) as progress:
+            try:
+                while stage.step < stage.steps:
+                    with termination.whole():
+                        curve.add(step())
+                        self._after_step(name, stage, curve, progress)
+            except Terminated:
+                self._save(name, stage, curve)
+                raise Terminated(
+                    f"SIGTERM in stage {name}: checkpointed at step {stage.step}; the same command goes on"
+                ) from None
+        return curve.points
+
+    def _after_step(self, name: str, stage, curve: _Curve, progress) -> None:
+        run, last = self.config.run, stage.step == stage.steps
+        if stage.step % run.log_every == 0 or last:
+            mean = curve.close_interval(stage.step)
+            progress(stage.step, stage.steps, f"loss {mean:.5f}")
+        if stage.step % run.checkpoint_every == 0 or last:
+            self._save(name, stage, curve)
+
+    def _resume(self, name: str, stage) -> _Curve:
+        found = state.load_newest(self.workdir.checkpoints / name)
+        if found is None:
+            return _Curve()
+        step, tree, complaints = found
         for complaint in complaints:
-            console.warn(complaint)
+            self.console.warn(complaint)
+        if tree["read"] != self.read:
+            raise DataError(
+                f"data.root {self.config.data.root}: its images, captions or the pipeline of training.start are not "
+                "those that this training began with; restore them, or set run.name to begin another one"
+            )
         stage.load_state_dict(tree["stage"])
-        curve = [tuple(point) for point in tree["curve"]]
-    with console.stage(name) as progress:
-        total, count = 0.0, 0
-        while stage.step < stage.steps:
-            total, count = total + step(), count + 1
-            last = stage.step == stage.steps
-            if stage.step % config.run.log_every == 0 or last:
-                curve.append((stage.step, total / count))
-                total, count = 0.0, 0
-                progress(stage.step, stage.steps, f"loss {curve[-1][1]:.5f}")
-            if stage.step % config.run.checkpoint_every == 0 or last:
-                tree = {"stage": stage.state_dict(), "curve": [list(point) for point in curve]}
-                state.save_checkpoint(folder, stage.step, tree, config.run.keep_checkpoints)
-    return curve
+        self.console.line(f"  resumed at step {step} of {name}")
+        return _Curve(**tree["curve"])
+
+    def _save(self, name: str, stage, curve: _Curve) -> None:
+        """A checkpoint; never one that is not finite.
+
+        Raises:
+            NonFinite: the losses since the last figure are not.
+        """
+        last = curve.points[-1][1] if curve.points else 0.0
+        if not math.isfinite(curve.total + last):
+            raise NonFinite(
+                f"stage {name}, step {stage.step} or shortly before: the loss is not finite, and nothing of it was saved; "
+                f"lower training.{name}_lr, lengthen training.warmup_steps or set training.bf16=false, under another "
+                "run.name"
+            )
+        tree = {"stage": stage.state_dict(), "curve": vars(curve), "read": self.read}
+        state.save_checkpoint(self.workdir.checkpoints / name, stage.step, tree, self.config.run.keep_checkpoints)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ line of YAML to paste; tune.json and tune.png stand in the run's directory under
 import dataclasses
 
 from modules.commands import stages
-from modules.commands.flags import number, split_flags, words
+from modules.commands.flags import FLAGS, number, split_flags, words
 from modules.commands.preparation import load_generation, opened, print_card
 from modules.commands.tune_choice import RULE, Row, recommend, within
 from modules.commands.tune_measure import measure
@@ -23,10 +23,6 @@ from modules.runtime import environment
 from modules.settings import load_config
 from modules.state import write_atomic
 
-FLAGS = {
-    "quality": "train this many steps per ratio (60) and judge them on val",
-    "presets": "also measure these presets (all)",
-}
 QUALITY_STEPS = 60
 HEADER = ["img/step", "steps/s", "img/s", "gen %", "slower", "reuse", "age", "run", "GiB"]
 FIGURES = {"val_knn_accuracy": "val kNN", "val_near_ood_auroc": "AUROC"}
@@ -39,7 +35,7 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
     Raises:
         ConfigError: nothing is generated, an unknown flag or preset.
     """
-    flags, overrides = split_flags(overrides, FLAGS)
+    flags, overrides = split_flags(overrides, FLAGS["tune"])
     config, origins = load_config(path, overrides)
     if not generates(config):
         raise ConfigError("tune: generation.synthetic_fraction is 0, so nothing is generated; set it above 0")

@@ -48,7 +48,7 @@ def hold_out(items: list[Item], val_fraction: float, declared: set[str]) -> tupl
                 "add some or choose another class"
             )
         kept += chosen
-    return kept, f"near-OOD: {count} classes for val, {len(labels) - count} others for test; the same for every seed"
+    return kept, f"near-OOD classes: {count} for val, {len(labels) - count} others for test; the same for every seed"
 
 
 def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[list[Item], list[str]]:

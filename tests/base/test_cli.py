@@ -46,8 +46,10 @@ def refused(capsys, path, overrides: list[str], code: int, *phrases: str) -> Non
     [
         ("learning.stepz=3", ("unknown setting `learning.stepz`", "did you mean `learning.steps`?")),
         ("lerning.steps=3", ("unknown section `lerning`", "did you mean `learning`?")),
-        ("learning.steps=many", ("`learning.steps` is 'many'", "expected int")),
+        ("learning.steps=many", ("`learning.steps` is 'many'", "expected a whole number")),
         ("learning.steps", ("is not section.key=value",)),
+        ("--learning.steps=3", ("settings have no dashes: learning.steps=3",)),
+        ("run.name=../elsewhere", ("`run.name` is '../elsewhere'", "set run.dir")),
         ("near_ood.strength=0.01", ("near_ood.strength", "0.01", "= 0", "use a strength of at least")),
         ("generation.images_per_step=0.1", ("synthetic_fraction", "images_per_step", "max_uses", "raise")),
         ("generation.solver=plms", ("`generation.solver` is 'plms'", "ddim")),
@@ -217,14 +219,22 @@ def test_every_verb_is_a_module_with_a_command():
         assert "\ndef command(" in (ROOT / "modules" / "commands" / f"{module}.py").read_text()
 
 
-def test_help_and_a_mistyped_setting_answer_without_importing_torch(tmp_path):
-    """One process for both: what it imports is what the user waits for."""
+def test_help_and_mistakes_answer_without_importing_torch(tmp_path):
+    """One process for every verb: what it imports is what the user waits for."""
+    put(tmp_path / "run" / "config.yaml", "learning: {steps: 3}\n")
+    config, mistake = ["configs/demo.yaml"], "learning.stepz=1"
+    calls = [["--help"], ["doctor", "--devise=cpu"], ["evaluate", str(tmp_path / "run"), mistake]]
+    calls += [["train-pipeline", "configs/train_pipeline.yaml", "training.vae_stepz=1"]]
+    for verb in ("run", "compare", "tune", "profile", "preview", "check"):
+        calls += [[verb, *config, mistake], [verb, *config, "--stepz=1"]]
+    assert {call[0] for call in calls} == {"--help", *trainer.VERBS}
     script = (
         "import sys, trainer\n"
-        "codes = [trainer.main(['--help']), trainer.main(['run', 'configs/demo.yaml', 'learning.stepz=1'])]\n"
+        f"codes = [trainer.main(call) for call in {calls!r}]\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
         "print(codes, sorted(heavy))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "[0, 2] []", done.stderr
-    assert "did you mean `learning.steps`?" in done.stderr
+    assert done.stdout.splitlines()[-1] == f"{[0] + [2] * (len(calls) - 1)} []", done.stderr
+    assert done.stderr.count("did you mean `learning.steps`?") == 7
+    assert "did you mean `training.vae_steps`?" in done.stderr and "did you mean --device?" in done.stderr

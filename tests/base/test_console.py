@@ -49,6 +49,26 @@ def test_every_stage_starts_its_quarters_anew(plain):
     assert text(plain).splitlines() == ["[data]", "  data 3/4"] * 2
 
 
+def test_every_part_of_a_stage_starts_its_quarters_anew(plain):
+    """Stage tokens: moments of every image, then the class tokens, which take minutes."""
+    with plain.stage("tokens") as progress:
+        progress(1, 1, "moments")
+        for done in (25, 50, 75, 100):
+            progress(done, 100, "class tokens")
+    assert len(text(plain).splitlines()) == 2 + 4
+
+
+def test_the_newest_accuracy_stays_in_sight(plain, live):
+    measured = ROW | {"val.knn_accuracy": 0.4567}
+    plain.step_row(measured, 40)
+    assert "val kNN 45.7 %" in text(plain)
+    with live.stage("contrastive"):
+        live.step_row(measured, 40)
+        live.step_row(ROW | {"loss": 1.125}, 40)
+    shown = text(live)
+    assert "val kNN 45.7 %" in shown[shown.rindex("loss 1.125") :]
+
+
 def test_a_metric_row_is_one_line(plain):
     plain.step_row(ROW, 40)
     (line,) = text(plain).splitlines()

@@ -4,8 +4,10 @@ Every part that has a state of its own is switched on (arm "everything"). Interr
 middle of a step, with slots in flight and the reservoir half full.
 """
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,12 +19,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 import trainer
 from modules import state as checkpoints
 from modules.commands import run_results, stages
 from modules.diffusion.inversion import Inversion
 from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, shared_folder
+from tests.tiny import build_parts, pipeline_folder, save_parts
 
 ARM, STOP = "everything", 6  # the step in whose middle the run is stopped: between the checkpoints of 4 and 8
 TIMES = ("_ms", "images_per_s")  # endings of columns that measure time
@@ -187,22 +191,94 @@ def test_stopped_while_learning_tokens(interrupt, code, checkpoint, capsys, monk
     assert made == expected
 
 
-def test_other_images_are_not_gone_on_with(capsys, tmp_path):
-    data = tmp_path / "tiny.zip"
-    shutil.copy(shared_folder() / "tiny.zip", data)
-    own = [f"data.root={data}", f"run.dir={tmp_path}", f"run.cache_dir={shared_folder() / 'runs' / 'cache'}"]
-    with in_the_middle_of(STOP, press_ctrl_c):
-        assert go("changed", *own) == 130
+def other_images(data: Path, pipeline: Path) -> None:
     with zipfile.ZipFile(data) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     members["bolt/train-0-0.png"] = members["bolt/train-0-1.png"]
     with zipfile.ZipFile(data, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
+
+
+def another_pipeline(data: Path, pipeline: Path) -> None:
+    shutil.rmtree(pipeline)
+    save_parts(build_parts(seed=1), pipeline)
+
+
+@pytest.mark.parametrize(("change", "setting"), [(other_images, "data.root"), (another_pipeline, "pipeline.path")])
+def test_other_files_behind_the_same_settings_are_not_gone_on_with(change, setting, capsys, tmp_path):
+    data, pipeline = tmp_path / "tiny.zip", tmp_path / "pipeline"
+    shutil.copy(shared_folder() / "tiny.zip", data)
+    shutil.copytree(pipeline_folder(), pipeline)
+    cache = shared_folder() / "runs" / "cache"
+    own = [f"data.root={data}", f"pipeline.path={pipeline}", f"run.dir={tmp_path}", f"run.cache_dir={cache}"]
+    with in_the_middle_of(STOP, press_ctrl_c):
+        assert go("changed", *own) == 130
+    change(data, pipeline)
     capsys.readouterr()
     assert go("changed", *own) == 3
     message = capsys.readouterr().err
-    assert message.startswith(f"error: data.root {data}: ") and "not those that this run began with" in message
+    assert message.startswith(f"error: {setting} {tmp_path}") and "not those that this run began with" in message
+
+
+@contextlib.contextmanager
+def full_disk(most_bytes: int):
+    """No file can grow beyond `most_bytes`: real writes fail, those of the safetensors library too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_too_full_for_checkpoints_costs_a_warning_each(capsys):
+    """There is room for the rows, and from the second checkpoint on for nothing larger; at the end there is again."""
+    never_evaluated = mock.patch.object(run_results, "evaluate", side_effect=KeyboardInterrupt)
+    with contextlib.ExitStack() as stack, never_evaluated:
+        stack.enter_context(in_the_middle_of(STOP, lambda: stack.enter_context(full_disk(60_000))))
+        assert go("full") == 130
+    out = capsys.readouterr().out.replace("\n", "")
+    assert out.count("warning: ") >= 2
+    for step in (8, 12):
+        assert f"the checkpoint of step {step} could not be written" in out and "free some disk space" in out
+    assert newest("full")[0] == 4
+    assert [path.name for path in (directory("full") / "checkpoints" / "contrastive").iterdir()] == ["step-00000004"]
+    assert go("full") == 0
+    assert_equal_to_never_having_stopped("full", finished_run(ARM))
+
+
+def test_a_disk_that_takes_nothing_ends_the_run_with_its_code_and_the_old_checkpoint(capsys):
+    with contextlib.ExitStack() as stack, in_the_middle_of(STOP, lambda: stack.enter_context(full_disk(0))):
+        assert go("fuller") == 6
+    printed = capsys.readouterr()
+    assert "metrics.jsonl: cannot be written" in printed.out and "metric rows wait" in printed.out
+    assert "error: " in printed.err and "free some disk space" in printed.err and "Traceback" not in printed.err
+    assert [row["step"] for row in rows(directory("fuller"))] == [2, 4, 6]
+    assert newest("fuller")[0] == 4 and not (directory("fuller") / "results.json").exists()
+    assert go("fuller") == 0
+    assert_equal_to_never_having_stopped("fuller", finished_run(ARM))
+
+
+def test_a_step_that_does_not_fit_ends_with_its_code(capsys):
+    def exhaust():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore advice")
+
+    with in_the_middle_of(STOP, exhaust):
+        assert go("memory") == 4
+    err = capsys.readouterr().err
+    assert "Tried to allocate 20.00 GiB" in err and "learning.classes_per_batch" in err and len(err.splitlines()) == 1
+
+
+def test_sigterm_on_a_full_disk_says_that_the_last_save_failed(capsys):
+    def terminate_on_a_full_disk():
+        stack.enter_context(full_disk(0))
+        terminate()
+
+    with contextlib.ExitStack() as stack, in_the_middle_of(STOP, terminate_on_a_full_disk):
+        assert go("full-at-the-end") == 6
+    assert f"the checkpoint of step {STOP + 1} could not be written" in capsys.readouterr().err
+    assert newest("full-at-the-end")[0] == 4
 
 
 def test_sigterm_to_a_process_checkpoints_and_the_same_command_goes_on(tmp_path, reference):

@@ -66,6 +66,8 @@ def test_results_name_what_was_measured(arm):
     expected |= {"val.accuracy", "headline.score", "run.peak_memory_gib", "cost.seconds", "cost.forward_passes"}
     expected |= {f"seconds.stage.{name}" for name in ("data", "tokens", "contrastive", "probe", "evaluate")}
     assert expected <= results.keys()
+    inputs = {"sha256.data.root"} | (set() if arm == "cross_entropy" else {"sha256.pipeline.path"})
+    assert {name for name in results if name.startswith("sha256.")} == inputs
     assert results["learning.steps"] == STEPS and results["test.images"] == TEST
     assert results["test.near_ood.images"] == NEAR_TEST and results["classes"] == len(COLORS)
     assert all(math.isfinite(value) for value in results.values() if isinstance(value, float))

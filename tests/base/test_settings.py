@@ -51,10 +51,14 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("learning.images_per_step=3", r"did you mean `generation.images_per_step`"),
         ("lerning.lr=3", r"unknown section `lerning`; did you mean `learning`"),
         ("learning.lr", r"is not section.key=value"),
-        ("learning.lr=fast", r"`learning.lr` is 'fast'; expected float"),
-        ("learning.steps=1.5", r"`learning.steps` is 1.5; expected int"),
-        ("gate.enabled=3", r"`gate.enabled` is 3; expected bool"),
-        ("learning.crop_scale=[1]", r"`learning.crop_scale` is \[1\]"),
+        ("learning.lr=fast", r"`learning.lr` is 'fast'; expected a number"),
+        ("learning.steps=1.5", r"`learning.steps` is 1.5; expected a whole number"),
+        ("gate.enabled=3", r"`gate.enabled` is 3; expected true or false"),
+        ("learning.crop_scale=[1]", r"`learning.crop_scale` is \[1\]; expected a list of 2 in brackets, each a number"),
+        ("data.near_ood_classes=pin", r"expected a list in brackets, each entry a text"),
+        ("generation.strengths=0.4", r"expected pairs of choice and weight"),
+        ("steps=5", r"unknown section `steps`; did you mean `learning.steps` or `tune.steps`"),
+        ("probe.steps=5", r"unknown setting `probe.steps`; did you mean `learning.steps` or `tune.steps`"),
         ("learning.lr=.nan", r"`learning.lr` is nan"),
         ("learning.method=supcom", r"choose one of supcon, cross_entropy, simclr"),
         ("learning.temperature=0", r"`learning.temperature` is 0.0; it must lie in \(0, inf\)"),
@@ -73,6 +77,20 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
 def test_a_mistake_gets_one_clear_message(file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.warmup_steps=0", r"`training.warmup_steps` is 0; it must lie in \[1, inf\)"),
+        ("run.keep_checkpoints=0", r"`run.keep_checkpoints` is 0"),
+        ("shape.resolution=50", r"halve it 4 times, so it must be a multiple of 16"),
+        ("learning.steps=3", r"unknown section `learning`"),
+    ],
+)
+def test_a_pipeline_to_be_made_has_rules_too(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIGS / "train_pipeline.yaml", [override], schema=PipelineConfig)
 
 
 def test_file_mistakes(tmp_path):

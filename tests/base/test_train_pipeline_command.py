@@ -2,16 +2,21 @@
 
 import io
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
 
+import trainer
 from modules import state
 from modules.commands.train_pipeline import command
 from modules.console import Console
-from modules.errors import ConfigError, DataError
+from modules.diffusion import train_pipeline as training
+from modules.errors import ConfigError, DataError, NonFinite, StorageError
+from modules.termination import termination
 
 SETTINGS = [
     "shape.resolution=16", "shape.vae_channels=[16, 16]", "shape.unet_channels=[16, 16]", "shape.text_width=16",
@@ -19,6 +24,14 @@ SETTINGS = [
     "training.unet_steps=4", "training.unet_batch=4", "training.warmup_steps=2", "run.log_every=2",
     "run.checkpoint_every=2",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_sigterm_is_left_over():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    termination.listen()
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -32,37 +45,44 @@ def root(tmp_path_factory):
     return root
 
 
-def train(root, folder, *settings):
+def written_config(root, folder):
     config = folder / "tiny.yaml"
     config.write_text(f"data: {{root: {root}}}\nrun: {{dir: {folder}}}\n")
-    command(str(config), [*SETTINGS, *settings], Console(io.StringIO()), None, None)
+    return config
+
+
+def train(root, folder, *settings):
+    command(str(written_config(root, folder)), [*SETTINGS, *settings], Console(io.StringIO()), None, None)
     return folder / "tiny"
 
 
-class Stop(Exception):
-    """Ends a training at its first checkpoint of the second stage."""
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """The directory of a training that never stopped."""
+    return train(root, tmp_path_factory.mktemp("whole"))
 
 
-def test_a_folder_without_captions_becomes_a_pipeline_and_resumes_exactly(root, tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    whole = train(root, tmp_path / "a")
-    save = state.save_checkpoint
+def stopping(monkeypatch, step: int, interrupt):
+    """Within this context the UNet stage calls `interrupt` in the middle of its update number `step`."""
+    update = training.Stage.update
 
-    def stop(folder, step, tree, keep):
-        save(folder, step, tree, keep)
-        if folder.name == "unet":
-            raise Stop
+    def stop(stage, loss):
+        if "unet" in stage.modules and stage.step == step:
+            interrupt()
+        update(stage, loss)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(state, "save_checkpoint", stop)
-        with pytest.raises(Stop):
-            train(root, tmp_path / "b")
-    again = train(root, tmp_path / "b")
-    for name in ("vae", "unet", "text_encoder"):
-        files = [next((folder / "pipeline" / name).glob("*.safetensors")) for folder in (whole, again)]
-        first, second = map(load_file, files)
-        assert all((first[key] == second[key]).all() for key in first), name
+    monkeypatch.setattr(training.Stage, "update", stop)
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_folder_without_captions_becomes_a_pipeline(whole):
     facts = json.loads((whole / "pipeline" / "training.json").read_text())
     assert {"bolt", "ring", "object", "photo"} <= set(facts["trained_words"])
     assert facts["images"] == 6
@@ -73,9 +93,54 @@ def test_a_folder_without_captions_becomes_a_pipeline_and_resumes_exactly(root, 
     assert results["train.vae_psnr_db"] > 0
 
 
-def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, tmp_path):
-    (tmp_path / "first").mkdir()
-    first = train(root, tmp_path / "first") / "pipeline"
+@pytest.mark.parametrize(("interrupt", "code", "checkpoint"), [(press_ctrl_c, 130, 2), (terminate, 143, 4)])
+def test_a_stopped_training_goes_on_as_if_it_never_had(
+    interrupt, code, checkpoint, root, whole, tmp_path, monkeypatch, capsys
+):
+    """In the middle of the fourth UNet step; a checkpoint stands at the second."""
+    call = ["train-pipeline", str(written_config(root, tmp_path)), *SETTINGS]
+    with monkeypatch.context() as patch:
+        stopping(patch, 3, interrupt)
+        assert trainer.main(call) == code
+    termination.listen()
+    assert "the same command" in capsys.readouterr().err
+    assert state.load_newest(tmp_path / "tiny" / "checkpoints" / "unet")[0] == checkpoint
+    again = train(root, tmp_path)
+    for name in ("vae", "unet", "text_encoder"):
+        files = [next((folder / "pipeline" / name).glob("*.safetensors")) for folder in (whole, again)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert (whole / "results.json").read_text() == (again / "results.json").read_text()
+
+
+def test_it_does_not_go_on_with_other_images(root, tmp_path, monkeypatch):
+    shutil.copytree(root, tmp_path / "things")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 0, press_ctrl_c)
+        train(tmp_path / "things", tmp_path)
+    shutil.copy(root / "Bolt" / "0.png", tmp_path / "things" / "Bolt" / "1.png")
+    with pytest.raises(DataError, match="not those that this training began with; restore them, or set run.name"):
+        train(tmp_path / "things", tmp_path)
+
+
+def test_weights_that_are_not_finite_are_never_saved(root, tmp_path):
+    with pytest.raises(NonFinite, match="stage vae, step 2 or shortly before.*training.vae_lr"):
+        train(root, tmp_path, "training.vae_lr=1e30")
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_disk_too_full_for_the_pipeline_costs_no_training(root, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left.*training is done and kept"):
+        patch.setattr(training, "export", full)
+        train(root, tmp_path)
+    assert state.load_newest(tmp_path / "tiny" / "checkpoints" / "unet")[0] == 4
+    assert not (tmp_path / "tiny" / "results.json").exists()
+
+
+def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, whole, tmp_path):
+    first = whole / "pipeline"
     further = train(root, tmp_path, f"training.start={first}", "training.unet_steps=2") / "pipeline"
     vae, unet = ("vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors")
     assert (first / vae).read_bytes() == (further / vae).read_bytes()
@@ -87,9 +152,8 @@ def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, tmp_path
     assert set(before["trained_words"]) <= set(after["trained_words"])
 
 
-def test_a_start_of_another_resolution_or_without_a_part_is_refused(root, tmp_path):
-    (tmp_path / "first").mkdir()
-    first = train(root, tmp_path / "first") / "pipeline"
+def test_a_start_of_another_resolution_or_without_a_part_is_refused(root, whole, tmp_path):
+    first = shutil.copytree(whole / "pipeline", tmp_path / "first")
     with pytest.raises(ConfigError, match="shape.resolution=16"):
         train(root, tmp_path, f"training.start={first}", "shape.resolution=8")
     (first / "unet" / "diffusion_pytorch_model.safetensors").unlink()

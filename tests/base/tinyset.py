@@ -153,6 +153,7 @@ class Finished:
     text: str  # all that was printed
     files: list[set[str]]  # below run.dir: before the first step, and after each
     opened: set[str]  # absolute paths opened for writing through Python while it ran
+    connections: set[str]  # addresses asked for or connected to
 
 
 @functools.cache
@@ -169,9 +170,10 @@ def finished_run(arm: str) -> Finished:
         files.append(_files_below(Path(config.run.dir)))
 
     one_step = trainer.step
-    with mock.patch.object(trainer, "step", watched_step), opened_for_writing() as opened:
+    with mock.patch.object(trainer, "step", watched_step), opened_for_writing() as opened, connections() as reached:
         results = trainer.run(config, origins, Console(text))
-    return Finished(path, config, Path(config.run.dir) / arm, results, text.getvalue(), files, set(opened))
+    folder = Path(config.run.dir) / arm
+    return Finished(path, config, folder, results, text.getvalue(), files, set(opened), set(reached))
 
 
 @functools.cache
@@ -185,15 +187,35 @@ def shared_folder() -> Path:
 @contextlib.contextmanager
 def opened_for_writing():
     """Yields a set that holds, at the end, every path that Python opened for writing meanwhile."""
+    with _listening() as events:
+        paths: set[str] = set()
+        yield paths
+    for path, _, flags in (arguments for event, arguments in events if event == "open"):
+        if isinstance(path, str | bytes | Path) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            paths.add(os.path.abspath(os.fsdecode(path)))
+
+
+@contextlib.contextmanager
+def connections():
+    """Yields a set that holds, at the end, every address that was looked up or connected to through Python meanwhile."""
+    with _listening() as events:
+        addresses: set[str] = set()
+        yield addresses
+    addresses |= {f"{event} {arguments[:2]}" for event, arguments in events if event.startswith("socket.")}
+
+
+_EVENTS: list[list[tuple[str, tuple]]] = []
+_HEARD = ("open", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+
+
+@contextlib.contextmanager
+def _listening():
     _hook()
-    _WRITTEN.append(set())
+    _EVENTS.append([])
     try:
-        yield _WRITTEN[-1]
+        yield _EVENTS[-1]
     finally:
-        _WRITTEN.pop()
-
-
-_WRITTEN: list[set[str]] = []
+        _EVENTS.pop()
 
 
 @functools.cache
@@ -201,10 +223,9 @@ def _hook() -> None:
     """Audit hooks cannot be removed: one, for the whole process, that does nothing unless somebody listens."""
 
     def listen(event: str, arguments: tuple) -> None:
-        if _WRITTEN and event == "open" and isinstance(arguments[0], str | bytes | Path):
-            path, _, flags = arguments
-            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                _WRITTEN[-1].add(os.path.abspath(os.fsdecode(path)))
+        if _EVENTS and event in _HEARD:
+            for events in _EVENTS:
+                events.append((event, arguments))
 
     sys.addaudithook(listen)
 
