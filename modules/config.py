@@ -122,10 +122,10 @@ class Gate:
     """Which generated images may be learned from."""
 
     enabled: bool = False
-    start_step: int = 50  # optimizer step from which images are judged
+    start_step: int = 50  # optimizer step from which images are judged, for the gate and for the controller
     refresh_every: int = 25  # steps between refreshes of the class statistics
-    quantile: float = 0.05  # leave-one-out similarity quantile of the class
-    far_floor: float = -0.2  # cosine to the nearest class below which a near-OOD image is too far
+    quantile: float = 0.05  # leave-one-out similarity quantile of the class, (0, 1)
+    far_floor: float = -0.2  # [-1, 1]: cosine to the nearest class below which a near-OOD image is too far
     retries: int = 2  # draws again before falling back
 
 
@@ -134,10 +134,10 @@ class Controller:
     """The closed loop from the learner back to the strength."""
 
     enabled: bool = False
-    target_low: float = 0.55  # band of the mean similarity of positives to their class
-    target_high: float = 0.85
-    gain: float = 0.05  # change of strength an update
-    update_every: int = 25  # steps
+    target_low: float = 0.55  # band of the positives' mean likeness to their class; 1 is that of real images
+    target_high: float = 0.85  # above target_low; near-OOD images have the band of equal width below
+    gain: float = 0.05  # (0, 1]: change of strength an update
+    update_every: int = 25  # steps, >= 1
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,13 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "near_ood.negative_guidance": (None, 0, ""),
     "near_ood.jigsaw_grid": (2, 32, ""),
     "near_ood.outlier_quantile": (0, 1, "()"),
+    "gate.start_step": (0, None, ""),
+    "gate.refresh_every": (1, None, ""),
     "gate.quantile": (0, 1, "()"),
+    "gate.far_floor": (-1, 1, ""),
     "gate.retries": (0, None, ""),
+    "controller.gain": (0, 1, "("),
+    "controller.update_every": (1, None, ""),
     "encoder.width": (8, None, ""),
     "encoder.head_dim": (2, None, ""),
     "learning.steps": (1, None, ""),
@@ -98,6 +103,10 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "evaluation.bootstrap": (0, None, ""),
     "evaluation.confidence": (0, 1, "()"),
     "evaluation.batch_size": (1, None, ""),
+    "evaluation.knn_every": (0, None, ""),
+    "evaluation.tsne_points": (0, None, ""),
+    "evaluation.judge_steps": (0, None, ""),
+    "probe.weight_decay": (0, None, ""),
     "tune.steps": (1, None, ""),
 }
 DIFFUSION_RECIPES = (
@@ -121,6 +130,8 @@ def check_rules(config) -> None:
     for name, (low, high, ends) in RANGES.items():
         _check_range(name, _get(config, name), low, high, ends)
     _check_recipes(config)
+    _check_band(config.controller)
+    _check_probe_rates(config.probe.lrs)
     if generates(config):
         _check_strengths(config)
         _check_feeding(config)
@@ -130,6 +141,11 @@ def check_rules(config) -> None:
 def generates(config) -> bool:
     """Whether this run mixes generated rows into its batches."""
     return config.generation.synthetic_fraction > 0
+
+
+def needs_masks(config) -> bool:
+    """Whether generation needs an object mask of every train image."""
+    return generates(config) and (config.generation.mask_edit != "none" or "mask_split" in config.near_ood.recipes)
 
 
 def generated_rows(config) -> float:
@@ -174,11 +190,25 @@ def _check_recipes(config) -> None:
             raise ConfigError(f"`generation.templates` holds {template!r}; each template needs exactly one {{}}")
     if not config.generation.templates:
         raise ConfigError("`generation.templates` is empty; name at least one, such as 'a photo of a {}'")
-    if config.near_ood.jigsaw_grid and config.data.image_size % config.near_ood.jigsaw_grid:
+    jigsaws = any(config.near_ood.recipes.get(recipe, 0) > 0 for recipe in FREE_RECIPES)
+    if jigsaws and config.data.image_size % config.near_ood.jigsaw_grid:
         raise ConfigError(
             f"`near_ood.jigsaw_grid` is {config.near_ood.jigsaw_grid}, which does not divide data.image_size "
             f"{config.data.image_size}"
         )
+
+
+def _check_band(controller) -> None:
+    if not controller.target_low < controller.target_high:
+        raise ConfigError(
+            f"`controller.target_low` is {controller.target_low} and `controller.target_high` {controller.target_high}; "
+            "the band must rise"
+        )
+
+
+def _check_probe_rates(lrs: tuple[float, ...]) -> None:
+    if not lrs or min(lrs) <= 0:
+        raise ConfigError(f"`probe.lrs` is {list(lrs)}; name at least one learning rate, each above 0")
 
 
 def _check_strengths(config) -> None:

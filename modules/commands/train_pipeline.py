@@ -110,7 +110,9 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
             f"{config.shape.resolution}; set shape.resolution={start.resolution}"
         )
     if start.prediction_type != training.SCHEDULER["prediction_type"]:
-        raise ConfigError(f"training.start: {start.source} predicts {start.prediction_type}; only epsilon is trained on")
+        raise ConfigError(
+            f"training.start: {start.source} predicts {start.prediction_type}; only epsilon is trained on"
+        )
     return start
 
 
