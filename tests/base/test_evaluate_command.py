@@ -149,6 +149,13 @@ def test_bad_files_are_named_or_left_out_as_asked(saved, tmp_path):
     out, _ = call(saved, f"data.root={inbox}", "data.on_bad_image=skip")
     assert [row["path"] for row in table(out / "predictions.csv")] == ["good.png"]
     assert json.loads((out / "summary.json").read_text())["skipped"] == 1
+    (inbox / "gear").mkdir()
+    (inbox / "good.png").rename(inbox / "gear/good.png")  # the bad one is now the only image of its kind
+    out, _ = call(saved, f"data.root={inbox}", "data.on_bad_image=skip")
+    assert [row["path"] for row in table(out / "predictions.csv")] == ["gear/good.png"]
+    (inbox / "gear/good.png").unlink()
+    with pytest.raises(DataError, match="no usable image is left at all; the first bad one is bad.png"):
+        call(saved, f"data.root={inbox}", "data.on_bad_image=skip")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ def test_paths_splits_groups_masks_and_keywords(tree):
     assert item.mask == "Car0/train_data/1/30/cam_01/01_rgb_mask_gen.png"
     assert (item.label, item.split, item.group) == ("Car0", "train", "Car0/train_data/1/30")
     assert item.keywords == ("metal", "car0")
+    assert read_index(data(tree, num_classes=0, near_ood_classes=("Car4", "Car5")), 0).keywords() == tuple(
+        ("metal", f"car{i}") for i in range(4)
+    )
     sample = next(i for i in source.items if i.path == "Car0/valid_data/s1/cam_00/00_rgb.png")
     assert (sample.split, sample.group) == ("val", "Car0/valid_data/s1")
 
