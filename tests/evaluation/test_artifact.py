@@ -11,7 +11,7 @@ from tests.evaluation.examples import sets
 
 @pytest.fixture(scope="module")
 def detector():
-    given = sets()
+    given = sets(spread=0.3)
     probe = config.Probe(lrs=(0.1,), epochs=5)
     outcome = evaluate(
         **given,
@@ -25,7 +25,7 @@ def detector():
 
 @pytest.fixture(scope="module")
 def real():
-    return sets()["val"]
+    return sets(spread=0.3)["val"]
 
 
 def noise(features_DF, seed):
