@@ -15,7 +15,7 @@ demo: setup
 
 test: setup
 	@echo "tests: at most 4 minutes on 2 CPU cores"
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

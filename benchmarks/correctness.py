@@ -3,10 +3,11 @@
 A quick set of parity checks on the device that is about to be measured: every kernel against float64, and the slot
 engine against diffusers' own image-to-image pipeline from the same latents and the same noise. A kernel may err as much
 as the plain definition errs at that dtype, and a little more. The last line printed is one JSON document; the exit code
-is 1 if a check fails.
+is 1 if a check fails. `wrong` in it names what failed: ops, or the engine.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import torch
 from benchmarks import harness, inputs, peers
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
-from benchmarks.kernel_cases import SWEEPS, Case
+from benchmarks.kernel_case import Case
+from benchmarks.kernel_cases import SWEEPS
 from modules.runtime import quiet_libraries
 
 MORE_THAN_EAGER = 1e-4  # relative error that a kernel may add to twice the definition's own
@@ -25,6 +27,7 @@ DEFINITION = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}  # relative er
 ROUNDED = 1e-2  # of ops that round to uint8 levels
 PIXELS_FP32, PSNR_FP16_DB = 1e-4, 40.0  # of the engine against diffusers
 IMAGES = 4
+ENGINE = "engine"
 
 
 @dataclass(frozen=True)
@@ -34,29 +37,41 @@ class Check:
     name: str
     passed: bool
     found: str
+    of: str = ENGINE  # the op that is wrong if it fails, or the engine
 
 
 def kernel_checks(device: torch.device) -> Iterator[Check]:
     """Each op at small sizes against float64: the definition, and on a GPU the kernel."""
     for op, sweep in SWEEPS.items():
-        for case in sweep.cases(device, False, True):
-            yield from _case_checks(op, case)
+        for size in sweep.reduced:
+            with guarded(op, f"{op} {size}") as found:
+                found += _case_checks(op, sweep.build(device, False, *size))
+            yield from found
+
+
+@contextlib.contextmanager
+def guarded(of: str, name: str) -> Iterator[list[Check]]:
+    """A list for checks; what raises instead of answering is a failed check, and costs no other."""
+    found: list[Check] = []
+    try:
+        yield found
+    except Exception as error:
+        found.append(Check(name, False, f"failed: {harness.described(error)}", of))
 
 
 def _case_checks(op: str, case: Case) -> Iterator[Check]:
     truth = [value.double() for value in case.truth()]
-    errors = {
-        name: _relative(case.judged(case.candidates[name]()), truth)
-        for name in ("eager", "triton")
-        if name in case.candidates
-    }
-    allowed = ROUNDED if op == "pixels" else DEFINITION[case.dtype]
-    yield Check(f"{op} {case.shape} {case.dtype} definition", errors["eager"] <= allowed, _of(errors["eager"], allowed))
-    if "triton" in errors:
-        allowed = 2 * errors["eager"] + MORE_THAN_EAGER
-        yield Check(
-            f"{op} {case.shape} {case.dtype} triton", errors["triton"] <= allowed, _of(errors["triton"], allowed)
-        )
+    errors = {}
+    for name in ("eager", "triton"):
+        if name not in case.candidates:
+            continue
+        errors[name] = _relative(case.judged(case.outputs(name)), truth)
+        if name == "eager":
+            allowed = ROUNDED if op == "pixels" else DEFINITION[case.dtype]
+        else:
+            allowed = 2 * errors["eager"] + MORE_THAN_EAGER
+        what = "definition" if name == "eager" else name
+        yield Check(f"{op} {case.shape} {case.dtype} {what}", errors[name] <= allowed, _of(errors[name], allowed), op)
 
 
 def _relative(outputs, truth: list[torch.Tensor]) -> float:
@@ -74,23 +89,34 @@ def _of(found: float, allowed: float) -> str:
 
 def engine_checks(device: torch.device, source: str) -> Iterator[Check]:
     """Images of the slot engine against diffusers' pipeline, by solver."""
-    pipeline = inputs.load(source, device)
-    images = inputs.smooth_images(IMAGES, pipeline.resolution).to(device)
-    texts = inputs.prompts(IMAGES)
-    moments = pipeline.encode_moments(images)
+    with guarded(ENGINE, f"pipeline {source}") as found:
+        pipeline = inputs.load(source, device)
+        images = inputs.smooth_images(IMAGES, pipeline.resolution).to(device)
+        texts = inputs.prompts(IMAGES)
+        moments = pipeline.encode_moments(images)
+    if found:
+        yield from found
+        return
     for solver, steps in (("ddim", 20), ("euler", 20), ("dpmpp_2m", 20)):
         setting = Setting(images=IMAGES, solver=solver, num_inference_steps=steps)
-        engine = SlotEngine(inputs.own_copy(pipeline), setting, moments, texts, slots=IMAGES)
-        made, z0, eps = first_images(engine)
-        reference = peers.from_noise(peers.image_to_image(pipeline, setting), z0, eps, texts, setting)
-        largest = (made.float() - reference.float()).abs().max().item()
-        psnr = psnr_db(made, reference)
-        if pipeline.dtype == torch.float32:
-            passed, allowed = largest <= PIXELS_FP32, f"{PIXELS_FP32:g} largest difference"
-        else:
-            passed, allowed = psnr >= PSNR_FP16_DB, f"{PSNR_FP16_DB:g} dB at least"
-        found = f"PSNR {psnr:.1f} dB, largest difference {largest:.1e}; {allowed}"
-        yield Check(f"slots {solver} {steps} steps = diffusers", passed and made.isfinite().all().item(), found)
+        with guarded(ENGINE, f"slots {solver} {steps} steps = diffusers") as found:
+            found.append(_engine_check(pipeline, setting, moments, texts))
+        yield from found
+
+
+def _engine_check(pipeline, setting: Setting, moments: torch.Tensor, texts: list[str]) -> Check:
+    engine = SlotEngine(inputs.own_copy(pipeline), setting, moments, texts, slots=IMAGES)
+    made, z0, eps = first_images(engine)
+    reference = peers.from_noise(peers.image_to_image(pipeline, setting), z0, eps, texts, setting)
+    largest = (made.float() - reference.float()).abs().max().item()
+    psnr = psnr_db(made, reference)
+    if pipeline.dtype == torch.float32:
+        passed, allowed = largest <= PIXELS_FP32, f"{PIXELS_FP32:g} largest difference"
+    else:
+        passed, allowed = psnr >= PSNR_FP16_DB, f"{PSNR_FP16_DB:g} dB at least"
+    found = f"PSNR {psnr:.1f} dB, largest difference {largest:.1e}; {allowed}"
+    name = f"slots {setting.solver} {setting.num_inference_steps} steps = diffusers"
+    return Check(name, passed and made.isfinite().all().item(), found)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -104,7 +130,8 @@ def main(argv: list[str] | None = None) -> dict:
     quiet_libraries()
     device = torch.device(options.device)
     checks: list[Check] = []
-    for found in (kernel_checks(device), engine_checks(device, options.pipeline or inputs.default_pipeline(device))):
+    source = options.pipeline or inputs.default_pipeline(device)
+    for found in (engine_checks(device, source), kernel_checks(device)):  # a kernel may take the device with it
         for check in found:
             checks.append(check)
             print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.found}", flush=True)
@@ -112,6 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
         "benchmark": "correctness",
         **harness.conditions(device),
         "passed": all(check.passed for check in checks),
+        "wrong": sorted({check.of for check in checks if not check.passed}),
         "checks": [dataclasses.asdict(check) for check in checks],
     }
     harness.finish(document)

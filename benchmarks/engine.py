@@ -10,6 +10,9 @@ Shapes: N images, P prompts, T tokens, E text width, H W pixels, h w latent grid
 import torch
 
 from benchmarks.inputs import Setting
+from kernels import backend
+from kernels.geglu import swap_geglu
+from kernels.group_norm import swap_group_norm
 from kernels.pixels import pixels
 from modules.data.staging import upload
 from modules.diffusion import attention
@@ -37,6 +40,7 @@ class SlotEngine:
         slots: int,
         compile_setting: str = "off",
         tune_attention: bool = False,
+        kernels: str = "auto",
     ):
         """An engine with idle slots.
 
@@ -45,8 +49,13 @@ class SlotEngine:
             pipeline: its UNet is changed (attention processors), so that peers need another copy.
             compile_setting: as `pipeline.compile`.
             tune_attention: time attention backends on the UNet's shapes and take the fastest of each.
+            kernels: as `run.kernels`; triton also swaps group norms and gated units of UNet and VAE.
         """
-        self.pipeline, self.setting, self.texts = pipeline, setting, texts
+        self.pipeline, self.setting, self.texts, self.kernels = pipeline, setting, texts, kernels
+        if kernels == "triton":
+            for model in (pipeline.unet, pipeline.vae):
+                swap_group_norm(model, kernels)
+                swap_geglu(model, kernels)
         self.decode_batch = min(slots, DECODE_BATCH)
         self.kept: dict[int, torch.Tensor] = {}  # pixels of the first round, for judging
         distinct = sorted(set(texts))
@@ -71,7 +80,8 @@ class SlotEngine:
             empty_TE=self.context[""] if guided else None,
         )
         self.attention = self._tune_attention() if tune_attention else "sdpa"
-        self.compiled = accelerate(self.slots, compile_setting)
+        with backend.using(kernels):
+            self.compiled = accelerate(self.slots, compile_setting)
 
     def request(self, index: int) -> Request:
         setting, source = self.setting, index % len(self.texts)
@@ -94,8 +104,9 @@ class SlotEngine:
     def make(self, count: int) -> torch.Tensor:
         """Run until `count` more images are stored; returns the store."""
         target = self.slots.counts["finished"] + count
-        while self.slots.counts["finished"] < target:
-            self.slots.tick()
+        with backend.using(self.kernels):
+            while self.slots.counts["finished"] < target:
+                self.slots.tick()
         return self.stored_NHWC
 
     def start_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

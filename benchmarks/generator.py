@@ -22,6 +22,7 @@ from benchmarks.techniques import COMPILED, DA_FUSION, DIFFUSERS, SLOTS, XFORMER
 from kernels.linear import frozen_linear
 from modules.runtime import quiet_libraries
 
+BLOCKS_SHARE = 0.4  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
 RATIOS = {
     "da_fusion_loop": DA_FUSION,
     "diffusers_best_batch": DIFFUSERS,
@@ -40,16 +41,31 @@ def main(argv: list[str] | None = None) -> dict:
     bench = Bench(options)
     conditions, ceilings = harness.conditions(bench.device), harness.measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
-    candidates = ready(bench)
+    candidates = ready(bench, budget)
+    if not candidates:
+        raise SystemExit(f"no technique could run: {bench.skipped}")
     images = images_a_block(candidates, bench.setting.images, bench.batch, options.blocks, budget.left)
-    comparison = alternate(candidates, images, bench.device, options.blocks, budget.left)
     floor = peak * 1e12 / bench.work.of_image(bench.setting, bench.pipeline.scheduler, peer=False)
-    rows = [_row(bench, candidate, images, comparison, peak, floor) for candidate in candidates]
-    rows.sort(key=lambda row: row["images_per_s"])
-    document = _document(bench, conditions, ceilings, peak, floor, comparison, images, rows)
+
+    def document_of(comparison: harness.Comparison) -> dict:
+        measured = [candidate for candidate in candidates if candidate.name in comparison.timings]
+        rows = [_row(bench, candidate, images, comparison, peak, floor) for candidate in measured]
+        rows.sort(key=lambda row: row["images_per_s"])
+        return _document(bench, conditions, ceilings, peak, floor, comparison, images, rows)
+
+    def keep(comparison: harness.Comparison) -> None:
+        if options.out:  # a round at a time, should this process be stopped
+            harness.write_partial(options.out, document_of(comparison))
+
+    comparison = alternate(candidates, images, bench.device, options.blocks, budget.left, keep)
+    bench.skipped |= {name: f"failed: {reason}" for name, reason in comparison.failures.items()}
+    document = document_of(comparison)
+    if options.out and document["rows"]:
+        left_out = [_left_out(document["rows"][0], name, reason) for name, reason in bench.skipped.items()]
+        harness.append_rows(options.out, [conditions | row for row in (*document["rows"], *left_out)])
+        harness.drop_partial(options.out)
+    document["tick"] = tick(bench, peak, document["ratios_of"])
     _print_table(document)
-    if options.out:
-        harness.append_rows(options.out, [conditions | row for row in rows])
     harness.finish(document)
     return document
 
@@ -65,21 +81,29 @@ def matrix_peak(device: torch.device, ceilings: harness.Ceilings) -> float:
     return max(ceilings.matmul_tflop_per_s, 2 * n**3 / found.timings["onednn"].median_ms / 1e9)
 
 
-def ready(bench: Bench) -> list[Candidate]:
-    """Every technique that can run here, warmed up over one batch; bench.skipped says which cannot, and why."""
+def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
+    """Every technique that can run here, warmed up over one batch; bench.skipped says which cannot, and why.
+
+    None is begun in the part of the budget that is kept for the alternating blocks.
+    """
     found = []
-    for maker in bench.makers():
+    for name, maker in bench.makers().items():
         begin = time.perf_counter()
         try:
+            if found and budget.left < BLOCKS_SHARE * budget.seconds:
+                raise peers.Unavailable(name, "budget")
             candidate = maker()
+            candidate.peak_mib = harness.peak_mib(lambda c=candidate: c.call(bench.batch), bench.device)
+            bench.wait()
+            candidate.ready_s = time.perf_counter() - begin
+            candidate.batch_s = harness.block(lambda c=candidate: c.call(bench.batch), 1, bench.device)
         except peers.Unavailable as error:
-            bench.skipped[error.technique] = error.reason
-            print(f"skipped {error.technique}: {error.reason}", flush=True)
+            bench.skipped[name] = error.reason
+        except Exception as error:  # one technique that fails costs no other
+            bench.skipped[name] = f"failed: {harness.described(error)}"
+        if name in bench.skipped:
+            print(f"skipped {name}: {bench.skipped[name]}", flush=True)
             continue
-        candidate.peak_mib = harness.peak_mib(lambda c=candidate: c.call(bench.batch), bench.device)
-        bench.wait()
-        candidate.ready_s = time.perf_counter() - begin
-        candidate.batch_s = harness.block(lambda c=candidate: c.call(bench.batch), 1, bench.device)
         print(f"{candidate.name}: ready after {candidate.ready_s:.1f} s, a batch {candidate.batch_s:.2f} s  "
               f"{candidate.quality}", flush=True)  # fmt: skip
         found.append(candidate)
@@ -96,20 +120,35 @@ def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks:
     return batches * batch
 
 
-def alternate(candidates: list[Candidate], images: int, device, blocks: int, seconds: float) -> harness.Comparison:
-    """Alternating blocks of all candidates, the first twice a round; a new round begins only while `seconds` last."""
+def alternate(
+    candidates: list[Candidate], images: int, device, blocks: int, seconds: float, after_round=lambda comparison: None
+) -> harness.Comparison:
+    """Alternating blocks of all candidates, the first twice a round; a new round begins only while `seconds` last.
+
+    A candidate that fails in a block is out, with its reason in `failures`.
+    """
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    failures: dict[str, str] = {}
     again: list[float] = []
+
+    def found() -> harness.Comparison:
+        timings = {name: harness.Timing(name, tuple(values)) for name, values in times.items() if name not in failures}
+        pair = again, times[candidates[0].name]
+        spread = abs(statistics.median(pair[0]) / statistics.median(pair[1]) - 1) if all(pair) else float("nan")
+        return harness.Comparison(timings, round(100 * spread, 2), failures)
+
     begin = time.perf_counter()
     for done in range(blocks):
         if done and time.perf_counter() - begin > seconds * (blocks - 0.5) / blocks:
             break
-        for candidate in candidates:
-            times[candidate.name].append(harness.block(lambda c=candidate: c.call(images), 1, device))
-        again.append(harness.block(lambda: candidates[0].call(images), 1, device))
-    spread = abs(statistics.median(again) / statistics.median(times[candidates[0].name]) - 1)
-    timings = {name: harness.Timing(name, tuple(values)) for name, values in times.items()}
-    return harness.Comparison(timings, round(100 * spread, 2))
+        for candidate, kept in [*((c, times[c.name]) for c in candidates), (candidates[0], again)]:
+            if candidate.name not in failures:
+                try:
+                    kept.append(harness.block(lambda c=candidate: c.call(images), 1, device))
+                except Exception as error:
+                    failures[candidate.name] = harness.described(error)
+        after_round(found())
+    return found()
 
 
 def _row(bench: Bench, candidate: Candidate, images: int, comparison, peak: float, floor: float) -> dict[str, object]:
@@ -139,14 +178,19 @@ def _row(bench: Bench, candidate: Candidate, images: int, comparison, peak: floa
     }
 
 
+def _left_out(row: dict[str, object], technique: str, reason: str) -> dict[str, object]:
+    """A row, with the columns of `row`, of a technique that was not measured."""
+    return dict.fromkeys(row, "") | {"technique": technique, "quality": f"skipped: {reason}"}
+
+
 def _document(
     bench: Bench, conditions, ceilings, peak: float, floor: float, comparison, images: int, rows: list[dict]
 ) -> dict:
     per_s = {row["technique"]: row["images_per_s"] for row in rows}
-    own = max(bench.engines, key=per_s.get)
+    own = max((name for name in bench.engines if name in per_s), key=per_s.get, default="")
 
     def ratios(of: str) -> dict[str, float]:
-        return {key: round(per_s[of] / per_s[peer], 3) for key, peer in RATIOS.items() if peer in per_s}
+        return {key: round(per_s[of] / per_s[peer], 3) for key, peer in RATIOS.items() if {of, peer} <= per_s.keys()}
 
     return {
         "benchmark": "generator",
@@ -156,7 +200,6 @@ def _document(
         "gflop": {part: round(count / 1e9, 3) for part, count in vars(bench.work).items()},
         "floor_images_per_s": round(floor, 3),
         "aa_spread_pct": comparison.spread_pct,
-        "tick": tick(bench, peak, own),
         "rows": rows,
         "skipped": bench.skipped,
         "ratios": ratios(own),
@@ -168,6 +211,8 @@ def _document(
 
 def tick(bench: Bench, peak: float, name: str) -> dict[str, object]:
     """One UNet call with its solver step, of an engine: rows, milliseconds, and the share of the matrix product."""
+    if name not in bench.engines:
+        return {"technique": name, "rows": 0, "ms": None, "mfu_pct": None}
     engine = bench.engines[name]
     engine.make(len(engine.slots.occupants))  # latents as after real work, since zeros would run faster
     found = harness.compare({"tick": torch.no_grad()(engine.slots.in_flight.step)}, bench.device)

@@ -87,17 +87,23 @@ def compare(
     """Time candidates in alternating blocks after a warm-up call each.
 
     Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted; at least one round is
-    run, and a new one only while `max_seconds` lasts. A candidate that runs out of memory in its warm-up is reported in
-    `failures`; if that is the first, the next one is the baseline. Raises ValueError if none is left. `clock`: see
-    `block`.
+    run, and a new one only while `max_seconds` lasts. A candidate that cannot run its warm-up (no memory, not installed)
+    is reported in `failures` with the reason; if that is the first, the next one is the baseline. Raises ValueError if
+    none is left. `clock`: see `block`.
     """
     repeats, failures = {}, {}
     for name, function in candidates.items():
+        if torch.device(device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             block(function, 1, device, clock)  # compiles, allocates, fills caches
             repeats[name] = max(1, round(block_seconds / max(block(function, 1, device, clock), 1e-9)))
-        except torch.OutOfMemoryError as error:
-            failures[name] = str(error).splitlines()[0]
+        except Exception as error:  # a peer that is not installed, a kernel that does not compile, no memory
+            failures[name] = described(error)
+            if isinstance(error, torch.OutOfMemoryError) and torch.device(device).type == "cuda":
+                failures[name] += f"; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB were held when it stopped"
+        if name in failures and torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
     if not repeats:
         raise ValueError(f"no candidate of {', '.join(candidates)} could run: {failures}")
     baseline = next(iter(repeats))
@@ -132,6 +138,55 @@ def block(function: Callable[[], object], count: int, device: torch.device | str
     for _ in range(count):
         function()
     return (now() - start) / count
+
+
+def described(error: BaseException) -> str:
+    """An exception as one line: its class, unless that says the same, and the first line of its message."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    return text if isinstance(error, torch.OutOfMemoryError) else f"{kind}: {text}"[:300]
+
+
+def is_lost(device: torch.device | str) -> bool:
+    """Whether a GPU answers this process no more: after an illegal access every later call of the process fails."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"device: {described(error)}", flush=True)
+        return True
+    return False
+
+
+def replayed(function: Callable[[], object]) -> Callable[[], object]:
+    """`function` on a CUDA device as replays of a graph, captured at its first call; its outputs are static."""
+    replay: list[Callable[[], object]] = []
+
+    def call():
+        if not replay:
+            replay.append(_capture(function))
+        return replay[0]()
+
+    return call
+
+
+def _capture(function: Callable[[], object], warm_up: int = 3) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compilation and lazy initialization are no part of a capture
+        for _ in range(warm_up):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 @dataclass(frozen=True)
@@ -229,6 +284,23 @@ def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def write_partial(out: Path, document: dict[str, object]) -> None:
+    """What is known so far, in <out>.partial.json: left behind only by a benchmark that was stopped."""
+    path = _partial(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(document, default=str) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def drop_partial(out: Path) -> None:
+    """Forget the partial results of a benchmark whose rows are written."""
+    _partial(out).unlink(missing_ok=True)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_suffix(".partial.json")
 
 
 def finish(document: dict[str, object]) -> None:

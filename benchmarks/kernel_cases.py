@@ -1,152 +1,22 @@
 """What benchmarks/kernels.py times: each op against eager torch, torch.compile and its named peer, over sizes.
 
-A case holds candidates that compute the same thing from the same random inputs, the bytes and operations the op cannot
-do without, and how the error of a candidate's answer is judged. The first candidate is the baseline of the ratios.
 Legend as in kernels/.
 """
 
 import functools
-import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernel_case import Case, implementations
+from benchmarks.kernel_views import view_case
+from kernels.geglu import geglu
 from kernels.group_norm import group_norm_silu
 from kernels.guided_step import guided_step
 from kernels.pixels import pixels
 from kernels.supcon import supcon
-from kernels.views import UNIFORMS, ViewParameters, draw_view_parameters, views
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-JITTER = (0.4, 0.4, 0.4, 0.1)
-
-
-def everything(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """All outputs of an op, where each is compared with its truth."""
-    return outputs
-
-
-@dataclass
-class Case:
-    """One op at one size: what is compared and what the hardware must at least do for it."""
-
-    op: str
-    shape: str
-    dtype: str
-    candidates: dict[str, Callable[[], tuple[torch.Tensor, ...]]]  # name -> call that returns its outputs
-    bytes_moved: int  # each input read once, each output written once
-    truth: Callable[[], tuple[torch.Tensor, ...]]  # of `judged` outputs, in float64 or by an independent library
-    operations: int = 0  # 2 x multiply-adds of its matrix products; 0 where bytes are all that counts
-    judged: Callable[[tuple], tuple] = everything  # the part of the outputs that is compared
-    unjudged: dict[str, str] = field(default_factory=dict)  # candidates that answer another question, and which
-
-    def error(self, name: str) -> str:
-        """|out - truth| / |truth| of each output: the quality column."""
-        if name in self.unjudged:
-            return self.unjudged[name]
-        pairs = zip(self.judged(self.candidates[name]()), self.truth(), strict=True)
-        errors = [((out.double() - true.double()).norm() / true.double().norm()).item() for out, true in pairs]
-        return "relative error " + " ".join(f"{error:.1e}" for error in errors)
-
-
-def implementations(call: Callable[[str], tuple], device: torch.device, compiled: bool, eager: Callable | None = None):
-    """The op's own candidates: eager definition, the same compiled, and the kernel where there is a GPU."""
-    found = {"eager": lambda: call("torch")}
-    if compiled:
-        graph = torch.compile(eager or (lambda: call("torch")), dynamic=False)
-        found["torch.compile"] = lambda: graph()
-    if device.type == "cuda":
-        found["triton"] = lambda: call("triton")
-    return found
-
-
-def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
-    """Both views of a batch. The parameters are drawn beforehand; two peers draw their own, being handed none."""
-    g = torch.Generator().manual_seed(0)
-    coarse = torch.rand(B, 3, side // 4, side // 4, generator=g)
-    rows_B3HW = F.interpolate(coarse, (side, side), mode="bilinear").mul(255).to(torch.uint8)
-    images = rows_B3HW.permute(0, 2, 3, 1).contiguous().to(device)
-    parameters = draw_view_parameters(torch.rand(B, 2, UNIFORMS, generator=g, dtype=torch.float64), side, side)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    candidates = implementations(
-        lambda name: (views(images, parameters, MEAN, STD, dtype, implementation=name),),
-        device,
-        compiled and device.type == "cuda",  # on a CPU its compilation alone takes minutes
-    )
-    if B * side <= 256 * 64:
-        candidates["torchvision v2 per row"] = torchvision_rows(rows_B3HW, side)
-        candidates["torchvision, same parameters"] = lambda: (same_rows(rows_B3HW, parameters, B),)
-    if importlib.util.find_spec("kornia"):
-        candidates["kornia"] = kornia_batch(images, side, dtype)
-    return Case(
-        op="views",
-        shape=f"B={B} V=2 {side}px",
-        dtype=str(dtype).removeprefix("torch."),
-        candidates=candidates,
-        bytes_moved=images.numel() + 2 * images.numel() * dtype.itemsize,
-        judged=lambda outputs: (torch.cat([outputs[0][:16], outputs[0][B : B + 16]]).cpu(),),
-        truth=lambda: (same_rows(rows_B3HW.float() / 255, parameters, 16),),
-        unjudged=dict.fromkeys(("torchvision v2 per row", "kornia"), "draws its own parameters"),
-    )
-
-
-def same_rows(images_B3HW: torch.Tensor, parameters: ViewParameters, count: int) -> torch.Tensor:
-    """Views of the first `count` images by torchvision's functions, row by row, with our parameters."""
-    from torchvision.transforms.v2 import functional as TF
-
-    p, size = parameters, list(images_B3HW.shape[2:])
-    jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    out = []
-    for v in range(p.top_BV.shape[1]):
-        for b in range(count):
-            box = (field[b, v].item() for field in (p.top_BV, p.left_BV, p.height_BV, p.width_BV))
-            x = TF.resized_crop(images_B3HW[b], *box, size, antialias=True)
-            x = TF.horizontal_flip(x) if p.flip_BV[b, v] else x
-            factors = p.factor_BV4[b, v].tolist()
-            if factors != [1.0, 1.0, 1.0, 0.0]:
-                for op in p.order_BV4[b, v].tolist():
-                    x = jitters[op](x, factors[op])
-            x = TF.rgb_to_grayscale(x, 3) if p.grey_BV[b, v] else x
-            out.append(TF.normalize(TF.to_dtype(x, torch.float32, scale=True), MEAN, STD))
-    return torch.stack(out)
-
-
-def torchvision_rows(images_B3HW: torch.Tensor, side: int) -> Callable[[], tuple[torch.Tensor]]:
-    """torchvision's transforms, drawn and applied row by row on the CPU."""
-    from torchvision.transforms import v2
-
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(side, scale=(0.2, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(*JITTER)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-    return lambda: (torch.stack([transform(row) for _ in range(2) for row in images_B3HW]),)
-
-
-def kornia_batch(images_BHWC: torch.Tensor, side: int, dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor]]:
-    """kornia's composition of the same augmentations, per row on the device."""
-    import kornia.augmentation as K
-
-    transform = K.AugmentationSequential(
-        K.RandomResizedCrop((side, side), scale=(0.2, 1.0)),
-        K.RandomHorizontalFlip(),
-        K.ColorJitter(*JITTER, p=0.8),
-        K.RandomGrayscale(p=0.2),
-        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-    )
-
-    def call():
-        x = images_BHWC.permute(0, 3, 1, 2).float() / 255
-        return (torch.cat([transform(x), transform(x)]).to(dtype),)
-
-    return call
 
 
 def supcon_case(device: torch.device, compiled: bool, R: int) -> Case:
@@ -168,7 +38,8 @@ def supcon_case(device: torch.device, compiled: bool, R: int) -> Case:
 
     candidates = implementations(lambda name: trained(loss_by(name)), device, compiled=False)
     if compiled:
-        graph = torch.compile(loss_by("torch"))
+        torch._dynamo.reset()
+        graph = torch.compile(loss_by("torch"), dynamic=False)
         candidates["torch.compile"] = lambda: trained(graph)
     candidates["SupContrast's formula"] = lambda: trained(lambda z: supcontrast(z, unique, 0.1))
     if R <= 2048:
@@ -215,14 +86,18 @@ def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     c, u, z, x0 = (torch.randn(S, 4, side, side, generator=g).to(device) for _ in range(4))
-    c, u = c.to(dtype), u.to(dtype)
-    table = (torch.rand(50, 8, generator=g) + 0.1).to(device)
+    c, u, state = c.to(dtype), u.to(dtype), (z.clone(), x0.clone())
+    # a + b / alpha + c < 1, so that latents that are stepped again and again stay finite
+    table = (torch.rand(50, 8, generator=g) / 10 + torch.tensor([0.9, 0.4, 0.3, 0.2, 0.1, 0, 0, 0])).to(device)
     row, w = torch.randint(0, 50, (S,), generator=g).to(device), torch.full((S,), 7.5, device=device)
 
     def call(name):
-        state = z.clone(), x0.clone()
         guided_step(c, u, *state, table, row, w, implementation=name)
         return state
+
+    def prepare():
+        for now, start in zip(state, (z, x0), strict=True):
+            now.copy_(start)
 
     def truth():
         alpha, sigma, a, b, k = table.double()[row][:, :5, None, None, None].unbind(1)
@@ -245,6 +120,8 @@ def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
         bytes_moved=c.numel() * (2 * dtype.itemsize + 4 * 4),
         truth=truth,
         unjudged={"diffusers step per slot": "its own coefficients"},
+        prepare=prepare,
+        captured=True,
     )
 
 
@@ -274,6 +151,29 @@ def norm_case(device: torch.device, compiled: bool, N: int, C: int, side: int, b
         bytes_moved=(5 if backward else 2) * x.numel() * dtype.itemsize,
         judged=lambda outputs: tuple(t[:2] for t in outputs),
         truth=lambda: run(group_norm_silu, x[:2].double(), weight.double(), bias.double()),
+        captured=not backward,
+    )
+
+
+def gated_case(device: torch.device, compiled: bool, rows: int, D: int) -> Case:
+    """The gated linear unit behind a projection of SD's feed-forward layers; the peer is diffusers' own module."""
+    from diffusers.models.activations import GEGLU
+
+    g = torch.Generator().manual_seed(0)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    x = torch.randn(rows, 2 * D, generator=g).to(device, dtype)
+    unit = GEGLU(1, 1)
+    unit.proj = torch.nn.Identity()
+    return Case(
+        op="geglu",
+        shape=f"N={rows} D={D}",
+        dtype=str(dtype).removeprefix("torch."),
+        candidates=implementations(lambda name: (geglu(x, implementation=name),), device, compiled)
+        | {"diffusers GEGLU": lambda: (unit(x),)},
+        bytes_moved=3 * rows * D * dtype.itemsize,
+        judged=lambda outputs: (outputs[0][:1024],),
+        truth=lambda: (geglu(x[:1024].double()),),
+        captured=True,
     )
 
 
@@ -317,33 +217,29 @@ def pillow_rows(x_N3HW: torch.Tensor, size: int) -> Callable[[], tuple[torch.Ten
 
 @dataclass(frozen=True)
 class Sweep:
-    """How cases of one op are made, and from which sizes."""
+    """How cases of one op are made, and from which sizes, the most telling first."""
 
-    build: Callable[..., Case]
+    build: Callable[..., Case]  # (device, whether to compile, *size)
     reduced: tuple[tuple, ...]  # on a CPU
     full: tuple[tuple, ...]  # on a GPU: sizes that fill it
 
-    def cases(self, device: torch.device, compiled: bool, reduced: bool) -> Iterator[Case]:
-        """One case at a time, so that the tensors of the last are free before the next is made."""
-        for size in self.reduced if reduced else self.full:
-            yield self.build(device, compiled, *size)
-
 
 SWEEPS = {
-    "views": Sweep(view_case, ((64, 64), (256, 64)), ((256, 64), (1024, 64), (256, 224), (1024, 224))),
-    "supcon": Sweep(supcon_case, ((128,), (512,), (2048,)), ((512,), (2048,), (8192,), (16384,), (65536,))),
-    "guided_step": Sweep(step_case, ((16, 32),), ((16, 64), (64, 64))),
+    "views": Sweep(view_case, ((256, 64), (64, 64)), ((256, 224), (256, 64), (1024, 224), (1024, 64))),
+    "supcon": Sweep(supcon_case, ((512,), (128,), (2048,)), ((8192,), (65536,), (512,), (2048,), (16384,))),
+    "guided_step": Sweep(step_case, ((16, 32),), ((64, 64), (16, 64))),
     "group_norm": Sweep(
         norm_case,
         ((2, 64, 32, False), (2, 64, 32, True), (8, 32, 64, False)),
         (
             (64, 320, 64, False),
-            (64, 320, 64, True),
-            (64, 640, 32, False),
-            (64, 1280, 16, False),
             (8, 128, 512, False),
+            (64, 1280, 16, False),
+            (64, 640, 32, False),
+            (64, 320, 64, True),
             (8, 128, 512, True),
         ),
     ),
-    "pixels": Sweep(pixel_case, ((8, 64, 64), (8, 256, 64)), ((8, 512, 64), (32, 512, 64), (32, 512, 224))),
+    "geglu": Sweep(gated_case, ((512, 128),), ((64 * 4096, 1280), (64 * 1024, 2560), (64 * 256, 5120))),
+    "pixels": Sweep(pixel_case, ((8, 256, 64), (8, 64, 64)), ((32, 512, 224), (32, 512, 64), (8, 512, 64))),
 }

@@ -6,12 +6,20 @@ A kernel stays if it is >= 1.05x torch.compile in time, or >= 2x better in memor
 """
 
 import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness
-from benchmarks.kernel_cases import SWEEPS, Case
+from benchmarks.kernel_case import Case
+from benchmarks.kernel_cases import SWEEPS
+
+FASTER, LEANER = 1.05, 2.0  # than torch.compile, in time or in memory: what a kernel needs to stay
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -23,38 +31,78 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{conditions['device']}, torch {conditions['torch']}, triton {conditions['triton']}, "
           f"{conditions['threads']} threads, load {conditions['load']}")  # fmt: skip
     print(f"ceilings: {ceilings.matmul_tflop_per_s:.2f} TFLOP/s, {ceilings.copy_gib_per_s:.1f} GiB/s ({ceilings.note})")
-    switches = f"compile={options.compile} clock={options.clock}"
-    rows = []
-    for op in options.ops:
-        for case in SWEEPS[op].cases(device, options.compile, options.reduced):
-            if budget.left <= 0:
-                print(f"budget of {budget.seconds:g} s is spent; left out: {op} {case.shape} and what follows")
-                break
-            measured = measure(case, device, ceilings, options, budget.left)
-            rows += [conditions | row | {"switches": switches} for row in measured]
-    if options.out:
-        harness.append_rows(options.out, rows)
+    rows, broken = [], []
+    for op, number in in_turns(options):
+        if op in broken:
+            continue
+        found = rows_of(op, number, device, ceilings, options, budget)
+        rows += found
+        if options.out:  # as they come: what ends this process takes no finished row with it
+            harness.append_rows(options.out, [conditions | row for row in found])
+        if harness.is_lost(device):
+            others, broken = [name for name in options.ops if name != op], options.ops
+            print(f"the device is lost to this process after {op}; the other ops go on in a new one", flush=True)
+            rows += _in_new_process(others, options, budget)
     document = {
         "benchmark": "kernels",
         **conditions,
         "ceilings": vars(ceilings),
-        "rows": [{k: v for k, v in row.items() if k not in conditions} for row in rows],
+        "rows": rows,
+        "verdicts": verdicts(rows),
         "written": str(options.out or ""),
     }
+    for op, verdict in document["verdicts"].items():
+        print(f"{op}: {verdict}")
     harness.finish(document)
     return document
+
+
+def in_turns(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """(op, number of its size), the first size of every op before the second of any: a budget ends them all alike."""
+    sizes = {op: len(SWEEPS[op].reduced if options.reduced else SWEEPS[op].full) for op in options.ops}
+    for number in range(max(sizes.values(), default=0)):
+        yield from ((op, number) for op in options.ops if number < sizes[op])
+
+
+def rows_of(
+    op: str, number: int, device: torch.device, ceilings: harness.Ceilings, options: argparse.Namespace, budget
+) -> list[dict[str, object]]:
+    """The rows of one op at one size; one row with the reason where it is left out or cannot be measured."""
+    sweep = SWEEPS[op]
+    size = (sweep.reduced if options.reduced else sweep.full)[number]
+    switches = f"compile={options.compile} clock={options.clock}"
+    left_out = {"op": op, "implementation": "", "shape": " ".join(str(extent) for extent in size), "dtype": ""}
+    left_out |= dict.fromkeys(("median_ms", "p10_ms", "p90_ms"), "") | {"blocks": 0}
+    left_out |= dict.fromkeys(("spread_pct", "speedup", "gib_per_s", "tflop_per_s", "ceiling_pct", "peak_mib"), "")
+    if budget.left <= 0:
+        print(f"skipped: budget  {op} {left_out['shape']}", flush=True)
+        return [left_out | {"quality": "skipped: budget", "switches": switches}]
+    try:
+        case = sweep.build(device, options.compile, *size)
+        timed_as = " graph replay" if case.captured and device.type == "cuda" else ""
+        return [
+            row | {"switches": switches + timed_as} for row in measure(case, device, ceilings, options, budget.left)
+        ]
+    except Exception as error:  # an op that cannot be measured is a row, not the end of the others
+        reason = f"failed: {harness.described(error)}"
+        print(f"{op} {left_out['shape']} {reason}", flush=True)
+        return [left_out | {"quality": reason, "switches": switches}]
 
 
 def measure(
     case: Case, device: torch.device, ceilings: harness.Ceilings, options: argparse.Namespace, seconds: float
 ) -> list[dict[str, object]]:
     """One row per candidate: time, ratio to eager, share of the ceiling, peak memory and error."""
-    outcome = harness.compare(case.candidates, device, blocks=options.blocks, max_seconds=seconds, clock=options.clock)
+    case.prepare()
+    timed = case.candidates
+    if case.captured and device.type == "cuda":  # launched one by one, small kernels would measure the host
+        timed = {name: harness.replayed(function) for name, function in timed.items()}
+    outcome = harness.compare(timed, device, blocks=options.blocks, max_seconds=seconds, clock=options.clock)
     print(f"{case.op} {case.shape} {case.dtype}  (A/A spread {outcome.spread_pct:.1f} %)")
     rows = []
     for name in case.candidates:
         timing = outcome.timings.get(name)
-        timed = timing.row() if timing else {"median_ms": "", "p10_ms": "", "p90_ms": "", "blocks": 0}
+        times = timing.row() if timing else {"median_ms": "", "p10_ms": "", "p90_ms": "", "blocks": 0}
         seconds_a_call = timing.median_ms / 1e3 if timing else float("inf")
         gib_per_s = case.bytes_moved / 2**30 / seconds_a_call
         tflop_per_s = case.operations / 1e12 / seconds_a_call
@@ -64,19 +112,66 @@ def measure(
             "implementation": name,
             "shape": case.shape,
             "dtype": case.dtype,
-            **timed,
+            **times,
             "spread_pct": outcome.spread_pct,
             "speedup": round(outcome.speedup(name), 3) if timing else "",
             "gib_per_s": round(gib_per_s, 3),
             "tflop_per_s": round(tflop_per_s, 4),
             "ceiling_pct": round(100 * share, 2),
             "peak_mib": harness.peak_mib(case.candidates[name], device) if timing else "",
-            "quality": case.error(name) if timing else outcome.failures[name],
+            "quality": _quality(case, name) if timing else f"failed: {outcome.failures[name]}",
         }
         rows.append(row)
         print(f"  {name:26s} {row['median_ms'] or 'failed':>10} ms  x{row['speedup']}  {row['ceiling_pct']} % of ceiling  "
-              f"{row['peak_mib']} MiB  {row['quality']}")  # fmt: skip
+              f"{row['peak_mib']} MiB  {row['quality']}", flush=True)  # fmt: skip
     return rows
+
+
+def verdicts(rows: list[dict]) -> dict[str, str]:
+    """op -> whether its kernel stays, by the rule: over its sizes, the median ratio to torch.compile, else to eager."""
+    found = {}
+    for op in dict.fromkeys(row["op"] for row in rows):
+        by_shape: dict[str, dict[str, dict]] = {}
+        for row in rows:
+            if row["op"] == op and row["median_ms"]:
+                by_shape.setdefault(row["shape"], {})[row["implementation"]] = row
+        peer = next((p for p in ("torch.compile", "eager") if any(p in own for own in by_shape.values())), "")
+        pairs = [(own["triton"], own[peer]) for own in by_shape.values() if "triton" in own and peer in own]
+        if not pairs:
+            continue
+        faster = statistics.median(other["median_ms"] / kernel["median_ms"] for kernel, other in pairs)
+        leaner = statistics.median(
+            (other["peak_mib"] or 0) / max(kernel["peak_mib"] or 0, 2**-10) for kernel, other in pairs
+        )
+        stays = faster >= FASTER or (leaner >= LEANER and faster >= 1 / FASTER)
+        found[op] = (
+            f"{'stays' if stays else 'goes'}: {faster:.2f}x {peer} in time, {leaner:.1f}x in memory, "
+            f"median of {len(pairs)} sizes"
+        )
+    return found
+
+
+def _quality(case: Case, name: str) -> str:
+    try:
+        return case.error(name)
+    except Exception as error:  # the time is measured; what could not be judged says so
+        return f"not judged: {harness.described(error)}"
+
+
+def _in_new_process(ops: list[str], options: argparse.Namespace, budget: harness.Budget) -> list[dict]:
+    """Rows of the ops, measured from the start by a process whose device is whole."""
+    if not ops or budget.left <= 0:
+        return []
+    command = [sys.executable, "-u", "-m", "benchmarks.kernels", "--ops", ",".join(ops), "--device", options.device]
+    command += ["--blocks", str(options.blocks), "--out", str(options.out or "none")]
+    command += ["--compile" if options.compile else "--no-compile"]
+    command += ["--reduced" if options.reduced else "--no-reduced"]
+    if options.budget_seconds:
+        command += ["--budget-seconds", f"{budget.left:.0f}"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, text=True)
+    *text, last = done.stdout.strip().splitlines() or [""]
+    print("\n".join(text), flush=True)
+    return json.loads(last)["rows"] if last.startswith("{") else []
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

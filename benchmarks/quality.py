@@ -26,6 +26,12 @@ from modules.evaluation.features import embed_images
 from modules.runtime import quiet_libraries
 
 TOLERANCE = 0.03  # of agreement, accuracy and AUROC that a lossy choice may lose
+COLUMNS = (  # of a row, after its conditions
+    "choice", "strengths", "solver", "images_per_step", "max_uses", "steps", "seed", "ms_a_step", "unet_rows_a_step",
+    "reuse", "age_mean", "images_judged", "agreement", "real_agreement", "diversity_share", "distance_share",
+    "near_ood_agreement", "val_accuracy", "val_knn_accuracy", "near_ood_auroc", "score", "val_images",
+    "near_ood_val_images",
+)  # fmt: skip
 JUDGED = ("agreement", "val_accuracy", "near_ood_auroc")
 EXACT = "exact"  # the demo as it is: what the others are compared with
 CHOICES: dict[str, dict[str, object]] = {
@@ -35,6 +41,7 @@ CHOICES: dict[str, dict[str, object]] = {
     "strength 0.5": {"generation.strengths": {0.5: 1.0}},
     "strength 0.6": {"generation.strengths": {0.6: 1.0}},
     "dpmpp_2m 10 steps": {"generation.solver": "dpmpp_2m", "generation.num_inference_steps": 10},
+    "preset fast": {"pipeline.preset": "fast"},
     "max_uses 4": {"generation.max_uses": 4, "generation.images_per_step": 8.0},
     "max_uses 24": {"generation.max_uses": 24, "generation.images_per_step": 1.5},
     "max_uses 48": {"generation.max_uses": 48, "generation.images_per_step": 0.75},
@@ -48,30 +55,38 @@ def main(argv: list[str] | None = None) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
-    rows, skipped, longest = [], [], 0.0
+    rows, skipped, longest = [], {}, 0.0
     with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as cache:
         for name in options.choices:
-            if budget.left < longest:
-                skipped.append(name)
-                continue
             begin = time.perf_counter()
             settings = _settings(options, cache) | CHOICES[name]
-            with session(settings, options.config) as (job, state):
-                rows.append(conditions | measure(name, job, state, options.steps))
+            try:
+                if budget.left < longest:
+                    raise TimeoutError("budget")
+                with session(settings, options.config) as (job, state):
+                    row = measure(name, job, state, options.steps)
+            except Exception as error:  # a choice that is left out or cannot be run is a row, not the end of the others
+                skipped[name] = "budget" if isinstance(error, TimeoutError) else f"failed: {harness.described(error)}"
+                print(f"{name} skipped: {skipped[name]}", flush=True)
+                row = dict.fromkeys(COLUMNS, "") | {"choice": name, "score": f"skipped: {skipped[name]}"}
+            else:
+                rows.append(row)
+                _print_row(row)
             longest = max(longest, time.perf_counter() - begin)
-            _print_row(rows[-1])
-    gate = {row["choice"]: _passes(row, rows[0]) for row in rows[1:]}
+            if options.out:
+                harness.append_rows(options.out, [conditions | row])
+    first = options.choices[0]
+    exact = next((row for row in rows if row["choice"] == first), None)
+    gate = {row["choice"]: _passes(row, exact) for row in rows if exact is not None and row is not exact}
     document = {
         "benchmark": "quality",
         **conditions,
-        "rows": [{k: v for k, v in row.items() if k not in conditions} for row in rows],
+        "rows": rows,
         "within_tolerance": gate,
         "tolerance": TOLERANCE,
-        "skipped": {name: "budget" for name in skipped},
+        "skipped": skipped,
         "written": str(options.out or ""),
     }
-    if options.out:
-        harness.append_rows(options.out, rows)
     harness.finish(document)
     return document
 
@@ -163,6 +178,7 @@ def _settings(options: argparse.Namespace, cache: str) -> dict[str, object]:
         "learning.warmup_steps": max(1, options.steps // 10),
         "evaluation.bootstrap": 0,
         "evaluation.knn_every": 0,
+        "pipeline.compile": "off",  # compiling a tick for each choice would take longer than its run
     }
     return settings | ({"pipeline.path": options.pipeline} if options.pipeline else {})
 

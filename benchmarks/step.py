@@ -13,6 +13,7 @@ Rows are appended to benchmarks/results/step_gpu.csv or step_cpu.csv; the last l
 
 import argparse
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,12 @@ COMMON = {  # settings of every case: nothing to learn beforehand, rings that ne
     "run.log_every": 10**6,
     "generation.mode": "sequential",  # the benchmark lays the mode over the step itself
 }
+COLUMNS = (  # of a row, after its conditions
+    "case", "mode", "images_per_step", "step_ms", "p10_ms", "p90_ms", "blocks", "steps_a_block", "spread_pct", "train_images",
+    "generate_alone_ms", "generation_share_pct", "overlap_efficiency", "overlap_bound",
+    *(f"{name}_ms" for name in (*STEP_PHASES, "bookkeeping")),
+    "overhead_pct", "host_syncs", "bytes_written", "peak_mib", "switches", "quality",
+)  # fmt: skip
 FEW_SHOTS = 4  # train images a class of the small side, where the cost of more of them is shown
 
 
@@ -126,6 +133,11 @@ def _row(case: Case, mode: str, images: float, stepper: Stepper, found: harness.
     }
 
 
+def left_out(case: Case, mode: str, reason: str) -> dict[str, object]:
+    """The row of a case that was not measured."""
+    return dict.fromkeys(COLUMNS, "") | {"case": case.name, "mode": mode, "quality": f"skipped: {reason}"}
+
+
 def _tick(stepper: Stepper) -> str:
     compiled = isinstance(stepper.state.generator.slots.in_flight.unet, torch._dynamo.OptimizedModule)
     return "compiled" if compiled else "eager"
@@ -169,20 +181,31 @@ def main(argv: list[str] | None = None) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
-    rows, lines, skipped = [], {}, {}
+    rows, lines, skipped, longest = [], {}, {}, 0.0
     chosen = [(case, mode) for case in cases(options) for mode in case.modes]
     for number, (case, mode) in enumerate(chosen):
         name = f"{case.name}, {mode}"
-        if budget.left <= 0:
-            skipped[name] = "budget"
-            continue
         share = budget.left / (len(chosen) - number + 1)
-        found, lines[name] = measure(case, mode, options, share)
-        rows += found
-        _print_rows(found)
+        begin = time.perf_counter()
+        try:
+            if budget.left <= longest:
+                raise TimeoutError("budget")
+            found, lines[name] = measure(case, mode, options, share)
+            rows += found
+            _print_rows(found)
+        except Exception as error:  # a case that is left out or cannot be measured is a row, not the end of the others
+            skipped[name] = "budget" if isinstance(error, TimeoutError) else f"failed: {harness.described(error)}"
+            print(f"{name} skipped: {skipped[name]}", flush=True)
+            found = [left_out(case, mode, skipped[name])]
+        longest = max(longest, time.perf_counter() - begin)
+        if options.out:
+            harness.append_rows(options.out, [conditions | row for row in found])
     constant = None
-    if options.train_images and budget.left > 0:
-        constant = over_train_images(chosen[0][0], options, budget.left)
+    if options.train_images and chosen and budget.left > 0:
+        try:
+            constant = over_train_images(chosen[0][0], options, budget.left)
+        except Exception as error:
+            constant = {"failed": harness.described(error)}
     document = {
         "benchmark": "step",
         **conditions,
@@ -195,8 +218,6 @@ def main(argv: list[str] | None = None) -> dict:
         "written": str(options.out or ""),
     }
     print(f"straight lines: {lines}\ntrain images: {constant}", flush=True)
-    if options.out:
-        harness.append_rows(options.out, [conditions | row for row in rows])
     harness.finish(document)
     return document
 

@@ -1,14 +1,16 @@
 """Every benchmark in one call, within a budget: `python -m benchmarks.suite [--only ...] [--budget-s 540]`.
 
-Correctness first, and what is wrong is not timed; then generator, kernels, step and quality, each with a share of the
-time that is left. Each part is a process of its own, so that a crash or a full memory in one costs no other, and is
-stopped when the budget is spent. On a CPU every part runs in a reduced form. Rows go to $OUT where it is set, else to
+Correctness first, and what is found wrong is not timed: a wrong op is left out of the kernels, a wrong engine takes the
+parts that run it; then generator, kernels, step and quality, each with a share of the time that is left. Each part is a
+process of its own, so that a crash or a full memory in one costs no other, and is stopped when the budget is spent. On a CPU every part runs in a reduced form. Rows go to $OUT where it is set, else to
 benchmarks/results; a short table comes last, the last line is one JSON document.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, inputs
+from kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_S = 20.0  # a part that would get less is left out
@@ -34,6 +37,7 @@ class Part:
     share: float  # of the time left when its turn comes
     arguments: Callable[[argparse.Namespace, float], list[str]]  # (options, seconds) -> its command line
     summary: Callable[[dict], str]  # one line of its document
+    runs_engine: bool = True
 
 
 @dataclass
@@ -67,7 +71,8 @@ def _generator(options, seconds: float) -> list[str]:
 def _kernels(options, seconds: float) -> list[str]:
     name = "kernels_gpu.csv" if options.gpu else "kernels_cpu.csv"
     out = inputs.results_file("kernels", options.device).with_name(name)
-    return _device(options) + ["--budget-seconds", f"{seconds:.0f}", "--out", str(out)]
+    right = [op for op in backend.OPS if op not in options.wrong]
+    return _device(options) + ["--budget-seconds", f"{seconds:.0f}", "--out", str(out), "--ops", ",".join(right)]
 
 
 def _step(options, seconds: float) -> list[str]:
@@ -89,11 +94,7 @@ def _of_generator(document: dict) -> str:
 
 
 def _of_kernels(document: dict) -> str:
-    faster = {}
-    for row in document["rows"]:
-        if row["implementation"] == "triton":
-            faster.setdefault(row["op"], []).append(row["speedup"])
-    return "; ".join(f"{op} {min(found)}-{max(found)}x eager" for op, found in faster.items()) or (
+    return "; ".join(f"{op} {verdict}" for op, verdict in document["verdicts"].items()) or (
         f"{len(document['rows'])} rows"
     )
 
@@ -113,7 +114,7 @@ def _of_quality(document: dict) -> str:
 PARTS = (
     Part("correctness", 0.5, _correctness, lambda document: f"{len(document['checks'])} checks"),
     Part("generator", 0.55, _generator, _of_generator),
-    Part("kernels", 0.35, _kernels, _of_kernels),
+    Part("kernels", 0.35, _kernels, _of_kernels, runs_engine=False),
     Part("step", 0.6, _step, _of_step),
     Part("quality", 1.0, _quality, _of_quality),
 )
@@ -129,8 +130,8 @@ def run_part(part: Part, options: argparse.Namespace, left: float) -> Outcome:
     command = command_of(part, options, max(LEAST_S / 2, part.share * left - CLOSING_S))
     print(f"\n== {part.name}: {' '.join(command[2:])}", flush=True)
     begin = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    stop = threading.Timer(left, process.kill)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    stop = threading.Timer(left, _end, [process])
     stop.start()
     last = ""
     try:
@@ -141,33 +142,51 @@ def run_part(part: Part, options: argparse.Namespace, left: float) -> Outcome:
         code = process.wait()
     finally:
         stop.cancel()
+        _end(process)
     took = round(time.perf_counter() - begin, 1)
-    document = json.loads(last) if last.startswith("{") else None
+    try:
+        document = json.loads(last) if last.startswith("{") else None
+    except ValueError:  # cut off in the middle
+        document = None
     if document is None:
         status = "failed: stopped, the budget was spent" if took >= left else f"failed: exit code {code}"
         return Outcome(part.name, status, took)
     status = "done" if code == 0 else f"failed: exit code {code}"
-    return Outcome(part.name, status, took, part.summary(document), document)
+    try:
+        summary = part.summary(document)
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # a document of less than usual is still kept
+        summary = f"no summary: {harness.described(error)}"
+    return Outcome(part.name, status, took, summary, document)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a part with what it started (compiler workers); nothing where it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the parts, print the table and the JSON document; returns that document."""
     options = _parse(argv)
     budget = harness.Budget(options.budget_s)
+    conditions, out = harness.conditions(options.device), inputs.results_file("suite", options.device)
     outcomes: list[Outcome] = []
-    wrong = False
     for part in PARTS:
         if part.name not in options.only:
             continue
-        if wrong:
-            outcomes.append(Outcome(part.name, "skipped: correctness failed"))
+        if part.runs_engine and "engine" in options.wrong:
+            outcomes.append(Outcome(part.name, "skipped: correctness failed for the engine"))
         elif budget.left < LEAST_S:
             outcomes.append(Outcome(part.name, "skipped: budget"))
         else:
             outcomes.append(run_part(part, options, budget.left))
-            failed = outcomes[-1].status != "done"
-            wrong = part.name == "correctness" and failed and not options.keep_going
-    conditions = harness.conditions(options.device)
+        if (
+            part.name == "correctness" and not options.keep_going
+        ):  # where it gave no answer, nothing is known to be wrong
+            options.wrong = (outcomes[-1].document or {}).get("wrong", [])
+        if os.environ.get("OUT"):  # the documents of the parts whole, where files are carried away, as they come
+            whole = {outcome.part: outcome.document for outcome in outcomes}
+            harness.write_partial(out, conditions | {"documents": whole})
     rows = [{"part": o.part, "status": o.status, "seconds": o.seconds, "summary": o.summary} for o in outcomes]
     document = {
         "benchmark": "suite",
@@ -176,9 +195,9 @@ def main(argv: list[str] | None = None) -> dict:
         "passed": all(not row["status"].startswith("failed") for row in rows),
         "parts": {row["part"]: row for row in rows},
     }
-    out = inputs.results_file("suite", options.device)
     harness.append_rows(out, [conditions | row for row in rows])
-    if os.environ.get("OUT"):  # the documents of the parts whole, where files are carried away
+    if os.environ.get("OUT"):
+        harness.drop_partial(out)
         whole = {outcome.part: outcome.document for outcome in outcomes}
         out.with_suffix(".json").write_text(json.dumps(document | {"documents": whole}, default=str) + "\n")
     print(
@@ -203,6 +222,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in options.only if name not in names]:
         parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(names)}")
     options.gpu = torch.device(options.device).type == "cuda"
+    options.wrong = []  # what correctness finds: ops, engine
     return options
 
 

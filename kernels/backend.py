@@ -6,6 +6,7 @@ definition until then. A setting forces either. This is the one place in kernels
 there are; Triton itself is imported from here, so that the definitions also run where it cannot be installed.
 """
 
+import contextlib
 import importlib.util
 import os
 import types
@@ -22,7 +23,7 @@ else:
     tl = triton.language
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-OPS = ("views", "supcon", "guided_step", "group_norm", "pixels")
+OPS = ("views", "supcon", "guided_step", "group_norm", "geglu", "pixels")
 
 # op -> the GPU row of benchmarks/results/kernels_gpu.csv on which its kernel earned its place (issue rule: >= 1.05x
 # torch.compile in time, or >= 2x better in memory at equal time). Empty: no kernel has been timed on a GPU yet.
@@ -46,6 +47,20 @@ def set_default(implementation: str) -> None:
     global _default
     _check(implementation)
     _default = implementation
+
+
+@contextlib.contextmanager
+def using(implementation: str):
+    """Inside, `implementation="auto"` means this one: for measuring one beside the other.
+
+    Raises ValueError if `implementation` is not one of auto, torch, triton.
+    """
+    before = _default
+    set_default(implementation)
+    try:
+        yield
+    finally:
+        set_default(before)
 
 
 def interpreted() -> bool:

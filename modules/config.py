@@ -72,7 +72,7 @@ class Inversion:
     images_per_class: int = 200  # training images seen a class (DA-Fusion: 4,000)
     batch_size: int = 20  # rows a step, drawn from several classes
     num_vectors: int = 1  # token vectors a class
-    initializer: str = "object"  # word whose trained row starts every class vector
+    initializer: str = "object"  # word whose trained row starts every class vector; keywords: each class's own (MVIP)
     lr: float = 2e-3  # Adam, per class, constant after warm-up
     flip: float = 0.5  # probability of a horizontal flip
     class_agnostic: bool = False  # no learned tokens: every prompt uses the initializer (Real Guidance control)
@@ -90,7 +90,7 @@ class Generation:
     num_inference_steps: int = 20  # T_n, steps of the whole time grid
     guidance_scale: float = 3.0  # w in eps_u + w (eps_c - eps_u); 1 switches guidance off
     strengths: dict = field(default_factory=lambda: {0.4: 1.0})  # positives: strength -> weight
-    conditions: dict = field(default_factory=lambda: {"": 1.0})  # condition word -> weight ("" is none)
+    conditions: dict = field(default_factory=lambda: {"": 1.0})  # word -> weight; "": none, keywords: the class's own
     templates: tuple[str, ...] = ("a photo of a {}",)  # prompt templates of generation
     max_uses: int = 8  # batches a generated image may serve in
     max_age: int = 0  # optimizer steps a generated image may live; 0: no bound
@@ -122,10 +122,10 @@ class Gate:
     """Which generated images may be learned from."""
 
     enabled: bool = False
-    start_step: int = 50  # optimizer step from which images are judged
+    start_step: int = 50  # optimizer step from which images are judged, for the gate and for the controller
     refresh_every: int = 25  # steps between refreshes of the class statistics
-    quantile: float = 0.05  # leave-one-out similarity quantile of the class
-    far_floor: float = -0.2  # cosine to the nearest class below which a near-OOD image is too far
+    quantile: float = 0.05  # leave-one-out similarity quantile of the class, (0, 1)
+    far_floor: float = -0.2  # [-1, 1]: cosine to the nearest class below which a near-OOD image is too far
     retries: int = 2  # draws again before falling back
 
 
@@ -134,10 +134,10 @@ class Controller:
     """The closed loop from the learner back to the strength."""
 
     enabled: bool = False
-    target_low: float = 0.55  # band of the mean similarity of positives to their class
-    target_high: float = 0.85
-    gain: float = 0.05  # change of strength an update
-    update_every: int = 25  # steps
+    target_low: float = 0.55  # band of the positives' mean likeness to their class; 1 is that of real images
+    target_high: float = 0.85  # above target_low; near-OOD images have the band of equal width below
+    gain: float = 0.05  # (0, 1]: change of strength an update
+    update_every: int = 25  # steps, >= 1
 
 
 @dataclass(frozen=True)

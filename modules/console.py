@@ -112,10 +112,10 @@ class Console:
             self.line(footer)
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """A table with a header; numbers are right-aligned."""
+        """A table with a header; columns of numbers are right-aligned, columns of words left."""
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(name, justify="right" if i and _numeric([row[i] for row in rows]) else "left")
         for row in rows:
             table.add_row(*row)
         self.rich.print(table)
@@ -136,6 +136,19 @@ class Console:
 
     def _renderable(self):
         return Group(self._progress, self._table) if self._table is not None else self._progress
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that makes it readable: 28 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _numeric(cells: list[str]) -> bool:
+    """Whether most of the filled cells of a column begin as numbers do."""
+    filled = [cell for cell in cells if cell]
+    return 2 * sum(cell[0] in "-+.0123456789" or cell in ("nan", "inf") for cell in filled) > len(filled)
 
 
 def _phase_table(row: dict) -> Table:

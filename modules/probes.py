@@ -162,8 +162,11 @@ def _bitsandbytes(device: torch.device) -> str:
 
 
 def _triton(device: torch.device) -> str:
+    from kernels import backend
     from kernels.pixels import pixels
 
+    if device.type != "cuda" and not backend.interpreted():
+        raise Wrong("there is no CUDA GPU")
     (x_N3HW,) = _normal(device, torch.float32, (1, 3, 64, 64))
     made, truth = (pixels(x_N3HW, 32, implementation=name).float() for name in ("triton", "torch"))
     worst = float((made - truth).abs().max())

@@ -73,8 +73,13 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "near_ood.negative_guidance": (None, 0, ""),
     "near_ood.jigsaw_grid": (2, 32, ""),
     "near_ood.outlier_quantile": (0, 1, "()"),
+    "gate.start_step": (0, None, ""),
+    "gate.refresh_every": (1, None, ""),
     "gate.quantile": (0, 1, "()"),
+    "gate.far_floor": (-1, 1, ""),
     "gate.retries": (0, None, ""),
+    "controller.gain": (0, 1, "("),
+    "controller.update_every": (1, None, ""),
     "encoder.width": (8, None, ""),
     "encoder.head_dim": (2, None, ""),
     "learning.steps": (1, None, ""),
@@ -98,6 +103,10 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "evaluation.bootstrap": (0, None, ""),
     "evaluation.confidence": (0, 1, "()"),
     "evaluation.batch_size": (1, None, ""),
+    "evaluation.knn_every": (0, None, ""),
+    "evaluation.tsne_points": (0, None, ""),
+    "evaluation.judge_steps": (0, None, ""),
+    "probe.weight_decay": (0, None, ""),
     "tune.steps": (1, None, ""),
     "shape.resolution": (8, 1024, ""),
     "shape.text_layers": (1, None, ""),
@@ -143,6 +152,9 @@ def check_rules(config) -> None:
         _check_shape(config.shape)
         return
     _check_recipes(config)
+    _check_band(config.controller)
+    _check_initializer(config.inversion)
+    _check_probe_rates(config.probe.lrs)
     if generates(config):
         _check_strengths(config)
         _check_feeding(config)
@@ -152,6 +164,11 @@ def check_rules(config) -> None:
 def generates(config) -> bool:
     """Whether this run mixes generated rows into its batches."""
     return config.generation.synthetic_fraction > 0
+
+
+def needs_masks(config) -> bool:
+    """Whether generation needs an object mask of every train image."""
+    return generates(config) and (config.generation.mask_edit != "none" or "mask_split" in config.near_ood.recipes)
 
 
 def generated_rows(config) -> float:
@@ -210,11 +227,25 @@ def _check_recipes(config) -> None:
             raise ConfigError(f"`generation.templates` holds {template!r}; each template needs exactly one {{}}")
     if not config.generation.templates:
         raise ConfigError("`generation.templates` is empty; name at least one, such as 'a photo of a {}'")
-    if config.near_ood.jigsaw_grid and config.data.image_size % config.near_ood.jigsaw_grid:
+    jigsaws = any(config.near_ood.recipes.get(recipe, 0) > 0 for recipe in FREE_RECIPES)
+    if jigsaws and config.data.image_size % config.near_ood.jigsaw_grid:
         raise ConfigError(
             f"`near_ood.jigsaw_grid` is {config.near_ood.jigsaw_grid}, which does not divide data.image_size "
             f"{config.data.image_size}"
         )
+
+
+def _check_band(controller) -> None:
+    if not controller.target_low < controller.target_high:
+        raise ConfigError(
+            f"`controller.target_low` is {controller.target_low} and `controller.target_high` {controller.target_high}; "
+            "the band must rise"
+        )
+
+
+def _check_probe_rates(lrs: tuple[float, ...]) -> None:
+    if not lrs or min(lrs) <= 0:
+        raise ConfigError(f"`probe.lrs` is {list(lrs)}; name at least one learning rate, each above 0")
 
 
 def _check_strengths(config) -> None:
@@ -241,6 +272,14 @@ def _check_feeding(config) -> None:
             f"step, but generation.images_per_step {rate:g} x generation.max_uses {uses} feeds only {rate * uses:g}; "
             f"raise images_per_step to {needed / uses:.3g} or max_uses to {needed / max(rate, 1e-9):.0f}, or lower the "
             "fraction"
+        )
+
+
+def _check_initializer(inversion) -> None:
+    if inversion.class_agnostic and inversion.initializer == "keywords":
+        raise ConfigError(
+            "inversion.class_agnostic shows one word for every class, but inversion.initializer is 'keywords'; name a word "
+            "such as object"
         )
 
 

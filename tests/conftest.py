@@ -1,11 +1,13 @@
-"""Shared by all tests: no network, two threads at most, and the skips that need a GPU."""
+"""Shared by all tests: no network, two threads at most in all, and the skips that need a GPU."""
 
+import os
 import socket
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // WORKERS))
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,9 @@ CLASSIC = {  # arms without generated rows
 GENERATING = {  # arms with them; what an arm does not name is the config's
     "positives": SUPCON | {"generation.near_ood_fraction": 0.0},
     "positives_ood": SUPCON,
+    "class_agnostic": SUPCON  # a control: every prompt shows the initializer word, as in Real Guidance (2210.07574)
+    | {"inversion.class_agnostic": True, "inversion.initializer": "object", "generation.near_ood_fraction": 0.0},
+    "ce_exposure": {"learning.method": "cross_entropy", "learning.outlier_exposure": 0.5, "controller.enabled": False},
     "jigsaw_roundtrip": SUPCON | {"near_ood.recipes": {"jigsaw_roundtrip": 1.0}},  # in place of generated negatives
     "adaptive": SUPCON | {"controller.enabled": True},
     "gated": SUPCON | {"gate.enabled": True},
@@ -73,7 +76,7 @@ def _check_generation(arm: str, config: Config) -> None:
             f"arm {arm} mixes generated rows into its batches, but generation.synthetic_fraction is 0 in this config; "
             "set the share all arms with generated rows shall have"
         )
-    if arm != "positives" and generation.near_ood_fraction == 0:
+    if GENERATING[arm].get("generation.near_ood_fraction") != 0 and generation.near_ood_fraction == 0:
         raise ConfigError(
             f"arm {arm} has near-OOD rows, but generation.near_ood_fraction is 0 in this config; set their share"
         )

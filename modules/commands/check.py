@@ -18,6 +18,7 @@ from modules.commands.job import Job
 from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
 from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, variant
 from modules.commands.timing import Timing, time_steps, window
+from modules.console import duration
 from modules.diffusion.inversion import Inversion
 from modules.errors import OutOfMemory
 from modules.meter import timer
@@ -152,17 +153,17 @@ def _print_time(job: Job, step, console) -> dict[str, float]:
     seconds["contrastive"] = job.config.learning.steps * timing.step_ms / 1e3
     seconds["features"] = _feature_seconds(job, timing)
     labels = {
-        "tokens": "class tokens (0: in the cache, or none to learn)",
+        "tokens": "class tokens" if seconds["tokens"] else "class tokens: in the cache, or none to learn",
         "prefill": "filling the rings",
         "contrastive": f"{job.config.learning.steps} steps of {timing.step_ms:.0f} ms",
         "features": "features of every image",
     }
-    rows = [[labels[name], _duration(value)] for name, value in seconds.items()]
+    rows = [[labels[name], duration(value)] for name, value in seconds.items()]
     total = sum(seconds.values())
     console.table(
         f"time, from {timing.steps} timed steps on this machine as it is now",
         ["stage", "time"],
-        [*rows, ["in all, without judge, intervals and report", _duration(total)]],
+        [*rows, ["in all, without judge, intervals and report", duration(total)]],
     )
     return seconds | {"step_ms": timing.step_ms, "total": total}
 
@@ -210,9 +211,3 @@ def _verdict(console, bad: list, on_bad_image: str, fits: bool) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -53,8 +53,11 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
     for probe in probes:
         console.line(f"  {'works' if probe.works else 'no   '}  {probe.name}: {probe.detail}")
     console.line("kernels under run.kernels auto:")
+    by_choice: dict[backend.Choice, list[str]] = {}
     for op, choice in backend.explain(device).items():
-        console.line(f"  {op}: {choice.name} ({choice.reason})")
+        by_choice.setdefault(choice, []).append(op)
+    for choice, ops in by_choice.items():
+        console.line(f"  {', '.join(ops)}: {choice.name} ({choice.reason})")
     console.line("```")
     return probes
 

@@ -23,6 +23,7 @@ from modules.evaluation.evaluate import Outcome, evaluate, feature_set
 from modules.evaluation.features import embed_images
 from modules.evaluation.stored import Detector, load_detector, save_detector, save_predictions
 from modules.learning.encoder import build_encoder
+from modules.rules import needs_masks
 from modules.runtime import resolve_runtime
 from modules.settings import load_config, to_yaml
 from modules.state import write_atomic
@@ -117,7 +118,7 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
     """
     out = folder / "evaluated" / "again"
     with console.stage("data") as progress:
-        sets = load_sets(config.data, config.run.seed, masks=False, progress=progress)
+        sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
     _warn_of_other_images(folder, sets, console)
     with console.stage("probe") as progress:
         features = {

@@ -20,7 +20,8 @@ def judge_folder(folder: Path, config: Config, detector: Detector, embed, consol
     """Class, probability, scores and decision of every image below data.root into <run>/evaluated/<name of the root>."""
     with console.stage("data") as progress:
         index = read_images(config.data.root, detector.classes)
-        images = load_images(index, index.items, config.data.image_size, config.data, progress, masks=False)
+        size = config.data.image_size
+        images = load_images(index, index.items, size, config.data, progress, masks=False, learning=False)
     for note in images.notes:
         console.line(f"  {note}")
     with console.stage("judge") as progress:

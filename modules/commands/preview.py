@@ -84,6 +84,8 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
             console.line(f"{len(labels)} of {len(job.sets.index.classes)} classes; --classes=all shows every one")
         for file in files:
             console.line(f"written: {file}")
+        if not asked:
+            console.line(f"an image again: --again=FILE with its entry of {job.workdir.path / 'provenance.json'}")
     return files
 
 
@@ -245,7 +247,12 @@ def _classes(flags: dict[str, str], classes: tuple[str, ...]) -> list[int]:
         return list(range(len(classes)))
     for name in asked:
         if name not in classes:
-            close = difflib.get_close_matches(name, classes, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"classes are {', '.join(classes[:20])}"
+            inside = [known for known in classes if name.lower() in known.lower()]  # gear: SpurGear
+            close = inside or difflib.get_close_matches(name, classes, n=1)
+            hint = (
+                f"did you mean {' or '.join(repr(known) for known in close[:3])}?"
+                if close
+                else f"classes are {', '.join(classes[:20])}"
+            )
             raise ConfigError(f"command line: --classes names {name!r}, which is no ID class; {hint}")
     return [classes.index(name) for name in asked] if asked else list(range(min(CLASSES, len(classes))))

@@ -1,5 +1,6 @@
 """What a step is made of, operation by operation: torch's profiler over a few real steps, and the waits in them."""
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Trace:
 def trace_steps(state: State, step, count: int, path: Path) -> Trace:
     """Profile `count` steps and write them to `path` as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
     on_gpu = state.meter.on_gpu
+    if not on_gpu:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report the missing GPU as an error
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with parts_timed(state), profile(activities=activities, acc_events=True) as recorded:
         for _ in range(count):

@@ -8,12 +8,17 @@ import torch
 
 from modules import state as checkpoints
 from modules.data.views import MEAN, STD
+from modules.diffusion.gate import REASONS
+from modules.diffusion.recipes import POSITIVE
 from modules.diffusion.suitability import judge_images, suitability
-from modules.evaluation.report import EmbeddingMap, Report, SheetRow, Shot, write_report
+from modules.evaluation.artifact import artifact_warning
+from modules.evaluation.report import EmbeddingMap, Report, SheetRow, write_report
+from modules.evaluation.report_recipes import ALL, RecipeSheet, Shot
 from modules.evaluation.stored import save_detector, save_predictions
 from modules.runtime import environment
 
 SHOTS = 3  # images of each kind a class on the contact sheet
+RECIPE_SHOTS = 5  # example images of a recipe
 
 
 def export(job, state, outcome) -> None:
@@ -33,12 +38,16 @@ def export(job, state, outcome) -> None:
 
 
 def write_run_report(job, state, features, outcome, results: dict) -> None:
-    """report.html of a run; the suitability rows also go to recipes.json."""
+    """report.html of a run; suitability also goes to recipes.json, the gate's counts to gate.json."""
     config, sets = job.config, job.sets
     examples = state.generator.examples() if state.generator is not None else []
     recipe_rows = _suitability(job, examples)
     if recipe_rows:
         job.workdir.write_json("recipes.json", recipe_rows)
+    counts = {} if state.generator is None else state.generator.gate.counts
+    gate_rows = verdict_rows(counts, sets.index.classes)
+    if gate_rows:
+        job.workdir.write_json("gate.json", gate_rows)
     test, near = features["test"], features.get("near_ood_test")
     points = torch.cat([test.features_DF] + ([near.features_DF] if near else []))
     labels = torch.cat([test.labels_D] + ([near.labels_D] if near else []))
@@ -47,13 +56,16 @@ def write_run_report(job, state, features, outcome, results: dict) -> None:
         title=job.workdir.path.name,
         outcome=outcome,
         lead=f"{counts}; {config.learning.method}, {state.step} steps; seed {config.run.seed}.",
-        notes=_notes(job),
+        notes=_notes(job, results),
         card=tuple(job.card),
         sheet=_sheet(job, examples),
         metric_rows=job.workdir.rows(),
         embedding=EmbeddingMap(points, labels, config.evaluation.tsne_points, config.run.seed),
         inversion_rows=job.inversion_rows,
+        recipe_sheets=_recipe_sheets(job, examples) if state.generator is not None else (),
         recipe_rows=recipe_rows,
+        gate_rows=gate_rows,
+        gate_enabled=config.gate.enabled,
         seconds=dict(job.meter.seconds),
         images=_throughput(state),
         config_text=(job.workdir.path / "config.yaml").read_text(),
@@ -62,10 +74,15 @@ def write_run_report(job, state, features, outcome, results: dict) -> None:
     write_report(job.workdir.path / "report.html", report)
 
 
-def _notes(job) -> tuple[str, ...]:
+def _notes(job, results: dict) -> tuple[str, ...]:
+    notes = []
     if "parts64" in job.sets.index.root:
-        return ("parts64 is rendered, not photographed: figures on it say how methods compare, not how parts look.",)
-    return ()
+        notes.append(
+            "parts64 is rendered, not photographed: figures on it say how methods compare, not how parts look."
+        )
+    if warning := artifact_warning(results):
+        notes.append(warning)
+    return tuple(notes)
 
 
 def _sheet(job, examples) -> tuple[SheetRow, ...]:
@@ -77,18 +94,50 @@ def _sheet(job, examples) -> tuple[SheetRow, ...]:
     for label, (positives, negatives) in sorted(by_class.items()):
         chosen = positives[:SHOTS] or negatives[:SHOTS]
         sources = [Shot(job.sets.train.pixels_DHWC[request.source], "source") for _, request in chosen]
-        shots = [
-            [_shot(pixels, request) for pixels, request in found[:SHOTS]] for found in (positives, _spread(negatives))
-        ]
+        negatives = _in_turns(negatives, lambda request: request.recipe)
+        shots = [[_shot(pixels, request) for pixels, request in found[:SHOTS]] for found in (positives, negatives)]
         rows.append(SheetRow(job.sets.index.classes[label], tuple(sources), tuple(shots[0]), tuple(shots[1])))
     return tuple(rows)
 
 
-def _spread(found: list) -> list:
-    """The same images, recipes taking turns, so that the first few show every recipe."""
+def _recipe_sheets(job, examples) -> tuple[RecipeSheet, ...]:
+    """Images of every recipe this run makes, of as many classes as there are, each beside its source."""
+    config = job.config
+    made = {POSITIVE: False} if config.generation.near_ood_fraction < 1 else {}
+    if config.generation.near_ood_fraction > 0:
+        made |= {recipe: True for recipe, weight in config.near_ood.recipes.items() if weight > 0}
+    sheets = []
+    for recipe, is_ood in made.items():
+        of_recipe = [found for found in examples if found[1].recipe == recipe]
+        chosen = _in_turns(of_recipe, lambda request: request.label)[:RECIPE_SHOTS]
+        classes = [job.sets.index.classes[request.label] for _, request in chosen]
+        sources = [
+            Shot(job.sets.train.pixels_DHWC[request.source], name)
+            for (_, request), name in zip(chosen, classes, strict=True)
+        ]
+        sheets.append(RecipeSheet(recipe, is_ood, tuple(sources), tuple(_shot(*found) for found in chosen)))
+    return tuple(sheets)
+
+
+def verdict_rows(counts: dict[str, dict[int, dict[str, int]]], classes: tuple[str, ...]) -> list[dict]:
+    """gate.Gate.counts as rows: recipe, class ("all" first), images, and a count for each reason that occurred."""
+    found = {reason for of_class in counts.values() for reasons in of_class.values() for reason in reasons}
+    columns = [reason for reason in REASONS if reason in found]
+    rows = []
+    for recipe in sorted(counts, key=lambda name: (name != POSITIVE, name)):
+        by_class = {classes[label]: reasons for label, reasons in sorted(counts[recipe].items())}
+        whole = {reason: sum(reasons.get(reason, 0) for reasons in by_class.values()) for reason in columns}
+        for name, reasons in ({ALL: whole} | by_class).items():
+            given = {reason: reasons.get(reason, 0) for reason in columns}
+            rows.append({"recipe": recipe, "class": name, "images": sum(given.values())} | given)
+    return rows
+
+
+def _in_turns(found: list, key) -> list:
+    """The same images, the values of key(request) taking turns, so that the first few show as many as there are."""
     queues = defaultdict(list)
     for pixels, request in found:
-        queues[request.recipe].append((pixels, request))
+        queues[key(request)].append((pixels, request))
     depth = max(map(len, queues.values()), default=0)
     return [queue[i] for i in range(depth) for queue in queues.values() if i < len(queue)]
 

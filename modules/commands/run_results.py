@@ -1,15 +1,21 @@
 """Stages probe, evaluate and report of a run: features, readout, scores, what is kept of them and what is shown."""
 
+import dataclasses
 import shutil
 
 import torch
 
 from modules.commands.job import Job, State
 from modules.commands.run_report import export, write_run_report
+from modules.data.images import load_images
+from modules.diffusion.roundtrip import roundtrip
+from modules.evaluation.artifact import artifact_light, artifact_warning
 from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
 from modules.evaluation.features import embed_images
 from modules.evaluation.probe import Probe
 from modules.workdir import Workdir
+
+LIGHT_IMAGES = 256  # val images, at most, that the warning light of the artifact shortcut is read from
 
 
 def embed_sets(job: Job, state: State, progress) -> dict[str, FeatureSet]:
@@ -41,7 +47,7 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
         classifier = Probe(
             linear.weight.detach().float().cpu().T.contiguous(), linear.bias.detach().float().cpu(), float("nan"), {}
         )
-    return evaluate(
+    outcome = evaluate(
         train=features["train"],
         val=features["val"],
         test=features["test"],
@@ -56,6 +62,29 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
         classifier=classifier,
         progress=progress,
     )
+    if job.pipeline is not None:
+        light = _artifact_light(job, state, features["val"], outcome)
+        outcome = dataclasses.replace(outcome, results=outcome.results | light)
+    return outcome
+
+
+def _artifact_light(job: Job, state: State, val: FeatureSet, outcome: Outcome) -> dict:
+    """How well the features tell val images from the same ones after encode and decode (see evaluation/artifact.py)."""
+    sets, resolution, size = job.sets, job.pipeline.resolution, job.config.data.image_size
+    sides = sets.images["val"].sides
+    rows = [row for row, side in enumerate(sides) if side >= resolution]  # a smaller one would have to be enlarged
+    rows = rows[:: -(-len(rows) // LIGHT_IMAGES)] if rows else []
+    if not rows:
+        return {}
+    if resolution == size:
+        pixels_DHWC = sets.images["val"].pixels_DHWC[rows]
+    else:
+        items = [sets.images["val"].items[row] for row in rows]
+        pixels_DHWC = load_images(sets.index, items, resolution, job.config.data, masks=False).pixels_DHWC
+    decoded_DHWC = roundtrip(job.pipeline, pixels_DHWC, size, job.config.generation.decode_batch)
+    decoded_DF = embed_images(state.embed, decoded_DHWC, job.config.evaluation.batch_size)
+    groups = [val.groups[row] for row in rows]
+    return artifact_light(val.features_DF[rows], decoded_DF, groups, outcome.detector, job.config.run.seed)
 
 
 def write_results(job: Job, state: State, features: dict[str, FeatureSet], outcome: Outcome) -> dict:
@@ -63,7 +92,7 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
     results = dict(outcome.results)
     if state.generator is not None:
         counts = state.generator.statistics()
-        results |= {f"generation.{name}": value for name, value in counts.items() if not name.startswith("gate.")}
+        results |= {name if name.startswith("gate.") else f"generation.{name}": value for name, value in counts.items()}
         results |= {f"mix.{name}": value for name, value in state.mixer.statistics().items()}
     results |= {
         "learning.steps": state.step,
@@ -75,6 +104,8 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
     }
     results |= {f"sha256.{name}": digest for name, digest in state.inputs.items()}
     results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}
+    if warning := artifact_warning(results):
+        job.console.warn(warning)
     export(job, state, outcome)
     write_run_report(job, state, features, outcome, results)
     job.workdir.write_json("results.json", results)

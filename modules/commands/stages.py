@@ -18,6 +18,7 @@ from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
 from modules.data.sets import load_sets, load_sources
 from modules.diffusion import tokens as token_files
+from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline
@@ -69,6 +70,8 @@ def learn_tokens(job: Job, progress) -> None:
     job.pipeline = pipeline = load_pipeline(config.pipeline, job.device, job.runtime.pipeline_dtype.value)
     job.plan = plan(config.pipeline.preset, config.generation, pipeline, bool(config.pipeline.resolution))
     pipeline.resolution = job.plan.resolution
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        freeze_linears(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
     words = trained_words(pipeline.source)
     check_prompts(config.generation.templates, config.generation.conditions, words)
     stored = load_sources(sets, config.data, pipeline.resolution, masks=sets.train.masks_DHW is not None)

@@ -1,8 +1,11 @@
 """Trials of a comparison: what they are, whether they may start, and running them one after another.
 
-A trial is one unmodified `run` command in a process of its own, in a directory that is a function of arm and seed.
+A trial is one unmodified `run` command in a process of its own, in a directory that is a function of arm and seed. A
+trial that another process is at (a scheduler's job, a second `compare`, one that outlived a killed `compare`) is not
+started a second time: the others come first, then it is waited for.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -90,25 +93,62 @@ def run_trials(trials: list[Planned], logs: Path, console) -> dict[str, tuple[in
     """
     from modules.meter import Meter
 
-    meter, failures = Meter(), {}
+    meter, failures, finished = Meter(), {}, 0
     with console.stage("trials") as progress:
-        for number, trial in enumerate(trials):
-            progress(number, len(trials), trial.name)
-            if results := _results(trial):
-                console.line(f"{trial.name:<24} finished before  {headline(results)}")
-                continue
-            log = logs / f"{trial.name}.log"
-            with meter.stage(trial.name):
-                code = run_trial(trial, log)
-            seconds = f"{meter.seconds[f'stage.{trial.name}']:>7.0f} s"
-            results = _results(trial)
-            if code == 0 and results:
-                console.line(f"{trial.name:<24} {seconds}  {headline(results)}")
-                continue
-            failures[trial.name] = (code or CRASHED, _last_line(log))
-            console.warn(f"{trial.name:<15} {seconds}  exit code {code}: {_last_line(log)} ({log})")
-        progress(len(trials), len(trials), f"{len(trials) - len(failures)} finished")
+        busy = []
+        for trial in trials:
+            progress(finished, len(trials), trial.name)
+            if owner := holder(trial):
+                console.line(f"{trial.name:<24} in use by process {owner}: the others first")
+                busy.append(trial)
+            else:
+                finished += _finish(trial, logs / f"{trial.name}.log", meter, failures, console)
+        for trial in busy:
+            progress(finished, len(trials), f"waiting for {trial.name}")
+            wait_for(trial)
+            finished += _finish(trial, logs / f"{trial.name}.log", meter, failures, console)
+        progress(len(trials), len(trials), f"{finished} finished")
     return failures
+
+
+def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str]], console) -> bool:
+    """Bring one trial to its end; whether it got there, else it is put into `failures`."""
+    if results := _results(trial):
+        console.line(f"{trial.name:<24} finished before  {headline(results)}")
+        return True
+    with meter.stage(trial.name):
+        code = run_trial(trial, log)
+    seconds = f"{meter.seconds[f'stage.{trial.name}']:>7.0f} s"
+    results = _results(trial)
+    if code == 0 and results:
+        console.line(f"{trial.name:<24} {seconds}  {headline(results)}")
+        return True
+    failures[trial.name] = (code or CRASHED, _last_line(log))
+    console.warn(f"{trial.name:<15} {seconds}  exit code {code}: {_last_line(log)} ({log})")
+    return False
+
+
+def holder(trial: Planned) -> str:
+    """The process that is at a trial now; "" for none.
+
+    The lock is tried only where a process left its number in it, or a run about to start would find it taken.
+    """
+    path = trial.path / ".lock"
+    owner = path.read_text().strip() if path.exists() else ""
+    if not owner:
+        return ""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return owner
+    return ""  # the process was killed and could not take its number away
+
+
+def wait_for(trial: Planned) -> None:
+    """Return once no process holds the trial's directory; a signal ends the wait."""
+    with open(trial.path / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def run_trial(trial: Planned, log: Path) -> int:

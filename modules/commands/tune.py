@@ -16,6 +16,7 @@ from modules.commands.preparation import load_generation, opened, print_card
 from modules.commands.tune_choice import RULE, Row, recommend, within
 from modules.commands.tune_measure import measure
 from modules.config import Config
+from modules.console import duration
 from modules.errors import ConfigError
 from modules.rules import CHOICES, generates
 from modules.runtime import environment
@@ -23,7 +24,7 @@ from modules.settings import load_config
 from modules.state import write_atomic
 
 QUALITY_STEPS = 60
-HEADER = ["img/step", "steps/s", "img/s", "gen %", "slower", "reuse", "age", "hours", "GiB"]
+HEADER = ["img/step", "steps/s", "img/s", "gen %", "slower", "reuse", "age", "run", "GiB"]
 FIGURES = {"val_knn_accuracy": "val kNN", "val_near_ood_auroc": "AUROC"}
 NOISY = 0.15  # difference of equal measurements above which a user is told
 
@@ -95,7 +96,7 @@ def _print_table(console, rows: list[Row], preset: str, quality: int) -> None:
         lines.append(
             [f"{row.images_per_step:g}" if row.images_per_step else "none", f"{1e3 / row.step_ms:.3g}"]
             + [f"{row.made_per_s:.3g}", f"{100 * row.generation_share:.0f}", f"{row.slowdown:.2f}x"]
-            + [f"{row.reuse:.1f}", f"{row.age:.0f}", f"{row.hours:.3g}", f"{row.peak_gib:.2f}"]
+            + [f"{row.reuse:.1f}", f"{row.age:.0f}", duration(3600 * row.hours), f"{row.peak_gib:.2f}"]
             + [f"{(row.quality or {}).get(name, float('nan')):.3f}" for name in figures]
         )
     judged = f"; kNN accuracy and near-OOD AUROC on val after {quality} steps, one seed" if quality else ""
@@ -109,7 +110,7 @@ def _print_table(console, rows: list[Row], preset: str, quality: int) -> None:
     )
     if spread > NOISY:
         console.warn("the machine was busy with something else; measure again when it is idle")
-    console.line("  reuse and age (steps) of full rings; hours of learning.steps steps, without tokens and evaluation")
+    console.line("  reuse and age (in steps) of full rings; run: learning.steps steps, without tokens and evaluation")
 
 
 def _silent(done: int, total: int, note: str = "") -> None:

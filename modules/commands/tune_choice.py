@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from modules.config import Tune
+from modules.console import duration
 
 RULE = (
     "the largest measured images_per_step whose run stays within tune.max_hours, whose step stays within "
@@ -91,8 +92,9 @@ def cost_of_an_image(rows: list[Row]) -> tuple[float, float]:
 
 def _figures(row: Row) -> str:
     return (
-        f"images_per_step {row.images_per_step:g} ({1e3 / row.step_ms:.3g} steps/s, {row.slowdown:.2f}x slower, "
-        f"{100 * row.generation_share:.0f} % generation, reuse {row.reuse:.1f}, {row.hours:.3g} hours)"
+        f"images_per_step {row.images_per_step:g} ({1e3 / row.step_ms:.3g} steps/s, {row.slowdown:.2f}x the step without "
+        f"generation, {100 * row.generation_share:.0f} % of it generation, reuse {row.reuse:.1f}, "
+        f"{duration(3600 * row.hours)} in all)"
     )
 
 

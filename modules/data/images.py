@@ -50,6 +50,7 @@ def load_images(
     *,
     masks: bool | None = None,
     min_size: int = 0,
+    learning: bool = True,
 ) -> Images | tuple[Images, ...]:
     """The pixels of `items` at `size`, uint8 [D, size, size, 3]; for several sizes a tuple of Images, in their order.
 
@@ -60,10 +61,11 @@ def load_images(
     Args:
         min_size: side in pixels below which a cropped image is refused, because it would have to be enlarged for the
             pipeline; 0 accepts any and counts the enlarged ones in `notes`.
+        learning: every class must keep an image; False where images are only judged.
 
     Raises:
         ConfigError: cropping, background or `masks` ask for masks and the set has none.
-        DataError: no items; bad files under on_bad_image fail; a class of which no image is left.
+        DataError: no items; bad files under on_bad_image fail; a class, or a set, of which no image is left.
     """
     if not items:
         raise DataError(f"{index.root}: no image to load, because this role and split are empty; add images to it")
@@ -79,7 +81,7 @@ def load_images(
                 results.append(result)
                 if progress is not None:
                     progress(len(results), len(items), "")
-    kept, skipped = _sort_out(index, items, results, data)
+    kept, skipped = _sort_out(index, items, results, data, learning)
     notes = _notes(results, kept, skipped, max(sizes), index.root)
     rows = torch.tensor(kept)
     whole = len(kept) == len(items)
@@ -197,7 +199,7 @@ def _check_masks(items, needs_masks: bool, data: Data, root: str) -> None:
     raise ConfigError(f"the masked recipes need object masks and {root} has none; add a `mask` column or drop them")
 
 
-def _sort_out(index: Index, items, results: list[_Result], data: Data):
+def _sort_out(index: Index, items, results: list[_Result], data: Data, learning: bool):
     """(rows kept, (path, reason) of those left out), or one error that names the bad files."""
     bad = [i for i, result in enumerate(results) if result.reason]
     fatal = [i for i in bad if not results[i].may_skip] if data.on_bad_image == "fail" else []
@@ -211,10 +213,10 @@ def _sort_out(index: Index, items, results: list[_Result], data: Data):
     kept = [i for i, result in enumerate(results) if not result.reason]
     left = {(items[i].label, items[i].split) for i in kept}
     for i in bad:
-        if (items[i].label, items[i].split) not in left:
+        if not kept or (learning and (items[i].label, items[i].split) not in left):
+            what = f"of class {items[i].label!r} in {items[i].split or 'the set'}" if kept else "at all"
             raise DataError(
-                f"{index.root}: no usable image is left of class {items[i].label!r} in {items[i].split or 'the set'}; "
-                f"the first bad one is {items[i].path}: {results[i].reason}"
+                f"{index.root}: no usable image is left {what}; the first bad one is {items[i].path}: {results[i].reason}"
             )
     return kept, tuple((items[i].path, results[i].reason) for i in bad)
 

@@ -50,6 +50,11 @@ class Index:
             raise ValueError(f"role {role!r} and split {split!r}: choose from {ROLES} and {SPLITS}")
         return tuple(item for item in self.items if item.role == role and item.split == split)
 
+    def keywords(self) -> tuple[tuple[str, ...], ...]:
+        """The words that describe each class, in the order of `classes`; () where the set has none."""
+        found = {item.label: item.keywords for item in reversed(self.items)}
+        return tuple(found.get(label, ()) for label in self.classes)
+
     def label_ids(self, items: tuple[Item, ...]) -> list[int]:
         """Position in `classes` of each item's label.
 

@@ -19,6 +19,7 @@ SPLITS = (  # name -> (role, split)
     ("test", "id", "test"),
     ("near_ood_val", "near_ood", "val"),
     ("near_ood_test", "near_ood", "test"),
+    ("far_ood_test", "far_ood", "test"),  # the set's own, as an MVIP tree's other super classes
 )
 
 
@@ -50,7 +51,8 @@ class ImageSets:
         """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""
         files = {}
         for name, images in self.images.items():
-            root = f"{self.far_index.root}/" if name == "far_ood_test" else ""  # another set may use the same paths
+            other = name == "far_ood_test" and self.far_index is not None
+            root = f"{self.far_index.root}/" if other else ""  # another set may use the same paths
             for item, digest in zip(images.items, images.digests, strict=True):
                 files[root + item.path] = {"label": item.label, "set": name, "group": item.group, "sha256": digest}
         return {
@@ -66,7 +68,7 @@ class ImageSets:
 
 
 def load_sets(data: Data, seed: int, *, masks: bool, progress=None) -> ImageSets:
-    """Every image of a run at `data.image_size`, uint8.
+    """Every image of a run at `data.image_size`, uint8; far-OOD are those of `data.far_ood_root`, else the set's own.
 
     Args:
         masks: object masks are needed of every train image.
@@ -82,6 +84,9 @@ def load_sets(data: Data, seed: int, *, masks: bool, progress=None) -> ImageSets
             raise DataError(
                 f"{index.root}: the {name} split holds no image; give {name} images, or change data.val_fraction"
             )
+    if far_index is not None and (own := chosen.pop("far_ood_test")):
+        note = f"far-OOD: {len(own)} images of the set itself are left out, because data.far_ood_root names another"
+        index = replace(index, notes=(*index.notes, note))
     sources = [(name, index, items) for name, items in chosen.items() if items]
     if far_index is not None:
         sources.append(("far_ood_test", far_index, far_index.items))

@@ -99,10 +99,11 @@ def draw_groups(items: list[Item], name: str, seed: int, fraction: float, keep: 
     for label, group_ids in sorted(groups_of.items()):
         if len(group_ids) <= keep:
             images = sum(item.label == label for item in items)
+            others = "objects" if images > len(group_ids) else "scenes"
             raise DataError(
-                f"class {label!r} has {len(group_ids)} group(s) with {images} image(s); splitting by group needs "
-                f"{keep + 1} or more: add images of other {'objects' if images > len(group_ids) else 'scenes'}, leave "
-                "the class out, or declare the splits in folders or a `split` column"
+                f"class {label!r} has {len(group_ids)} group(s) with {images} image(s); making the "
+                f"{name.removesuffix('-split')} split by group needs {keep + 1} or more: add images of other {others}, "
+                "leave the class out, or declare the splits in folders or a `split` column"
             )
         wanted = min(max(1, round(fraction * len(group_ids))), len(group_ids) - keep)
         free = sorted(group_ids - settled)

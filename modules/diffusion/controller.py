@@ -1,8 +1,9 @@
 """The closed loop that only an online generator can have: strength and shares follow what the learner makes of images.
 
 Positives should be recognized but not trivially so; near-OOD images should come close to a class without being it. So
-the mean similarity to the source's class is kept in a band, per class and recipe, by moving the strength. Classes whose
-positives are taken for others get more images; recipes whose negatives the learner already rejects get fewer.
+their mean likeness to the source's class (gate.judge: 1 is that of real images) is kept in a band, per class and recipe,
+by moving the strength. Classes whose positives are taken for others get more images; recipes whose negatives the learner
+already rejects get fewer.
 
 It is a plain integrating controller with a dead band: slow and bounded rather than clever, because images reach the
 learner some steps after they were asked for. Its whole state is a few dicts and is part of the checkpoint.
@@ -24,7 +25,7 @@ class Controller:
     def __init__(self, cfg: ControllerConfig, num_classes: int):
         self.cfg = cfg
         self.offsets: dict[tuple[str, int], float] = {}  # (recipe, class) -> change of strength
-        self.sums: dict[tuple[str, int], list[float]] = {}  # (recipe, class) -> [similarities, images] since the update
+        self.sums: dict[tuple[str, int], list[float]] = {}  # (recipe, class) -> [likenesses, images] since the update
         self.confusion = [0.0] * num_classes  # share of positives whose nearest class is another
         self.rejection: dict[str, float] = {}  # recipe -> share of negatives the learner rejects already
 
@@ -41,10 +42,10 @@ class Controller:
         """1 - (1 - LEAST_WEIGHT) x rejected share: the factor on a near-OOD recipe's configured weight."""
         return 1 - (1 - LEAST_WEIGHT) * self.rejection.get(recipe, 0.0)
 
-    def observe(self, request: Request, reason: str, similarity: float, is_nearest: bool) -> None:
+    def observe(self, request: Request, reason: str, likeness: float, is_nearest: bool) -> None:
         """Take in the learner's verdict on one image (see `gate.Gate`)."""
         total = self.sums.setdefault((request.recipe, request.label), [0.0, 0.0])
-        total[0] += similarity
+        total[0] += likeness
         total[1] += 1
         if request.is_ood:
             old = self.rejection.get(request.recipe, 0.0)
@@ -54,7 +55,7 @@ class Controller:
             self.confusion[request.label] = MEMORY * old + (1 - MEMORY) * (not is_nearest)
 
     def update(self, step: int) -> None:
-        """At every `update_every`-th step, move each strength whose mean similarity left its band by `gain`.
+        """At every `update_every`-th step, move each strength whose mean likeness left its band by `gain`.
 
         Positives: the band is [target_low, target_high]. Near-OOD images: the band of equal width below it,
         [2 target_low - target_high, target_low]. Above the band the strength rises, below it falls.
@@ -62,11 +63,11 @@ class Controller:
         if step == 0 or step % self.cfg.update_every:
             return
         low, high = self.cfg.target_low, self.cfg.target_high
-        for (recipe, label), (similarity, images) in self.sums.items():
+        for (recipe, label), (likeness, images) in self.sums.items():
             if recipe in FREE_RECIPES:
                 continue
             bottom, top = (low, high) if recipe == "positive" else (2 * low - high, low)
-            mean = similarity / images
+            mean = likeness / images
             move = self.cfg.gain * ((mean > top) - (mean < bottom))
             offset = self.offsets.get((recipe, label), 0.0) + move
             self.offsets[recipe, label] = min(MAX_OFFSET, max(-MAX_OFFSET, offset))

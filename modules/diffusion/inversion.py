@@ -28,9 +28,9 @@ from modules.config import Inversion as Settings
 from modules.data.staging import upload
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.frozen import freeze_linears
-from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, initializer_id, trained_words
+from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, trained_words
 from modules.diffusion.tokens import Tokens
-from modules.errors import DataError, NonFinite, OutOfMemory
+from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.runtime import stream
 
 ALGORITHM = 2  # part of the cache key; raised when the same settings would learn other vectors
@@ -43,12 +43,18 @@ Progress = Callable[[int, int, str], None]
 
 
 def token_cache_key(
-    pipeline, image_digests: Sequence[str], labels: Sequence[str], settings: Settings, seed: int
+    pipeline,
+    image_digests: Sequence[str],
+    labels: Sequence[str],
+    settings: Settings,
+    seed: int,
+    initializers: Sequence[str] = (),
 ) -> str:
     """The sha256 of everything learned vectors depend on; equal keys mean equal tokens.
 
     `image_digests` are those of the training images in the order they are handed to inversion, `labels` their class
-    names. Changing the seed, the shots, an image, a label, the pipeline or a setting changes the key.
+    names, `initializers` the words of the classes where each has its own. Changing the seed, the shots, an image, a
+    label, the pipeline, a word or a setting changes the key.
     """
     parts = {
         "algorithm": ALGORITHM,
@@ -57,7 +63,7 @@ def token_cache_key(
         "settings": asdict(settings),
         "templates": OBJECT_TEMPLATES,
         "seed": seed,
-    }
+    } | ({"initializers": list(initializers)} if initializers else {})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -88,7 +94,8 @@ class Inversion:
     """The vectors of all classes while they are learned: `step` until `done` equals `steps`, then `tokens`.
 
     `moments_FD8hw` are the VAE moments of the training images and, where `settings.flip` > 0, of their mirror images;
-    every use draws a fresh latent from them. Every vector starts as the row of `settings.initializer`.
+    every use draws a fresh latent from them. Every vector starts as the row of `settings.initializer`, or
+    of its class's word in `initializers`.
 
     Raises: ConfigError for an initializer without a trained row of its own, DataError for a class without an image.
     """
@@ -102,7 +109,13 @@ class Inversion:
         settings: Settings,
         seed: int,
         templates: Sequence[str] = OBJECT_TEMPLATES,
+        initializers: Sequence[str] = (),
     ):
+        if settings.initializer == KEYWORDS and not initializers:
+            raise ConfigError(
+                f"inversion.initializer is {KEYWORDS!r}, but nothing told the keywords of the classes; name a noun such as "
+                "'object'"
+            )
         if settings.flip > 0 and len(moments_FD8hw) < 2:
             raise ValueError(
                 f"moments_FD8hw: {tuple(moments_FD8hw.shape)} lacks the mirror images inversion.flip asks for"
@@ -116,13 +129,16 @@ class Inversion:
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             freeze_linears(module.requires_grad_(False).eval())
         self.denoising = Denoising(pipeline)
-        row = initializer_id(settings.initializer, pipeline.tokenizer, trained_words(pipeline.source))
-        row_E = pipeline.text_encoder.get_input_embeddings().weight[row].detach().float()
-        self.vectors_CKE = row_E.repeat(len(classes), settings.num_vectors, 1)
+        self.initializers = tuple(initializers)
+        trained = trained_words(pipeline.source)
+        words = self.initializers or (settings.initializer,) * len(self.classes)
+        rows = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
+        rows_CE = pipeline.text_encoder.get_input_embeddings().weight[rows].detach().float()
+        self.vectors_CKE = rows_CE[:, None].repeat(1, settings.num_vectors, 1)
         self.exp_avg_CKE = torch.zeros_like(self.vectors_CKE)
         self.exp_avg_sq_CKE = torch.zeros_like(self.vectors_CKE)
         self.visits_C = [0] * len(classes)
-        self.finite = torch.ones((), dtype=torch.bool, device=row_E.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=rows_CE.device)
 
     def step(self) -> torch.Tensor:
         """Learn from the next batch; returns its mean denoising loss, float32 [], on the device.
@@ -242,6 +258,7 @@ class Inversion:
             initializer=self.settings.initializer,
             images_seen=min(self.settings.images_per_class, self.done * self.settings.batch_size // len(self.classes)),
             seed=self.seed,
+            initializers=self.initializers,
         )
 
     def state_dict(self) -> dict:

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modules.errors import ConfigError, DataError
@@ -46,6 +46,7 @@ OBJECT_TEMPLATES = (
     "a picture of the {}",
     "an image of a {}",
 )
+KEYWORDS = "keywords"  # as initializer or condition: each class's own words, as MVIP's meta.json describes it
 CAPTION_PREFIX = re.compile(r"^(a|an|the) (photo|picture|image|rendering) of (a|an|the) ", re.IGNORECASE)
 
 
@@ -137,7 +138,8 @@ def check_prompts(
     for template in templates:
         refuse_untrained(template, trained, f"{section}.templates")
     for condition in conditions:
-        refuse_untrained(condition, trained, f"{section}.conditions")
+        if condition != KEYWORDS:  # a class's words are checked where they are known
+            refuse_untrained(condition, trained, f"{section}.conditions")
 
 
 def initializer_id(word: str, tokenizer, trained: frozenset[str] | None, setting: str = "inversion.initializer") -> int:
@@ -156,6 +158,46 @@ def initializer_id(word: str, tokenizer, trained: frozenset[str] | None, setting
             f"row could start a class vector; {_single_word_like(word, tokenizer, trained)!r} would do"
         )
     return ids[0]
+
+
+def class_initializers(
+    keywords: Sequence[Sequence[str]], tokenizer, trained: frozenset[str] | None, fallback: str = "object"
+) -> tuple[str, ...]:
+    """The word that starts each class's vectors: its first keyword that is one trained token, else `fallback`.
+
+    Raises: ConfigError where no class has such a keyword: the setting would do nothing.
+    """
+    words = []
+    for candidates in keywords:
+        known = (word for word in candidates if _has_row(word, tokenizer, trained))
+        words.append(next(known, fallback))
+    if all(word == fallback for word in words):
+        raise ConfigError(
+            f"inversion.initializer is {KEYWORDS!r}, but no class has a keyword that is one word of this pipeline's "
+            f"vocabulary; name a noun such as {fallback!r}"
+        )
+    return tuple(words)
+
+
+def _has_row(word: str, tokenizer, trained: frozenset[str] | None) -> bool:
+    try:
+        initializer_id(word, tokenizer, trained)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_keywords(keywords: Sequence[Sequence[str]], trained: frozenset[str] | None) -> None:
+    """Let class keywords through that can serve as condition words.
+
+    Raises: ConfigError where no class has any, or one holds a word the text encoder was not trained on.
+    """
+    if not any(keywords):
+        raise ConfigError(
+            f"generation.conditions holds {KEYWORDS!r}, but no class of this set has keywords; name condition words"
+        )
+    for word in sorted({word for words in keywords for word in words}):
+        refuse_untrained(word, trained, "generation.conditions (keywords of the set)")
 
 
 def _single_word_like(word: str, tokenizer, trained: frozenset[str] | None) -> str:

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from modules.config import Generation, NearOOD
+from modules.diffusion.prompts import KEYWORDS
 from modules.diffusion.requests import Prompt, Request
 from modules.diffusion.schedule import Grid
 from modules.errors import ConfigError
@@ -44,6 +45,7 @@ class Recipes:
         tokens: str = "",
         has_mask: Sequence[bool] | None = None,
         controller=None,
+        keywords: Sequence[Sequence[str]] = (),
     ):
         """Recipes over the train split.
 
@@ -51,6 +53,7 @@ class Recipes:
             labels: class of each train row.
             pipeline, tokens: digests for the provenance; `tokens` empty: prompts show the initializer word.
             has_mask: whether each train row has an object mask that is not empty; None: there are no masks.
+            keywords: words of each class, for the condition `keywords`.
             controller: adapts strengths, class and recipe weights; None: they stay as configured.
 
         Raises:
@@ -58,7 +61,7 @@ class Recipes:
                 strength that takes no step, a class without a usable source.
         """
         self.generation, self.near_ood, self.grid, self.seed = generation, near_ood, grid, seed
-        self.num_classes, self.controller = num_classes, controller
+        self.num_classes, self.controller, self.keywords = num_classes, controller, keywords
         self.fixed = {"resolution": resolution, "preset": preset, "pipeline": pipeline, "tokens": tokens}
         self.near_ood_fraction = Fraction(str(generation.near_ood_fraction))  # the decimal that was written
         self.strengths = {float(s): w for s, w in generation.strengths.items() if w > 0}
@@ -160,6 +163,9 @@ class Recipes:
             return Prompt()
         template = self.generation.templates[int(u_template * len(self.generation.templates))]
         condition = pick(self.generation.conditions, u_condition)
+        if condition == KEYWORDS:  # one of the class's own words; none where it has none
+            words = self.keywords[label]
+            condition = words[torch.randint(len(words), (), generator=draw).item()] if words else ""
         own = Prompt(template, condition, (label,), (1.0,)) if self.fixed["tokens"] else Prompt(template, condition)
         other = (label + 1 + int(u_partner * (self.num_classes - 1))) % self.num_classes
         if recipe == "foreign":
@@ -194,6 +200,10 @@ class Recipes:
                 raise ConfigError(
                     f"near_ood.jigsaw_grid {self.near_ood.jigsaw_grid} does not divide the {resolution} px generated at"
                 )
+        if self.generation.conditions.get(KEYWORDS, 0) > 0 and not any(self.keywords):
+            raise ConfigError(
+                f"generation.conditions holds {KEYWORDS!r}, but no class has keywords; name condition words instead"
+            )
         if self.masked:
             self._check_masks()
 

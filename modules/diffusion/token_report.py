@@ -31,7 +31,7 @@ def token_report(
     draws: int = 8,
     batch_size: int = 32,
 ) -> list[dict]:
-    """One row a class: class, placeholder, norm, vocabulary_norm, cosine, held-out losses, gain and a note.
+    """One row a class: class, placeholder, initializer, norm, vocabulary_norm, cosine, held-out losses, gain and a note.
 
     norm                mean over the K vectors of ||V_y||
     vocabulary_norm     median of ||row|| over the rows of trained words, or over all rows where none are listed
@@ -47,16 +47,18 @@ def token_report(
     """
     trained = trained_words(pipeline.source)
     vocabulary_norm = vocabulary_norms(pipeline, trained).median().item()
-    initial = initializer_id(tokens.initializer, pipeline.tokenizer, trained)
-    initial_E = pipeline.text_encoder.get_input_embeddings().weight[initial].float().cpu()
+    words = [tokens.initializer_of(c) for c in range(len(tokens.classes))]
+    initial = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
+    initial_CE = pipeline.text_encoder.get_input_embeddings().weight[initial].float().cpu()
     own = [[row for row, label in enumerate(labels_D) if label == c] for c in range(len(tokens.classes))]
     losses = _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size)
     table = []
     for c, (name, token) in enumerate(zip(tokens.classes, tokens.placeholders, strict=True)):
-        vectors_KE = tokens.vectors_CKE[c].cpu()
+        vectors_KE, initial_E = tokens.vectors_CKE[c].cpu(), initial_CE[c]
         row = {
             "class": name,
             "placeholder": token,
+            "initializer": words[c],
             "norm": vectors_KE.norm(dim=1).mean().item(),
             "vocabulary_norm": vocabulary_norm,
             "cosine": F.cosine_similarity(vectors_KE, initial_E[None]).mean().item(),
@@ -95,7 +97,7 @@ def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[in
     """Class -> (loss_N with the token, loss_N with the initializer), of the same N draws, float32 on the CPU."""
     denoising = Denoising(pipeline)
     token_context = pipeline.embed_vectors([fill(TEMPLATE, "*")] * len(own), tokens.vectors_CKE.to(pipeline.device))
-    word_context = pipeline.embed([fill(TEMPLATE, tokens.initializer)])
+    word_context = pipeline.embed([fill(TEMPLATE, tokens.initializer_of(c)) for c in range(len(own))])
     plan = [(c, rows[n % len(rows)], n) for c, rows in enumerate(own) if rows for n in range(draws)]
     pairs = []
     for start in range(0, len(plan), batch_size):
@@ -108,7 +110,8 @@ def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[in
         latent_noise, eps = torch.stack(noises, 1).to(pipeline.device)
         u = torch.tensor([(n + 0.5) / draws for _, _, n in part], device=pipeline.device)
         noised = denoising.noised(pipeline.sample_latents(moments, latent_noise), eps, u)
-        contexts = (token_context[[c for c, _, _ in part]], word_context.expand(len(part), -1, -1))
+        rows = [c for c, _, _ in part]
+        contexts = (token_context[rows], word_context[rows])
         pairs.append(torch.stack([denoising.losses(*noised, context) for context in contexts]).cpu())
     measured = [c for c, rows in enumerate(own) if rows]
     losses_2CN = torch.cat(pairs, 1).view(2, len(measured), draws) if pairs else torch.empty(2, 0, draws)

@@ -35,6 +35,11 @@ class Tokens:
     initializer: str
     images_seen: int  # training images a class
     seed: int
+    initializers: tuple[str, ...] = ()  # the word of each class where they differ; (): all have `initializer`
+
+    def initializer_of(self, label: int) -> str:
+        """The word that a class's vectors started from."""
+        return self.initializers[label] if self.initializers else self.initializer
 
     @property
     def placeholders(self) -> tuple[str, ...]:
@@ -60,12 +65,14 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
     the initializer, the images seen and the seed.
     """
     paths = []
-    for label, name, vectors_KE in zip(tokens.classes, tokens.placeholders, tokens.vectors_CKE, strict=True):
+    for row, (label, name, vectors_KE) in enumerate(
+        zip(tokens.classes, tokens.placeholders, tokens.vectors_CKE, strict=True)
+    ):
         path = Path(directory) / safe_name(label) / FILE
         metadata = {
             "base_model": tokens.base_model,
             "class": label,
-            "initializer": tokens.initializer,
+            "initializer": tokens.initializer_of(row),
             "images_seen": str(tokens.images_seen),
             "seed": str(tokens.seed),
         }
@@ -80,7 +87,7 @@ def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str
     Raises: DataError for a class without a file, a file that is broken or of another class, width or number of
     vectors, and a token learned on another base model (both digests are named).
     """
-    vectors, metadata = [], {}
+    vectors, words, metadata = [], [], {}
     for label in classes:
         path = Path(directory) / safe_name(label) / FILE
         if not path.is_file():
@@ -96,6 +103,7 @@ def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str
                 f"{path}: shape {tuple(vectors_KE.shape)} where other classes have {tuple(vectors[0].shape)}"
             )
         vectors.append(vectors_KE)
+        words.append(metadata["initializer"])
     if not vectors:
         raise DataError(f"{directory}: asked for the tokens of no class at all")
     return Tokens(
@@ -105,6 +113,7 @@ def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str
         initializer=metadata["initializer"],
         images_seen=int(metadata["images_seen"]),
         seed=int(metadata["seed"]),
+        initializers=tuple(words) if len(set(words)) > 1 else (),
     )
 
 

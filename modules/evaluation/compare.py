@@ -32,7 +32,8 @@ from modules.evaluation.stored import ROLES, Predictions, load_predictions
 
 TRIAL_NAME = re.compile(r"(?P<arm>.+)-s(?P<seed>\d+)")
 COSTS = ("cost.seconds", "cost.forward_passes", "cost.images_generated", "cost.reuse")
-WITHOUT_INTERVAL = ("test.alignment", "test.uniformity", "test.ece", *COSTS)
+REPRESENTATION = ("test.alignment", "test.uniformity", "test.ece", "artifact.probe_auroc", "artifact.score_auroc")
+WITHOUT_INTERVAL = (*REPRESENTATION, *COSTS)  # no function of single test rows
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from html import escape
 from pathlib import Path
 
 from modules.evaluation import figures, page
-from modules.evaluation.compare import COSTS, Comparison, Summary
+from modules.evaluation.compare import COSTS, REPRESENTATION, Comparison, Summary
 from modules.evaluation.compare_text import (
     COST_TITLES,
+    REPRESENTATION_TITLES,
     as_csv,
     as_json,
-    as_text,
+    as_long_text,
     commit_of,
     conditions,
     device_of,
@@ -33,7 +34,7 @@ def write_comparison(folder: Path, comparison: Comparison, *, title: str, notes:
     Raises StorageError where one cannot be written.
     """
     contents = {
-        "compare.txt": as_text(comparison),
+        "compare.txt": as_long_text(comparison),
         "compare.json": as_json(comparison),
         "compare.csv": as_csv(comparison),
         "compare.html": as_html(comparison, title=title, notes=notes),
@@ -148,8 +149,7 @@ def _ood_section(comparison: Comparison) -> str:
 
 
 def _cost_section(comparison: Comparison) -> str:
-    columns = {"test.alignment": "alignment", "test.uniformity": "uniformity", "test.ece": "calibration error"}
-    columns |= dict(zip(COSTS, COST_TITLES, strict=True))
+    columns = dict(zip(REPRESENTATION + COSTS, REPRESENTATION_TITLES + COST_TITLES, strict=True))
     rows = []
     for arm in comparison.arms:
         found = [comparison.summaries[arm].get(metric) for metric in columns]

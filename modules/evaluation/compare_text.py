@@ -6,11 +6,14 @@ import io
 import json
 
 from modules.evaluation import figures, page
-from modules.evaluation.compare import COSTS, Comparison, Finished, Summary, Trial
+from modules.evaluation.compare import COSTS, REPRESENTATION, Comparison, Finished, Summary, Trial
+from modules.evaluation.metrics import OOD_METRICS
+from modules.evaluation.ood import SCORES
 
 ROW_COLUMNS = ("data", "arm", "seed", "shots", "steps", "metric", "value", "seconds", "commit", "device")
-LOWER_IS_BETTER = ("fpr_", "ece", "alignment", "uniformity", "cost.seconds", "cost.forward_passes")
+LOWER_IS_BETTER = ("fpr_", "ece", "alignment", "uniformity", "artifact.", "cost.seconds", "cost.forward_passes")
 COST_TITLES = ("seconds", "forward passes", "images generated", "reuse")
+REPRESENTATION_TITLES = ("alignment", "uniformity", "calibration error", "decoder seen by probe", "and by OOD score")
 
 
 def headline_metrics(comparison: Comparison) -> dict[str, str]:
@@ -61,13 +64,30 @@ def as_text(comparison: Comparison) -> str:
             [["arm", "seeds", *metrics.values()]]
             + [[arm, *_difference_words(comparison, arm, tuple(metrics))] for arm in others]
         )
-    lines += ["", "cost of a run, mean over seeds"]
-    costs = [[plain_number(comparison.summaries[arm].get(metric)) for metric in COSTS] for arm in comparison.arms]
-    lines += _columns([["arm", *COST_TITLES]] + [[arm, *row] for arm, row in zip(comparison.arms, costs, strict=True)])
+    for title, given, names in (
+        ("representation, mean over seeds", REPRESENTATION, REPRESENTATION_TITLES),
+        ("cost of a run, mean over seeds", COSTS, COST_TITLES),
+    ):
+        rows = [
+            [arm, *(plain_number(comparison.summaries[arm].get(metric)) for metric in given)] for arm in comparison.arms
+        ]
+        lines += ["", title, *_columns([["arm", *names], *rows])]
     lines += [
         f"unfinished: {trial.arm} seed {trial.seed} ({reason}: {trial.path})" for trial, reason in comparison.unfinished
     ]
     return "\n".join(lines) + "\n"
+
+
+def as_long_text(comparison: Comparison) -> str:
+    """`as_text`, then every OOD metric of every score: AUROC, both AUPRs and both false-positive rates, in percent."""
+    lines = []
+    for role in (role for role in comparison.groups if role != "id"):
+        for metric in OOD_METRICS:
+            keys = {score: f"test.{role}.{score}.{metric}" for score in SCORES}
+            shown = [s for s in keys if any(keys[s] in found for found in comparison.summaries.values())]
+            rows = [[s, *(_words(comparison.summaries[arm].get(keys[s])) for arm in comparison.arms)] for s in shown]
+            lines += ["", f"{figures.ROLE_NAMES[role]} {metric}", *_columns([["score", *comparison.arms], *rows])]
+    return as_text(comparison) + "\n".join(lines) + "\n"
 
 
 def as_json(comparison: Comparison) -> str:

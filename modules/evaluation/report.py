@@ -17,6 +17,14 @@ from modules.evaluation import figures, page
 from modules.evaluation.evaluate import Outcome
 from modules.evaluation.metrics import OOD_METRICS
 from modules.evaluation.ood import SCORES
+from modules.evaluation.report_recipes import (
+    RecipeSheet,
+    Shot,
+    artifact_section,
+    gate_section,
+    recipes_section,
+    shot_markup,
+)
 from modules.evaluation.stored import ROLES
 from modules.phases import STEP_PHASES
 from modules.state import write_atomic
@@ -41,15 +49,6 @@ CURVES = {  # key of a metric row -> title of its panel, in the order in which p
 }
 OOD_TITLES = ("AUROC", "AUPR, ID positive", "AUPR, OOD positive", "OOD accepted at 95 % ID", "ID rejected at 95 % OOD")
 ROLE_TITLES = {"near_ood": "Near-OOD: held-out classes of the same family", "far_ood": "Far-OOD: another image set"}
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image of the contact sheet."""
-
-    pixels_HWC: Tensor  # uint8
-    caption: str = ""  # a word or two under it: recipe, strength
-    provenance: str = ""  # shown on hover
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,10 @@ class Report:
     metric_rows: Sequence[dict] = ()  # of metrics.jsonl, each with "step"; "reference_level" is drawn into the loss
     embedding: EmbeddingMap | None = None
     inversion_rows: Sequence[dict] = ()  # one a class
+    recipe_sheets: Sequence[RecipeSheet] = ()  # example images, one a recipe
     recipe_rows: Sequence[dict] = ()  # suitability, one a recipe (and class)
+    gate_rows: Sequence[dict] = ()  # verdicts counted, one a recipe (and class)
+    gate_enabled: bool = False
     seconds: dict[str, float] = field(default_factory=dict)  # Meter.seconds: "stage.<name>" and step phases
     images: dict[str, int] = field(default_factory=dict)  # phase -> images that went through it, for throughput
     config_text: str = ""
@@ -106,7 +108,9 @@ def render_report(report: Report) -> str:
         ("ood", "OOD", _ood(report)),
         ("classes", "Classes", _classes(report)),
         ("map", "Map", _map(report)),
-        ("recipes", "Recipes", _recipes(report)),
+        ("recipes", "Recipes", recipes_section(report.recipe_sheets, report.recipe_rows)),
+        ("gate", "Gate", gate_section(report.gate_rows, report.gate_enabled)),
+        ("artifact", "Trace", artifact_section(report.outcome.results)),
         ("tokens", "Tokens", _tokens(report)),
         ("time", "Time", _time(report)),
         ("run", "Run", _run(report)),
@@ -155,7 +159,7 @@ def _sheet(report: Report) -> str:
         cells = [page.Cell(escape(given.label), kind="class")]
         for index in shown:
             kind = tuple(columns)[index]
-            cells.append(page.Cell(f'<div class="shots {kind}">{"".join(_shot(shot) for shot in row[index])}</div>'))
+            cells.append(page.Cell(f'<div class="shots {kind}">{"".join(map(shot_markup, row[index]))}</div>'))
         rows.append(cells)
     titles = ["class"] + [tuple(columns.values())[index] for index in shown]
     about = (
@@ -163,11 +167,6 @@ def _sheet(report: Report) -> str:
         "it painted as negatives. Hover for the provenance."
     )
     return page.section("generated", "What was generated", about, page.table(titles, rows, kind="sheet"))
-
-
-def _shot(shot: Shot) -> str:
-    caption = f"<figcaption>{escape(shot.caption)}</figcaption>" if shot.caption else ""
-    return f"<figure>{page.image(shot.pixels_HWC, shot.provenance or shot.caption)}{caption}</figure>"
 
 
 def _curves(report: Report) -> str:
@@ -289,16 +288,6 @@ def _map(report: Report) -> str:
         "they are densest; orange crosses are near-OOD images. Distances between far groups mean nothing."
     )
     return page.section("map", "Embedding map", about, page.figure(svg))
-
-
-def _recipes(report: Report) -> str:
-    if not report.recipe_rows:
-        return ""
-    about = (
-        "Suitability of generated images, judged by a classifier fixed before training: a positive should keep its label "
-        "without copying its source, a near-OOD image should keep neither."
-    )
-    return page.section("recipes", "Suitability by recipe", about, page.table_of(report.recipe_rows))
 
 
 def _tokens(report: Report) -> str:

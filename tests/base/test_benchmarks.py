@@ -81,6 +81,16 @@ def test_the_engine_takes_exactly_its_share_of_calls(pipeline):
     assert stored.float().std() > 1
 
 
+def test_a_tuned_engine_makes_the_same_images(pipeline):
+    moments, texts = pipeline.encode_moments(inputs.smooth_images(2, pipeline.resolution)), inputs.prompts(2)
+    plain, tuned = (
+        SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=2, tune_attention=tune)
+        for tune in (False, True)
+    )
+    assert plain.attention == "sdpa" and "sdpa" in tuned.attention and " x" in tuned.attention
+    assert psnr_db(first_images(tuned)[0], first_images(plain)[0]) > 90
+
+
 def test_da_fusions_loop_writes_one_png_an_image(pipeline, tmp_path):
     sources = [Image.fromarray(row.numpy()) for row in inputs.smooth_images(3, 48)]
     peers.da_fusion(pipeline, sources, inputs.prompts(3), SETTING, tmp_path)(2)
@@ -109,10 +119,13 @@ def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     document = last_line(capsys)
     assert document["ratios"].keys() == {"da_fusion_loop", "diffusers_best_batch"}
     peers_left_out = {"diffusers, xformers", "diffusers, compiled + channels_last"}
-    assert document["skipped"].keys() == peers_left_out | {"slots, attention tuned", "slots, compiled"}
+    own_left_out = {"slots, attention tuned", "slots, compiled", "slots, compiled, Triton kernels"}
+    assert document["skipped"].keys() == peers_left_out | own_left_out
     assert document["tick"]["rows"] == 4
     rows = {row["technique"]: row for row in rows_of(out)}
-    assert rows.keys() == {"DA-Fusion's loop", "diffusers", "slots"}
+    assert rows.keys() == {"DA-Fusion's loop", "diffusers", "slots"} | document["skipped"].keys()
+    assert all(row["quality"].startswith("skipped: ") for name, row in rows.items() if name in document["skipped"])
+    assert not list(tmp_path.glob("*.partial.json"))
     slots, loop = rows["slots"], rows["DA-Fusion's loop"]
     assert float(slots["unet_evaluations_per_s"]) == pytest.approx(50 * float(slots["images_per_s"]), rel=1e-3)
     assert float(slots["floor_pct"]) == pytest.approx(float(slots["mfu_pct"]), rel=0.02)
@@ -136,6 +149,32 @@ def test_the_first_candidate_is_compared_with_itself():
     ]
     found = generator.alternate(candidates, 6, "cpu", 2, 60.0)
     assert calls == [("a", 6), ("b", 6), ("a", 6)] * 2 and len(found.timings["b"].seconds) == 2
+
+
+def test_a_technique_that_fails_costs_no_other():
+    def fails(count):
+        if count > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    calls = {"a": lambda count: None, "b": fails}
+    candidates = [generator.Candidate(name, call, 2, False, "", "") for name, call in calls.items()]
+    rounds = []
+    found = generator.alternate(candidates, 6, "cpu", 2, 60.0, rounds.append)
+    assert found.timings.keys() == {"a"} and found.failures == {"b": "no room"} and len(rounds) == 2
+
+    def unavailable():
+        raise peers.Unavailable("c", "not installed")
+
+    def wrong():
+        raise RuntimeError("does not compile\nand a trace")
+
+    makers = {"a": lambda: candidates[0], "c": unavailable, "d": wrong}
+    bench = SimpleNamespace(makers=lambda: makers, skipped={}, batch=2, device=torch.device("cpu"), wait=lambda: None)
+    assert generator.ready(bench, harness.Budget(0)) == [candidates[0]]
+    assert bench.skipped == {"c": "not installed", "d": "failed: RuntimeError: does not compile"}
+    bench.skipped.clear()
+    spent = SimpleNamespace(seconds=100.0, left=30.0)  # what is left is for the blocks; one is always made ready
+    assert generator.ready(bench, spent) == [candidates[0]] and set(bench.skipped.values()) == {"budget"}
 
 
 def test_a_straight_line_is_told_from_a_bend():
@@ -167,6 +206,21 @@ def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys
     assert document["bytes_written"] == 0 and document["host_syncs"] is None
     assert document["constant_in_train_images"]["step_ms"].keys() == {"12", "24"}
     assert len(rows_of(tmp_path / "step.csv")) == 3
+    assert tuple(rows_of(tmp_path / "step.csv")[0])[len(harness.CONDITIONS) :] == step.COLUMNS
+
+
+def test_a_case_that_fails_or_has_no_time_left_is_a_row(monkeypatch, tmp_path, capsys):
+    def measure(case, mode, options, seconds):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(step, "measure", measure)
+    step.main(["--device", "cpu", "--no-train-images", "--out", str(tmp_path / "step.csv")])
+    assert list(last_line(capsys)["skipped"].values()) == ["failed: RuntimeError: no room"]
+    monkeypatch.setattr(harness.Budget, "left", property(lambda budget: -1.0))
+    step.main(["--device", "cpu", "--budget-s", "1", "--out", str(tmp_path / "step.csv")])
+    assert list(last_line(capsys)["skipped"].values()) == ["budget"]
+    failed, late = rows_of(tmp_path / "step.csv")
+    assert failed["quality"] == "skipped: failed: RuntimeError: no room" and late["quality"] == "skipped: budget"
 
 
 class Side:
@@ -220,6 +274,20 @@ def test_quality_reads_val_only_and_judges_each_choice(tiny, monkeypatch, tmp_pa
         assert 0 <= row["agreement"] <= 1 and 0 <= row["val_accuracy"] <= 1 and 0 <= row["near_ood_auroc"] <= 1
         assert row["val_images"] == 16 and row["images_judged"] > 0
     assert document["rows"][1]["unet_rows_a_step"] > document["rows"][0]["unet_rows_a_step"]
+    assert tuple(document["rows"][0]) == quality.COLUMNS
+
+
+def test_a_choice_that_fails_is_a_row_and_the_others_are_measured(monkeypatch, tmp_path, capsys):
+    def fails(settings, config):
+        raise RuntimeError("no TAESD")
+
+    monkeypatch.setattr(quality, "session", fails)
+    quality.main(["--device", "cpu", "--choices", "exact,max_uses 4", "--out", str(tmp_path / "quality.csv")])
+    document = last_line(capsys)
+    assert document["rows"] == [] and document["within_tolerance"] == {}
+    assert [row["score"] for row in rows_of(tmp_path / "quality.csv")] == [
+        "skipped: failed: RuntimeError: no TAESD"
+    ] * 2
 
 
 def test_the_quality_gate_fails_on_any_loss():
@@ -230,20 +298,23 @@ def test_the_quality_gate_fails_on_any_loss():
 
 
 def test_correctness_fails_where_a_kernel_is_wrong(monkeypatch):
-    def one_case(device, compiled, reduced):
-        x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    def build(device, compiled, size):
+        if size == 32:
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access")
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
         candidates = {"eager": lambda: (x,), "triton": lambda: (x * 1.01,)}
-        yield correctness.Case("views", "64", "float32", candidates, 1, lambda: (x.double(),))
+        return correctness.Case("views", "64", "float32", candidates, 1, lambda: (x.double(),))
 
-    monkeypatch.setattr(correctness, "SWEEPS", {"views": SimpleNamespace(cases=one_case)})
-    definition, kernel = correctness.kernel_checks(torch.device("cpu"))
-    assert definition.passed and not kernel.passed and "1.00e-02" in kernel.found
+    monkeypatch.setattr(correctness, "SWEEPS", {"views": SimpleNamespace(build=build, reduced=((32,), (64,)))})
+    crashed, definition, kernel = correctness.kernel_checks(torch.device("cpu"))
+    assert definition.passed and not kernel.passed and "1.00e-02" in kernel.found and kernel.of == "views"
+    assert not crashed.passed and "illegal memory access" in crashed.found
     assert correctness._relative((torch.tensor([float("nan")]),), [torch.ones(1).double()]) == float("inf")
 
 
 def test_correctness_covers_every_kernel_and_the_engine(pipeline, capsys):
     document = correctness.main(["--device", "cpu", "--pipeline", str(pipeline_folder())])
-    assert document["passed"] and last_line(capsys)["passed"]
+    assert document["passed"] and last_line(capsys)["passed"] and document["wrong"] == []
     for name in (*correctness.SWEEPS, "slots ddim", "slots dpmpp_2m"):
         assert any(check["name"].startswith(name) for check in document["checks"])
 
@@ -276,11 +347,26 @@ class TestSuite:
         ]
         assert json.loads((self.folder / "suite_cpu.json").read_text())["documents"]["kernels"] == {"text": "fine"}
 
-    def test_nothing_is_timed_where_correctness_fails(self, monkeypatch, capsys):
-        wrong = 'print(\'{"text": "1 check"}\'); raise SystemExit(1)'
+    def test_nothing_that_runs_the_engine_is_timed_where_it_is_wrong(self, monkeypatch, capsys):
+        wrong = 'print(\'{"text": "1 check", "wrong": ["engine", "views"]}\'); raise SystemExit(1)'
         self.replace_parts(monkeypatch, {"correctness": wrong, "step": "raise SystemExit(9)"})
         suite.main(["--device", "cpu"])
-        assert last_line(capsys)["parts"]["step"]["status"] == "skipped: correctness failed"
+        assert last_line(capsys)["parts"]["step"]["status"] == "skipped: correctness failed for the engine"
+
+    def test_a_wrong_op_is_left_out_of_the_kernels(self):
+        options = suite._parse(["--device", "cpu"])
+        options.wrong = ["views", "geglu"]
+        arguments = suite._kernels(options, 60.0)
+        assert arguments[arguments.index("--ops") + 1] == "supcon,guided_step,group_norm,pixels"
+
+    def test_a_part_that_dies_or_says_too_little_loses_nothing_else(self, monkeypatch, capsys):
+        codes = {"correctness": "import os; os.abort()", "kernels": "print('{\"rows\": 3')", "step": "print('{}')"}
+        self.replace_parts(monkeypatch, codes)
+        suite.main(["--device", "cpu"])
+        parts = last_line(capsys)["parts"]
+        assert parts["correctness"]["status"] == "failed: exit code -6"
+        assert parts["kernels"]["status"] == "failed: exit code 0"
+        assert parts["step"]["status"] == "done" and "no summary: KeyError" in parts["step"]["summary"]
 
     def test_what_does_not_fit_is_skipped_and_what_overstays_is_stopped(self, monkeypatch, capsys):
         monkeypatch.setattr(suite, "LEAST_S", 0.5)

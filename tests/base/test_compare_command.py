@@ -1,5 +1,6 @@
 """`compare`: fair arms, a grid that any scheduler can run, failures named, nothing overwritten."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -142,6 +143,16 @@ def test_arms_are_what_their_words_say(file):
     assert shares == {"positives": 0, "positives_ood": 0.5, "jigsaw_roundtrip": 0.5, "adaptive": 0.5}
     assert made["jigsaw_roundtrip"].near_ood.recipes == {"jigsaw_roundtrip": 1.0}
     assert made["adaptive"].controller.enabled and not made["positives_ood"].controller.enabled
+
+
+def test_arms_that_are_controls_of_others_differ_in_one_thing(file):
+    made = {trial.arm: trial.config for trial in trials.plan(file, ARMS, (0,), [], long_steps=90)}
+    agnostic, positives = made["class_agnostic"], made["positives"]
+    assert agnostic.inversion.class_agnostic and not positives.inversion.class_agnostic
+    assert replace(agnostic, run=positives.run, inversion=positives.inversion) == positives
+    exposed, ood = made["ce_exposure"], made["positives_ood"]
+    assert (exposed.learning.method, exposed.learning.outlier_exposure) == ("cross_entropy", 0.5)
+    assert replace(exposed, run=ood.run, learning=ood.learning) == ood
 
 
 @pytest.mark.parametrize("name", ["parts", "grocery", "mvip"])
@@ -288,6 +299,41 @@ def test_trials_of_other_settings_are_refused_before_anything_is_started(grid, t
     ):
         call("--arms", "ce,supcon,positives", "--seeds", "0,1", "learning.steps=31")
     assert tree(tmp_path / "runs") == before and started(folder) == ["ce-s0", "supcon-s0"]
+
+
+def test_a_trial_another_process_is_at_is_left_to_it_and_waited_for(grid, tmp_path, capsys):
+    """As after `compare` was killed and its trial went on, or beside a scheduler that runs the same grid."""
+    call, folder = grid
+    path = tmp_path / "runs/tiny/ce-s0"
+    path.mkdir(parents=True)
+    with open(path / ".lock", "w") as lock:
+        lock.write("4321")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def finish_when_the_other_is_done():
+            while not (tmp_path / "runs/tiny/supcon-s0/results.json").exists():
+                threading.Event().wait(0.01)
+            for name in ("config.yaml", "predictions.safetensors", "results.json"):
+                (path / name).write_bytes((folder / "made/ce-s0" / name).read_bytes())
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        other = threading.Thread(target=finish_when_the_other_is_done)
+        other.start()
+        call("--arms", "ce,supcon", "--seeds", "0")
+        other.join()
+    assert started(folder) == ["supcon-s0"]
+    text = capsys.readouterr().out
+    assert "in use by process 4321: the others first" in text and "finished before" in text
+    assert len(json.loads((tmp_path / "runs/tiny/compare.json").read_text())["finished"]) == 2
+
+
+def test_the_lock_of_a_killed_process_is_nobodys(grid, tmp_path):
+    call, folder = grid
+    (tmp_path / "runs/tiny/ce-s0").mkdir(parents=True)
+    (tmp_path / "runs/tiny/ce-s0/.lock").write_text("4321")
+    call("--arms", "ce", "--seeds", "0")
+    assert started(folder) == ["ce-s0"]
 
 
 def test_logs_that_cannot_be_written_are_an_error_of_storage(grid, tmp_path):

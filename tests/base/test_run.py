@@ -48,7 +48,7 @@ def test_a_run_directory_holds_what_is_promised_and_nothing_else(arm):
     folders = {path.split("/")[1].rsplit("-", 1)[0] for path in tokens if path.endswith("learned_embeds.safetensors")}
     assert folders == set(COLORS)
     assert len(tokens) == len(COLORS) + 1 and "tokens/report.json" in tokens
-    assert files - tokens == ALWAYS | {"recipes.json", "machine.json"}
+    assert files - tokens == ALWAYS | {"recipes.json", "gate.json", "machine.json"}
 
 
 @pytest.mark.parametrize("arm", ["supcon", "cross_entropy", "jigsaw_roundtrip"])
@@ -144,6 +144,44 @@ def test_the_report_needs_no_other_file():
     assert not re.search(r"@import|<link|<iframe|<object|<script[^>]*src|fetch\(|XMLHttpRequest", html)
     for word in ("bolt", "positive", "near-OOD", "test accuracy"):
         assert word.lower() in html.lower()
+
+
+@pytest.mark.parametrize("arm", ["supcon", "jigsaw_roundtrip", "everything"])
+def test_every_recipe_has_examples_figures_and_counted_verdicts(arm):
+    run = finished_run(arm)
+    recipes = {"positive", *run.config.near_ood.recipes}
+    verdicts = json.loads((run.path / "gate.json").read_text())
+    whole = {row["recipe"]: row for row in verdicts if row["class"] == "all"}
+    assert set(whole) == recipes
+    for recipe, row in whole.items():
+        of_class = [other for other in verdicts if other["recipe"] == recipe and other["class"] != "all"]
+        assert {other["class"] for other in of_class} <= set(COLORS)
+        reasons = row.keys() - {"recipe", "class", "images"}
+        assert all(row[reason] == sum(other[reason] for other in of_class) for reason in reasons)
+        assert row["images"] == sum(row[reason] for reason in reasons)
+        rates = [run.results.get(f"gate.{recipe}.{reason}", 0) for reason in reasons]
+        assert sum(rates) == pytest.approx(1)
+    if arm == "supcon":  # images without diffusion are judged too, but not counted among the finished
+        unsettled = run.results["generation.images_finished"] - sum(row["images"] for row in whole.values())
+        assert 0 <= unsettled <= run.config.generation.decode_batch + run.config.generation.slots
+    if arm == "everything":
+        judged = {"other_class", "unlike_class", "too_close", "too_far"}
+        assert judged & {reason for row in verdicts for reason in row if row[reason]}, "the learner judged"
+    suitable = {row["recipe"] for row in json.loads((run.path / "recipes.json").read_text())}
+    assert suitable <= recipes and "positive" in suitable
+    html = (run.path / "report.html").read_text()
+    section = html.split('id="recipes"')[1].split("</section>")[0]
+    for recipe in suitable:
+        row = section.split(f'<td class="class">{recipe}</td>')[1].split("</tr>")[0]
+        assert row.count("<img ") >= 2 and row.count("<img ") % 2 == 0, "each image beside its source"
+    assert 'id="gate"' in html and 'id="artifact"' in html
+
+
+def test_the_warning_light_is_read_from_val_and_only_where_there_is_a_decoder():
+    results = finished_run("supcon").results
+    assert 0 <= results["artifact.probe_auroc"] <= 1 and 0 <= results["artifact.score_auroc"] <= 1
+    assert results["artifact.images"] == results["val.images"]
+    assert not [name for name in finished_run("cross_entropy").results if name.startswith("artifact.")]
 
 
 def test_while_training_nothing_is_written_but_metrics_and_checkpoints():

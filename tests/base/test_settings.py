@@ -69,7 +69,11 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("near_ood.recipes={dream: 1}", r"names 'dream'; choose from strength"),
         ("near_ood.recipes={strength: 0}", r"at least one weight above 0"),
         ("generation.templates=[a photo]", r"needs exactly one \{\}"),
-        ("near_ood.jigsaw_grid=5", r"does not divide data.image_size 64"),
+        ("near_ood.jigsaw_grid=1", r"`near_ood.jigsaw_grid` is 1; it must lie in \[2, 32\]"),
+        ("gate.refresh_every=0", r"`gate.refresh_every` is 0; it must lie in \[1, inf\)"),
+        ("controller.update_every=0", r"`controller.update_every` is 0; it must lie in \[1, inf\)"),
+        ("controller.target_low=0.9", r"`controller.target_low` is 0.9 .* the band must rise"),
+        ("probe.lrs=[]", r"`probe.lrs` is \[\]; name at least one"),
         ("learning.method=cross_entropy", r"needs learning.outlier_exposure > 0"),
         ("learning.warmup_steps=500", r"does not end before learning.steps"),
     ],
@@ -91,6 +95,13 @@ def test_a_mistake_gets_one_clear_message(file, override, message):
 def test_a_pipeline_to_be_made_has_rules_too(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(CONFIGS / "train_pipeline.yaml", [override], schema=PipelineConfig)
+
+
+def test_a_grid_that_no_recipe_uses_does_no_harm(file):
+    assert load_config(file, ["near_ood.jigsaw_grid=5"])[0].near_ood.jigsaw_grid == 5
+    for recipe in ("jigsaw", "jigsaw_roundtrip"):
+        with pytest.raises(ConfigError, match="does not divide data.image_size 64"):
+            load_config(file, ["near_ood.jigsaw_grid=5", f"near_ood.recipes={{foreign: 1, {recipe}: 1}}"])
 
 
 def test_file_mistakes(tmp_path):

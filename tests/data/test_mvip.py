@@ -10,6 +10,7 @@ from modules.data.files import Files
 from modules.data.images import load_images
 from modules.data.index import read_index
 from modules.data.mvip import ClassMeta, choose_roles, is_mvip, read_meta
+from modules.data.sets import load_sets
 from modules.data.sources import read_source
 from modules.errors import ConfigError, DataError
 from tests.data.trees import class_folders, disc, mvip_tree, picture, put
@@ -41,6 +42,9 @@ def test_paths_splits_groups_masks_and_keywords(tree):
     assert item.mask == "Car0/train_data/1/30/cam_01/01_rgb_mask_gen.png"
     assert (item.label, item.split, item.group) == ("Car0", "train", "Car0/train_data/1/30")
     assert item.keywords == ("metal", "car0")
+    assert read_index(data(tree, num_classes=0, near_ood_classes=("Car4", "Car5")), 0).keywords() == tuple(
+        ("metal", f"car{i}") for i in range(4)
+    )
     sample = next(i for i in source.items if i.path == "Car0/valid_data/s1/cam_00/00_rgb.png")
     assert (sample.split, sample.group) == ("val", "Car0/valid_data/s1")
 
@@ -61,6 +65,19 @@ def test_roles_follow_super_class_count_and_seed(tree):
         ("far_ood", "test"): 2 * 3 * 2,
     }
     assert any("3 ID classes of super class CarComponent (class_seed 0)" in note for note in index.notes)
+
+
+def test_classes_of_other_super_classes_are_read_as_far_ood(tree, tmp_path):
+    settings = data(tree, image_size=16)
+    sets = load_sets(settings, 0, masks=False)
+    assert {item.label for item in sets.images["far_ood_test"].items} == {"Drill", "Saw"}
+    assert len(sets.images["far_ood_test"].items) == 2 * 3 * 2
+    path = "Drill/test_data/s0/cam_00/00_rgb.png"
+    assert sets.summary()["files"][path]["set"] == "far_ood_test"
+    other = class_folders(tmp_path / "other", {"cat": 2, "dog": 2})
+    sets = load_sets(replace(settings, far_ood_root=str(other)), 0, masks=False)
+    assert {item.label for item in sets.images["far_ood_test"].items} == {"cat", "dog"}
+    assert any("12 images of the set itself are left out" in note for note in sets.summary()["notes"])
 
 
 def test_the_class_draw_depends_on_class_seed_and_not_on_the_run_seed(tree):

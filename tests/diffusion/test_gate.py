@@ -7,7 +7,16 @@ import torch
 
 from kernels.pixels import pixels
 from modules import config
-from modules.diffusion.gate import ALARM_WINDOW, REASONS, ClassStatistics, Gate, broken_codes, class_statistics, judge
+from modules.diffusion.gate import (
+    ALARM_WINDOW,
+    LEAST_TYPICAL,
+    REASONS,
+    ClassStatistics,
+    Gate,
+    broken_codes,
+    class_statistics,
+    judge,
+)
 from modules.diffusion.requests import Request
 from modules.state import load_newest, save_checkpoint
 
@@ -26,6 +35,13 @@ def image(seed: int) -> torch.Tensor:
     return torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(100 + seed)) * 2 - 1
 
 
+def axes(classes: int, thresholds: list[float], typical: float = 1.0) -> ClassStatistics:
+    """Class means at the first axes of three dimensions, the center at the origin."""
+    return ClassStatistics(
+        torch.zeros(3), torch.eye(3)[:classes], torch.tensor(thresholds), torch.full((classes,), typical)
+    )
+
+
 class Loop:
     """A gate whose images carry their features in their first three pixel values."""
 
@@ -42,10 +58,10 @@ class Loop:
         )
 
     def know(self):
-        """Classes 0 and 1 at the x and y axes, each with a threshold of .9."""
+        """Classes 0 and 1 at the x and y axes about the origin, each with a threshold of .9."""
         features = torch.tensor([[1.0, 0.1, 0], [1, -0.1, 0], [0.1, 1, 0], [-0.1, 1, 0]])
         self.gate.refresh(features, [0, 0, 1, 1], 2)
-        self.gate.known = ClassStatistics(self.gate.known.means_CE, torch.tensor([0.9, 0.9]))
+        self.gate.known = axes(2, [0.9, 0.9])
 
     def finish(self, *rows):
         pixels = torch.stack([image(i) for i in range(len(rows))])
@@ -58,7 +74,10 @@ def test_class_statistics_by_hand():
     features = torch.randn(11, 5, generator=torch.Generator().manual_seed(2))
     labels = [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2]
     known = class_statistics(features, labels, 3, 0.25)
-    z = [f / f.norm() for f in features]
+    unit = [f / f.norm() for f in features]
+    center = sum(unit) / 11
+    z = [(f - center) / (f - center).norm() for f in unit]
+    torch.testing.assert_close(known.center_E, center)
     for label in (0, 1):
         members = [i for i in range(11) if labels[i] == label]
         mean = sum(z[i] for i in members)
@@ -68,9 +87,29 @@ def test_class_statistics_by_hand():
             rest = sum(z[j] for j in members if j != i)
             similarities.append(z[i] @ rest / rest.norm())
         torch.testing.assert_close(known.thresholds_C[label], torch.stack(similarities).quantile(0.25))
+        torch.testing.assert_close(known.typical_C[label], torch.stack(similarities).mean())
     torch.testing.assert_close(known.means_CE[2], z[10])
     assert known.thresholds_C[2] == known.thresholds_C[:2].median()
-    assert class_statistics(features[:1], [0], 1, 0.05).thresholds_C.tolist() == [1.0]
+    assert known.typical_C[2] == known.typical_C[:2].median()
+    alone = class_statistics(features[:1], [0], 1, 0.05)
+    assert alone.thresholds_C.tolist() == alone.typical_C.tolist() == [1.0]
+
+
+def test_features_that_are_never_negative_still_tell_classes_apart():
+    """A ReLU backbone: every cosine is near 1 before the center is taken off, and uses its range after."""
+    draw = torch.Generator().manual_seed(3)
+    classes = torch.eye(4).repeat_interleave(8, 0)
+    features = 5 + classes + 0.1 * torch.rand(32, 4, generator=draw)
+    labels = [row // 8 for row in range(32)]
+    raw = torch.nn.functional.normalize(features, dim=1)
+    assert (raw @ raw.T).min() > 0.97
+    known = class_statistics(features, labels, 4, 0.05)
+    everyone = torch.arange(32) < 0
+    codes, likeness, nearest = judge(features, torch.tensor(labels), everyone, known, -0.2)
+    assert nearest.all() and (codes == 0).float().mean() > 0.9
+    torch.testing.assert_close(likeness.mean(), torch.tensor(1.0), atol=0.05, rtol=0)
+    _, foreign, _ = judge(features.roll(8, 0), torch.tensor(labels), everyone, known, -0.2)
+    assert foreign.max() < 0, "an image of another class is less like this one than the mean of all images is"
 
 
 def test_broken_images_are_named():
@@ -88,7 +127,7 @@ def test_broken_images_are_named():
 
 
 def test_verdicts_by_hand():
-    known = ClassStatistics(torch.eye(3)[:2], torch.tensor([0.9, 0.8]))
+    known = axes(2, [0.9, 0.8], typical=0.5)
     cases = [
         ([1.0, 0.1, 0.0], 0, False, "accepted"),
         ([0.5, 0.6, 0.0], 0, False, "other_class"),
@@ -99,9 +138,12 @@ def test_verdicts_by_hand():
         ([-0.5, -0.5, 0.5], 0, True, "too_far"),
     ]
     features, labels, is_ood, expected = zip(*cases, strict=True)
-    codes, own, nearest = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), known, -0.2)
+    codes, likeness, nearest = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), known, -0.2)
     assert [REASONS[code] for code in codes] == list(expected)
-    assert own[0] == pytest.approx(1 / 1.01**0.5) and nearest.tolist()[:3] == [True, False, True]
+    assert likeness[0] == pytest.approx(1 / 1.01**0.5 / 0.5) and nearest.tolist()[:3] == [True, False, True]
+    unlearned = axes(2, [0.9, 0.8], typical=-0.01)
+    likeness = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), unlearned, -0.2)[1]
+    assert likeness[0] == pytest.approx(1 / 1.01**0.5 / LEAST_TYPICAL), "no division by what has not been learned"
 
 
 def test_verdicts_take_effect_one_step_later():
@@ -151,6 +193,8 @@ def test_statistics_are_due_from_the_start_step_on():
     assert [step for step in range(45) if gate.due(step)] == [20, 30, 40]
     gate.embed = None
     assert not gate.due(30)
+    followed = Loop(enabled=False, start_step=20).gate  # by a controller, which starts with the same step
+    assert not followed.due(19) and followed.due(20)
 
 
 def test_alarms_stand_at_both_ends():

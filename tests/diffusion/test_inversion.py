@@ -13,8 +13,9 @@ from modules.config import Pipeline
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.inversion import Inversion, learn, schedule, token_cache_key
 from modules.diffusion.pipeline import load_pipeline
+from modules.diffusion.prompts import class_initializers
 from modules.diffusion.token_report import token_report
-from modules.diffusion.tokens import Tokens
+from modules.diffusion.tokens import Tokens, load_tokens, save_tokens
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.runtime import stream
 from tests.tiny import pipeline_folder
@@ -97,6 +98,31 @@ def test_every_vector_starts_as_the_initializers_row(pipeline):
     assert torch.equal(inversion.vectors_CKE, row.expand(3, 2, -1))
     with pytest.raises(ConfigError, match=r"inversion\.initializer: 'gears'"):
         make(pipeline, dataclasses.replace(SETTINGS, initializer="gears"))
+
+
+def test_every_class_may_start_from_a_word_of_its_own(pipeline, tmp_path):
+    own = dataclasses.replace(SETTINGS, initializer="keywords")
+    keywords = (("never seen", "gear"), (), ("rusty", "nut"))
+    words = class_initializers(keywords, pipeline.tokenizer, None)
+    assert words == ("gear", "object", "rusty")
+    inversion = make(pipeline, own, initializers=words)
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    rows = [table[pipeline.tokenizer.convert_tokens_to_ids(f"{word}</w>")] for word in words]
+    assert torch.equal(inversion.vectors_CKE, torch.stack(rows)[:, None])
+    save_tokens(inversion.tokens(), tmp_path)
+    again = load_tokens(tmp_path, CLASSES, pipeline.digest)
+    assert [again.initializer_of(c) for c in range(3)] == list(words)
+    report = token_report(pipeline, again, make_moments(pipeline, 3)[0], [0, 1, 2], draws=2)
+    assert [row["initializer"] for row in report] == list(words)
+    assert [row["gain"] for row in report] == pytest.approx([0, 0, 0], abs=1e-5), "each against its own word"
+    keys = [token_cache_key(pipeline, ["a"], ["bolt"], own, 0, given) for given in ((), words, words[::-1])]
+    assert len(set(keys)) == 3
+    with pytest.raises(ConfigError, match="nothing told the keywords"):
+        make(pipeline, own)
+    with pytest.raises(ConfigError, match="no class has a keyword that is one word"):
+        class_initializers((("never seen",), ()), pipeline.tokenizer, None)
+    with pytest.raises(ConfigError, match="no class has a keyword that is one word"):
+        class_initializers((("gear",), ()), pipeline.tokenizer, frozenset({"object"}))
 
 
 def test_no_weight_moves_by_one_bit_and_none_gets_a_gradient(pipeline):

@@ -9,6 +9,7 @@ import torch
 
 from modules import config
 from modules.diffusion.conditioning import Conditioning, outlying_vectors, token_vectors
+from modules.diffusion.prompts import check_keywords, check_prompts
 from modules.diffusion.recipes import Recipes, pick
 from modules.diffusion.remake import make
 from modules.diffusion.requests import Prompt, Request
@@ -88,6 +89,28 @@ def test_conditions_and_templates_are_drawn_by_weight():
     prompts = [sequence.request(i).prompt for i in range(400)]
     assert 250 < sum(p.condition == "rusty" for p in prompts) < 350
     assert 150 < sum(p.template == "a {}" for p in prompts) < 250
+
+
+def test_class_keywords_serve_as_conditions():
+    settings = {"conditions": {"keywords": 3.0, "old": 1.0}, "near_ood_fraction": 0.0}
+    words = (("metal", "round"), (), ("rusty",))
+    requests = [recipes(settings, keywords=words).request(i) for i in range(600)]
+    found = {label: {r.prompt.condition for r in requests if r.label == label} for label in range(3)}
+    assert found == {0: {"metal", "round", "old"}, 1: {"", "old"}, 2: {"rusty", "old"}}
+    metal, of_class = (
+        sum(r.label == 0 and test(r) for r in requests) for test in (lambda r: r.prompt.condition == "metal", bool)
+    )
+    assert metal / of_class == pytest.approx(0.375, abs=0.1)
+    plain = [recipes({"conditions": {"worn": 3.0, "old": 1.0}, "near_ood_fraction": 0.0}).request(i) for i in range(60)]
+    assert [(r.source, r.strength) for r in plain] == [(r.source, r.strength) for r in requests[:60]]
+    with pytest.raises(ConfigError, match="no class has keywords"):
+        recipes(settings)
+    check_prompts(("a {}",), ("keywords",), frozenset({"a"}))
+    check_keywords(words, frozenset({"metal", "round", "rusty"}))
+    with pytest.raises(ConfigError, match="'round' in 'round' was never seen"):
+        check_keywords(words, frozenset({"metal", "rusty"}))
+    with pytest.raises(ConfigError, match="no class of this set has keywords"):
+        check_keywords(((), ()), None)
 
 
 def test_each_recipe_breaks_what_it_says():

@@ -15,6 +15,9 @@ from modules.evaluation.compare_page import as_html, write_comparison
 from modules.evaluation.compare_text import ROW_COLUMNS, as_csv, as_json, as_text, verdict
 from modules.evaluation.evaluate import evaluate
 from modules.evaluation.intervals import metric_replicates, percentile_interval, role_weights
+from modules.evaluation.metrics import OOD_METRICS
+from modules.evaluation.ood import SCORES
+from modules.evaluation.page import number
 from modules.evaluation.stored import save_predictions
 from modules.settings import to_yaml
 from tests.evaluation.examples import sets
@@ -196,6 +199,16 @@ def test_all_dresses_show_the_same_numbers(tmp_path, comparison):
     assert plain["unfinished"][0]["arm"] == "ce" and plain["arm_settings"]["positives"] == {
         "learning.extra_real_rows": 5
     }
+    for role in ("near-OOD", "far-OOD"):
+        for metric in OOD_METRICS:
+            table = text.split(f"{role} {metric}\n")[1].split("\n\n")[0].splitlines()
+            assert table[0].split() == ["score", "supcon", "positives"]
+            assert [line.split()[0] for line in table[1:]] == list(SCORES)
+    value = comparison.summaries["supcon"]["test.far_ood.energy.fpr_id_at_ood_tpr95"].mean
+    table = text.split("far-OOD fpr_id_at_ood_tpr95\n")[1]
+    assert next(line for line in table.splitlines() if line.startswith("energy")).split()[1] == f"{100 * value:.1f}"
+    representation = text.split("representation, mean over seeds\n")[1].splitlines()
+    assert representation[1].split()[:2] == ["supcon", number(comparison.summaries["supcon"]["test.alignment"].mean)]
     figure = (tmp_path / "compare.svg").read_text()
     assert "var(--" not in figure and "xmlns" in figure
 

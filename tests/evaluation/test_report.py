@@ -15,7 +15,8 @@ from modules import config
 from modules.errors import StorageError
 from modules.evaluation import figures, page
 from modules.evaluation.evaluate import evaluate
-from modules.evaluation.report import EmbeddingMap, Report, SheetRow, Shot, render_report, write_report
+from modules.evaluation.report import EmbeddingMap, Report, SheetRow, render_report, write_report
+from modules.evaluation.report_recipes import RecipeSheet, Shot
 from tests.evaluation.examples import sets
 
 VOID = {"meta", "img", "br", "link", "input", "path", "use", "rect", "circle", "line"}
@@ -76,7 +77,20 @@ def report():
             points=50,
         ),
         inversion_rows=[{"class": "bolt", "norm": 0.4, "loss_with_token": 0.11, "loss_with_initializer": 0.13}],
-        recipe_rows=[{"recipe": "token_mix", "images": 12, "label_agreement": 0.25}],
+        recipe_sheets=[
+            RecipeSheet("positive", False, (shot,), (shot,)),
+            RecipeSheet("token_mix", True, (shot, shot), (shot, shot)),
+            RecipeSheet("jigsaw", True),
+        ],
+        recipe_rows=[
+            {"recipe": "token_mix", "class": "gear", "images": 12, "agreement": 0.25, "distance_share": None},
+            {"recipe": "token_mix", "class": "all", "images": 12, "agreement": 0.257, "distance_share": 0.811},
+        ],
+        gate_rows=[
+            {"recipe": "token_mix", "class": "all", "images": 4321, "accepted": 4300, "too_close": 21},
+            {"recipe": "token_mix", "class": "gear", "images": 4321, "accepted": 4300, "too_close": 21},
+        ],
+        gate_enabled=True,
         seconds={"stage.contrastive": 130.0, "stage.evaluate": 10.0, "generate": 60.0, "encode": 30.0},
         images={"generate": 600},
         config_text="run:\n  seed: 0  # command line\n",
@@ -103,17 +117,21 @@ def test_shows_every_part_and_escapes_what_users_named(report, html):
         assert expected in text
     for expected in ("relative_mahalanobis", "OOD accepted at 95 % ID", "token_mix", "10.0 images/s", "2 min 20 s"):
         assert expected in text
+    for expected in ("25.7", "81.1", "no image of it was held at the end", "too close", "4 321", "drawn again"):
+        assert expected in text
     found = report.outcome.results
     assert f"{100 * found['test.near_ood.knn.auroc']:.1f}" in text
     assert f"{100 * found['test.accuracy_low']:.1f}–{100 * found['test.accuracy_high']:.1f}" in text
-    assert html.count("<img ") == 4
+    assert html.count("<img ") == 4 + 6
 
 
 def test_sections_nobody_handed_in_are_left_out(report):
     bare = render_report(Report("bare", report.outcome))
     parsed = parse(bare)
     assert {"accuracy", "ood", "classes"} <= set(parsed.ids)
-    assert not {"generated", "learning", "map", "tokens", "recipes", "time", "run"} & set(parsed.ids)
+    assert not {"generated", "learning", "map", "tokens", "recipes", "gate", "artifact", "time", "run"} & set(
+        parsed.ids
+    )
 
 
 def test_a_run_judged_on_val_alone_has_a_page(report):

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import group_norm, guided_step, pixels, supcon, views
+from kernels import geglu, group_norm, guided_step, pixels, supcon, views
 
 HALF = ("x", "y", "dx", "dy", "weight", "bias", "conditional", "unconditional")
 POINTERS = {f"{name}_ptr": "*fp16" for name in HALF} | {
@@ -30,6 +30,8 @@ INTEGERS = {
     "P",
     "C",
     "K",
+    "N",
+    "D",
     "size",
     "width",
     "groups",
@@ -39,29 +41,43 @@ INTEGERS = {
     "W",
     "out_H",
     "out_W",
-    "latent",
 }
-INTEGERS |= {"plane", "noise_steps", "conditional_c", "unconditional_c", "stride_n", "stride_c", "stride_h"}
-ALIGNED = INTEGERS - {"V", "K", "images", "width", "groups", "noise_steps"}  # multiples of 16 in real shapes
+INTEGERS |= {"latent", "plane", "noise_steps", "stride_n", "stride_c", "stride_h", "stride_w"}
+INTEGERS |= {"conditional_c", "conditional_p", "unconditional_c", "unconditional_p"}
+ALIGNED = INTEGERS - {
+    "V",
+    "K",
+    "images",
+    "width",
+    "groups",
+    "noise_steps",
+    "stride_w",
+    "conditional_p",
+    "unconditional_p",
+}  # multiples of 16 in real shapes
 
 SUPCON = {"COLUMNS": 1, "OOD_ANCHORS": False, "BLOCK_E": 128}
+SHRINK = {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64}
+STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 1024}
+GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
 TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
 CASES = (
     (supcon._forward_kernel, SUPCON | {"HARD": True, "BLOCK_I": 64, "BLOCK_J": 32}, {"num_warps": 8, "num_stages": 2}),
     (supcon._backward_kernel, SUPCON | {"BLOCK_I": 32, "BLOCK_J": 64}, {"num_warps": 8, "num_stages": 1}),
     (group_norm._statistics_kernel, TILE, {}),
+    (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 1, "K": 1}, {}),  # one chunk: an extent of 1 is a constant
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 256}, {}),
     (group_norm._normalize_kernel, TILE | {"SILU": True}, {}),
     (group_norm._backward_sums_kernel, TILE | {"SILU": True}, {}),
     (group_norm._backward_kernel, TILE | {"SILU": True}, {}),
-    (pixels._pixels_kernel, {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64, "stride_w": 1}, {}),
-    (
-        guided_step._guided_step_kernel,
-        dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True)
-        | {"BLOCK": 1024, "conditional_p": 1, "unconditional_p": 1},
-        {},
-    ),
-    (views._views_kernel, {"TAPS": 2, "BLOCK": 1024}, {"num_warps": 8}),
+    (geglu._forward_kernel, GATED, {}),
+    (geglu._backward_kernel, GATED, {}),
+    (pixels._pixels_kernel, SHRINK | {"stride_w": 1}, {}),
+    (pixels._pixels_kernel, SHRINK | {"stride_c": 1}, {}),  # channels_last, as a compiled decoder answers
+    (guided_step._guided_step_kernel, STEP | {"conditional_p": 1, "unconditional_p": 1}, {}),
+    (guided_step._guided_step_kernel, STEP | {"conditional_c": 1, "unconditional_c": 1}, {}),
+    (views._views_kernel, {"TAPS": 2, "BLOCK": 512}, {"num_warps": 8}),
+    (views._views_kernel, {"TAPS": 7, "BLOCK": 512}, {"num_warps": 8}),  # 720 to 224 px
 )
 
 

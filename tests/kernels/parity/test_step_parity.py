@@ -45,6 +45,47 @@ def test_guided_step(prediction, parts, device):
         assert (kernel != before).any(dim=(1, 2, 3)).all()
 
 
+def truth_of_a_step(conditional, unconditional, z, x0_prev, table, row, guidance, mask, source, eps):
+    """One masked epsilon step in float64, slot by slot."""
+    after, clean = torch.empty_like(z, dtype=torch.float64), torch.empty_like(z, dtype=torch.float64)
+    for s in range(len(z)):
+        alpha, sigma, a, b, c, _, alpha_next, sigma_next = table[row[s]].double()
+        e, w = conditional[s].double(), guidance[s].double()
+        if w != 1:
+            e = unconditional[s].double() + w * (e - unconditional[s].double())
+        clean[s] = (z[s].double() - sigma * e) / alpha
+        stepped = a * z[s].double() + b * clean[s] + c * x0_prev[s].double()
+        kept = alpha_next * source[s].double() + sigma_next * eps[s].double()
+        after[s] = mask[s].double() * stepped + (1 - mask[s].double()) * kept
+    return after, clean
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 3, 5, 7), (1, 4, 1, 1)], ids=["even", "ragged", "single_slot"])
+def test_a_masked_step_against_float64(shape, dtype, device, as_good_as_eager):
+    g = torch.Generator().manual_seed(sum(shape))
+    conditional, unconditional, z, x0_prev, source, eps = (torch.randn(shape, generator=g).to(device) for _ in range(6))
+    conditional, unconditional, source, eps = (t.to(dtype) for t in (conditional, unconditional, source, eps))
+    conditional = conditional.to(memory_format=torch.channels_last)
+    S = shape[0]
+    mask = (torch.rand(S, 1, *shape[2:], generator=g) > 0.5).to(device, dtype)
+    table = (torch.rand(5, 8, generator=g) + 0.2).to(device)
+    row = torch.randint(0, 5, (S,), generator=g).to(device)
+    guidance = torch.tensor([7.5, 1.0, -2.0])[:S].to(device)
+    if S > 1:
+        unconditional[1] = torch.nan  # its slot has guidance 1 and must not read it
+    arguments = (conditional, unconditional, z, x0_prev, table, row, guidance)
+    outcomes = []
+    for implementation in ("triton", "torch"):
+        state = z.clone(), x0_prev.clone()
+        guided_step(
+            conditional, unconditional, *state, table, row, guidance, mask_S1hw=mask, source_Schw=source, eps_Schw=eps,
+            implementation=implementation,
+        )  # fmt: skip
+        outcomes.append(state)
+    as_good_as_eager(*outcomes, truth_of_a_step(*arguments, mask, source, eps), torch.float32, f"{shape} {dtype}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape, size", [((2, 24, 24), 16), ((1, 8, 8), 8), ((1, 12, 21), 18), ((1, 25, 15), 3)])
 def test_pixels(shape, size, dtype, device):
@@ -71,8 +112,21 @@ def test_pixels(shape, size, dtype, device):
 )
 def test_views(height, width, size, dtype, device, as_good_as_eager):
     g = torch.Generator().manual_seed(height)
-    images = torch.randint(0, 256, (3, height, width, 3), generator=g, dtype=torch.uint8).to(device)
-    uniforms = torch.rand(3, 2, UNIFORMS, generator=g, dtype=torch.float64)
+    compare_views(as_good_as_eager, g, torch.randint(0, 256, (3, height, width, 3), generator=g), size, dtype, device)
+
+
+@pytest.mark.parametrize("kind", ["black", "white", "gray", "primary"])
+def test_views_of_a_single_image_without_hue_or_at_the_ends_of_the_scale(kind, device, as_good_as_eager):
+    g = torch.Generator().manual_seed(5)
+    image = torch.full((1, 6, 7, 3), {"black": 0, "white": 255, "gray": 128, "primary": 0}[kind])
+    if kind == "primary":
+        image.scatter_(3, torch.randint(0, 3, (1, 6, 7, 1), generator=g), 255)
+    compare_views(as_good_as_eager, g, image, None, torch.float32, device)
+
+
+def compare_views(as_good_as_eager, g, images, size, dtype, device):
+    images, (B, height, width, _) = images.to(device, torch.uint8), images.shape
+    uniforms = torch.rand(B, 2, UNIFORMS, generator=g, dtype=torch.float64)
     parameters = draw_view_parameters(uniforms, height, width, crop_scale=(0.2, 1.0))
     truth = views(images, parameters, MEAN, STD, torch.float32, size=size, implementation="torch")
     kernel, eager = (

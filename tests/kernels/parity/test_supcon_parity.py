@@ -71,7 +71,7 @@ def test_adversarial_batches(case, device, as_good_as_eager):
         if case == "coinciding":  # its true gradient is tangential noise: only the value says something
             value = loss_and_gradient(*rows, device, torch.float32, "triton", hardness=hardness)[0]
             truth = loss_and_gradient(*rows, device, torch.float64, "torch", hardness=hardness)[0]
-            torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=0)
+            torch.testing.assert_close(value.double(), truth, rtol=2e-6 if device == "cpu" else 1e-5, atol=0)
         else:
             compare(as_good_as_eager, device, torch.float32, rows, temperature=0.05, hardness=hardness)
 

@@ -1,0 +1,28 @@
+"""Real images as the decoder would show them: encoded and decoded, nothing else changed.
+
+They tell the decoder's trace from what a recipe did: shown as real rows they hide it (`generation.roundtrip_fraction`),
+shown to frozen features they tell whether it is seen (the warning light of a report).
+"""
+
+import torch
+
+from kernels.pixels import pixels
+from modules.diffusion.pipeline import StableDiffusion
+
+
+@torch.no_grad()
+def roundtrip(
+    pipeline: StableDiffusion, pixels_DHWC: torch.Tensor, size: int, batch: int, progress=None
+) -> torch.Tensor:
+    """uint8 images [D, H, W, 3] at the pipeline's resolution -> the same after encode (mean) and decode, at `size`.
+
+    They are stored at `size` by the resize of generated images. The result is on the CPU.
+    """
+    stored = []
+    for part in pixels_DHWC.split(batch):
+        moments_N8hw = pipeline.encode_moments(part.to(pipeline.device))
+        mean_N4hw = pipeline.sample_latents(moments_N8hw, torch.zeros_like(moments_N8hw[:, :4]))
+        stored.append(pixels(pipeline.decode(mean_N4hw), size).cpu())
+        if progress is not None:
+            progress(sum(map(len, stored)), len(pixels_DHWC), "val images through encode and decode")
+    return torch.cat(stored)
