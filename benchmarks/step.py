@@ -35,7 +35,7 @@ COMMON = {  # settings of every case: nothing to learn beforehand, rings that ne
     "generation.prefill": 0.25,
     "learning.steps": 10**6,
     "run.log_every": 10**6,
-    "generation.mode": "sequential",  # the benchmark lays the mode over the step itself
+    "generation.mode": "sequential",  # the benchmark sets the mode of each block
 }
 COLUMNS = (  # of a row, after its conditions
     "case", "mode", "images_per_step", "step_ms", "p10_ms", "p90_ms", "blocks", "steps_a_block", "spread_pct", "train_images",

@@ -23,24 +23,11 @@ class Stepper:
     """
 
     def __init__(self, state: State, least: int, mode: str = "sequential"):
-        """least: steps of a block at least; mode: how generation shares the device, laid over the step from outside."""
+        """least: steps of a block at least; mode: how generation shares the device."""
         self.state, self.least, self.config = state, least, state.config
         self.device = next(state.encoder.parameters()).device
         self.advance = state.generator.advance
-        if mode != "sequential":
-            self._overlap(Overlap(mode, self.device))
-
-    def _overlap(self, overlap: Overlap) -> None:
-        """Generation is launched once the batch is mixed, and waited for before the next one is."""
-        advance, batch = self.advance, self.state.mixer.batch
-
-        def mix(step: int):
-            mixed = batch(step)
-            overlap.launch()
-            return mixed
-
-        self.state.generator.advance = lambda step: overlap.generate(lambda: advance(step))
-        self.state.mixer.batch = mix
+        state.overlap = Overlap(mode, self.device)
 
     @property
     def train_images(self) -> int:

@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(folder)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a kind of its own
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
             f"{folder}: the checkpoint of step {step} could not be written ({error}); free some disk space or set "
