@@ -131,7 +131,8 @@ def run_part(part: Part, options: argparse.Namespace, left: float) -> Outcome:
     print(f"\n== {part.name}: {' '.join(command[2:])}", flush=True)
     begin = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    stop = threading.Timer(left, _end, [process])
+    overstayed = threading.Event()
+    stop = threading.Timer(left, lambda: (overstayed.set(), _end(process)))
     stop.start()
     last = ""
     try:
@@ -149,7 +150,7 @@ def run_part(part: Part, options: argparse.Namespace, left: float) -> Outcome:
     except ValueError:  # cut off in the middle
         document = None
     if document is None:
-        status = "failed: stopped, the budget was spent" if took >= left else f"failed: exit code {code}"
+        status = "failed: stopped, the budget was spent" if overstayed.is_set() else f"failed: exit code {code}"
         return Outcome(part.name, status, took)
     status = "done" if code == 0 else f"failed: exit code {code}"
     try:
