@@ -153,7 +153,6 @@ def check_rules(config) -> None:
         return
     _check_recipes(config)
     _check_band(config.controller)
-    _check_initializer(config.inversion)
     _check_probe_rates(config.probe.lrs)
     if generates(config):
         _check_strengths(config)
@@ -272,14 +271,6 @@ def _check_feeding(config) -> None:
             f"step, but generation.images_per_step {rate:g} x generation.max_uses {uses} feeds only {rate * uses:g}; "
             f"raise images_per_step to {needed / uses:.3g} or max_uses to {needed / max(rate, 1e-9):.0f}, or lower the "
             "fraction"
-        )
-
-
-def _check_initializer(inversion) -> None:
-    if inversion.class_agnostic and inversion.initializer == "keywords":
-        raise ConfigError(
-            "inversion.class_agnostic shows one word for every class, but inversion.initializer is 'keywords'; name a word "
-            "such as object"
         )
 
 

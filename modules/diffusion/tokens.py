@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modules.diffusion.prompts import fill, placeholder, refuse_untrained, trained_words, vector_names
-from modules.errors import DataError
+from modules.diffusion.prompts import KEYWORDS, fill, placeholder, refuse_untrained, trained_words, vector_names
+from modules.errors import ConfigError, DataError
 from modules.state import safetensors_bytes, write_atomic
 
 FILE = "learned_embeds.safetensors"
@@ -215,6 +215,11 @@ class PromptBank:
                 "learn the tokens again"
             )
         if tokens is None:
+            if initializer == KEYWORDS:
+                raise ConfigError(
+                    f"inversion.class_agnostic shows one word for every class, but inversion.initializer is {KEYWORDS!r}; "
+                    "name a word such as 'object'"
+                )
             refuse_untrained(initializer, trained_words(pipeline.source), "inversion.initializer")
         self.pipeline, self.tokens, self.initializer, self.capacity = pipeline, tokens, initializer, capacity
         self.vectors_CKE = None if tokens is None else tokens.vectors_CKE.to(pipeline.device, torch.float32)

@@ -96,6 +96,7 @@ def test_run(name, tmp_path, capsys):
     path = write_config(tmp_path, learning={"classes_per_batch": 2})
     if build is not None:
         overrides = [*overrides, f"data.root={build(tmp_path / 'data')}"]
+    capsys.readouterr()  # making the pipeline may have spoken
     assert trainer.main(["run", str(path), *overrides]) == code
     err = capsys.readouterr().err
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1, err

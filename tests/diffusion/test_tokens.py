@@ -208,6 +208,8 @@ def test_a_class_agnostic_word_that_was_never_trained_is_refused(pipeline, tmp_p
     narrow = copy.copy(pipeline)
     narrow.source = str(tmp_path)
     PromptBank(narrow, None, "object")
+    with pytest.raises(ConfigError, match="shows one word for every class"):
+        PromptBank(pipeline, None, "keywords")
     with pytest.raises(ConfigError, match=r"inversion\.initializer: 'gear'"):
         PromptBank(narrow, None, "gear")
 
