@@ -54,6 +54,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
             reservoir,
             embed=state.embed,
             has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+            keywords=job.sets.index.keywords(),
         )
     sizes = dict(zip(("slots", "decode_batch"), generator.sizes, strict=True))
     for name, value in asked.items():

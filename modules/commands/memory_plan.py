@@ -161,6 +161,7 @@ def job_recipes(job: Job) -> Recipes:
         pipeline=pipeline.digest,
         tokens=tokens_digest(None if job.tokens is None else job.tokens.vectors_CKE.float()),
         has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+        keywords=job.sets.index.keywords(),
     )
 
 

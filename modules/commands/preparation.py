@@ -66,22 +66,28 @@ def cached_tokens(job: Job):
     """The tokens a run with this configuration would find in the cache, or None."""
     train, pipeline = job.sets.train, job.pipeline
     names = [item.label for item in train.items]
-    key = token_cache_key(pipeline, train.digests, names, job.config.inversion, job.config.run.seed)
+    key = token_cache_key(
+        pipeline, train.digests, names, job.config.inversion, job.config.run.seed, stages.initializers(job)
+    )
     return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, pipeline.digest)
 
 
 def initial_tokens(job: Job) -> token_files.Tokens:
     """Class tokens as textual inversion starts them: every vector is the initializer's row."""
     pipeline, settings, classes = job.pipeline, job.config.inversion, job.sets.index.classes
-    row = initializer_id(settings.initializer, pipeline.tokenizer, trained_words(pipeline.source))
-    row_E = pipeline.text_encoder.get_input_embeddings().weight[row].detach().float().cpu()
+    own = stages.initializers(job)
+    trained = trained_words(pipeline.source)
+    words = own or (settings.initializer,) * len(classes)
+    rows = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
+    rows_CE = pipeline.text_encoder.get_input_embeddings().weight[rows].detach().float().cpu()
     return token_files.Tokens(
         classes=classes,
-        vectors_CKE=row_E.repeat(len(classes), settings.num_vectors, 1),
+        vectors_CKE=rows_CE[:, None].repeat(1, settings.num_vectors, 1),
         base_model=pipeline.digest,
         initializer=settings.initializer,
         images_seen=0,
         seed=job.config.run.seed,
+        initializers=own,
     )
 
 

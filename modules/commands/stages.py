@@ -23,7 +23,7 @@ from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.presets import plan
-from modules.diffusion.prompts import check_prompts, trained_words
+from modules.diffusion.prompts import KEYWORDS, check_keywords, check_prompts, class_initializers, trained_words
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
 from modules.ema import build_average
@@ -74,6 +74,8 @@ def learn_tokens(job: Job, progress) -> None:
         freeze_linears(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
     words = trained_words(pipeline.source)
     check_prompts(config.generation.templates, config.generation.conditions, words)
+    if config.generation.conditions.get(KEYWORDS, 0) > 0:
+        check_keywords(sets.index.keywords(), words)
     stored = load_sources(sets, config.data, pipeline.resolution, masks=sets.train.masks_DHW is not None)
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
@@ -102,18 +104,27 @@ def learn_tokens(job: Job, progress) -> None:
         )
 
 
+def initializers(job: Job) -> tuple[str, ...]:
+    """The word of each class where each has its own, else ()."""
+    if job.config.inversion.initializer != KEYWORDS:
+        return ()
+    return class_initializers(job.sets.index.keywords(), job.pipeline.tokenizer, trained_words(job.pipeline.source))
+
+
 def _tokens(job: Job, pixels, moments, progress):
     """Class tokens from the cache, or learned now and kept there; resumable."""
     config, sets, pipeline = job.config, job.sets, job.pipeline
     settings, seed, classes = config.inversion, config.run.seed, sets.index.classes
     names = [sets.train.items[row].label for row in range(len(sets.train.items))]
-    key = token_cache_key(pipeline, sets.train.digests, names, settings, seed)
+    words = initializers(job)
+    key = token_cache_key(pipeline, sets.train.digests, names, settings, seed, words)
     found = token_files.cached_tokens(job.cache_dir, key, classes, pipeline.digest)
     if found is not None:
         job.console.line(f"  class tokens: read from the cache ({key[:16]})")
         return found
     planes = [moments] if settings.flip == 0 else [moments, pipeline.encode_moments(pixels.flip(2))]
-    inversion = Inversion(pipeline, torch.stack(planes), sets.labels_D, classes, settings, seed)
+    moments_FD8hw = torch.stack(planes)
+    inversion = Inversion(pipeline, moments_FD8hw, sets.labels_D, classes, settings, seed, initializers=words)
     folder = job.workdir.checkpoints / "tokens"
     _load(folder, inversion, job.console)
     try:

@@ -44,6 +44,7 @@ class Generator:
         *,
         embed=None,
         has_mask: list[bool] | None = None,
+        keywords: tuple[tuple[str, ...], ...] = (),
     ):
         """A generator with empty slots; `sizes` holds how many slots and latents a decode fit, with reasons.
 
@@ -53,6 +54,7 @@ class Generator:
             sources: the train split as generation starts from it.
             train_DHWC: the same images as stored for training, uint8, on the device.
             embed: features of stored images by the learner, for gate and controller.
+            keywords: words of each class, for the condition `keywords`.
 
         Raises:
             OutOfMemory: not even one slot, or the decode of one image, fits.
@@ -80,6 +82,7 @@ class Generator:
             tokens=self.conditioning.tokens,
             has_mask=has_mask,
             controller=self.controller,
+            keywords=keywords,
         )
         judged = config.gate.enabled or self.controller is not None
         self.gate = Gate(
