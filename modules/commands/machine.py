@@ -13,6 +13,9 @@ from dataclasses import replace
 
 import torch
 
+from kernels import backend
+from kernels.geglu import swap_geglu
+from kernels.group_norm import swap_group_norm
 from modules.commands.job import Job, State
 from modules.commands.timing import copied, named_memory, time_steps, window
 from modules.data.reservoir import Reservoir
@@ -40,6 +43,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
         ConfigError: a recipe or an attention backend that cannot be used here.
     """
     kept, masks = _read(job), job.sources.masks_DHW
+    _swap_layers(job)
     asked = {name: kept[name][0] for name in ("slots", "decode_batch") if name in kept}
     with _room_for_learner(job, state, train_DHWC):
         generator = Generator(
@@ -105,6 +109,14 @@ def unchanged(state: State, overlap: Overlap):
         yield trial
     finally:
         trial.load_state_dict(before)
+
+
+def _swap_layers(job: Job) -> None:
+    """Layers of UNet and VAE whose op has a kernel that runs here become layers that call it."""
+    for op, swap in (("group_norm", swap_group_norm), ("geglu", swap_geglu)):
+        if backend.choose(op, device=job.device).name == "triton":
+            swap(job.pipeline.unet)
+            swap(job.pipeline.vae)
 
 
 @contextmanager

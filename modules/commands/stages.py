@@ -24,6 +24,7 @@ from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.presets import plan
 from modules.diffusion.prompts import KEYWORDS, check_keywords, check_prompts, class_initializers, trained_words
+from modules.diffusion.roundtrip import decode_means
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
 from modules.ema import build_average
@@ -35,7 +36,7 @@ from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
 from modules.optim import Optimizer
-from modules.rules import generated_rows, generates
+from modules.rules import generated_rows, generates, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
@@ -45,8 +46,7 @@ VAE_CHECK_IMAGES = 2  # train images whose latents and pixels must be finite bef
 def load_data(job: Job, progress) -> None:
     """Stage data: every image decoded once and checked; data.json."""
     config = job.config
-    masks = generates(config) and (config.generation.mask_edit != "none" or "mask_split" in config.near_ood.recipes)
-    job.sets = load_sets(config.data, config.run.seed, masks=masks, progress=progress)
+    job.sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
     job.workdir.write_json("data.json", job.sets.summary())
     for note in (*job.sets.index.notes, *job.sets.train.notes):
         job.console.line(f"  {note}")
@@ -189,18 +189,8 @@ def build(job: Job, progress) -> State:
 
 def _roundtrip(job: Job) -> torch.Tensor:
     """The train images after encode and decode, stored like generated ones."""
-    from kernels.pixels import pixels
-
-    means = job.sources.moments_D8hw.split(job.config.generation.decode_batch)
-    with torch.no_grad():
-        decoded = [
-            pixels(
-                job.pipeline.decode(job.pipeline.sample_latents(m, torch.zeros_like(m[:, :4]))),
-                job.config.data.image_size,
-            )
-            for m in means
-        ]
-    return torch.cat(decoded)
+    parts = job.sources.moments_D8hw.split(job.config.generation.decode_batch)
+    return torch.cat([decode_means(job.pipeline, part, job.config.data.image_size) for part in parts])
 
 
 def _kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
@@ -240,9 +230,18 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
         ("preset", plan.preset, "; ".join(plan.reasons)),
         ("solver", f"{plan.solver}, {plan.num_inference_steps} steps", f"guidance {plan.guidance_scale:g}"),
         *((name.replace("_", " "), str(choice.value), choice.reason) for name, choice in choices.items()),
-        ("positives", str(generation.strengths), "strength: weight"),
-        ("near-OOD", str(config.near_ood.recipes), f"{100 * generation.near_ood_fraction:.0f} % of generated images"),
+        ("positives", _shares(generation.strengths, "strength "), "shares of the positives"),
+        ("near-OOD", _shares(config.near_ood.recipes),
+         f"{100 * generation.near_ood_fraction:.0f} % of generated images, strength {config.near_ood.strength:g}"),
     ]  # fmt: skip
+
+
+def _shares(weights: dict, prefix: str = "") -> str:
+    """Weights in words: "strength 0.2", or "strength 50 %, token_mix 50 %"."""
+    used = {key: weight for key, weight in weights.items() if weight > 0}
+    if len(used) == 1:
+        return f"{prefix}{next(iter(used))}"
+    return ", ".join(f"{prefix}{key} {100 * weight / sum(used.values()):.0f} %" for key, weight in used.items())
 
 
 def _load(folder: Path, part, console) -> bool:

@@ -11,6 +11,12 @@ from modules.diffusion.pipeline import StableDiffusion
 
 
 @torch.no_grad()
+def decode_means(pipeline: StableDiffusion, moments_N8hw: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 images [N, size, size, 3] of VAE moments at their mean, stored by the resize of generated images."""
+    mean_N4hw = pipeline.sample_latents(moments_N8hw, torch.zeros_like(moments_N8hw[:, :4]))
+    return pixels(pipeline.decode(mean_N4hw), size)
+
+
 def roundtrip(
     pipeline: StableDiffusion, pixels_DHWC: torch.Tensor, size: int, batch: int, progress=None
 ) -> torch.Tensor:
@@ -20,9 +26,7 @@ def roundtrip(
     """
     stored = []
     for part in pixels_DHWC.split(batch):
-        moments_N8hw = pipeline.encode_moments(part.to(pipeline.device))
-        mean_N4hw = pipeline.sample_latents(moments_N8hw, torch.zeros_like(moments_N8hw[:, :4]))
-        stored.append(pixels(pipeline.decode(mean_N4hw), size).cpu())
+        stored.append(decode_means(pipeline, pipeline.encode_moments(part.to(pipeline.device)), size).cpu())
         if progress is not None:
             progress(sum(map(len, stored)), len(pixels_DHWC), "val images through encode and decode")
     return torch.cat(stored)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import trainer
+from kernels import backend
 from modules.commands import machine, stages
 from modules.commands.job import Job
 from modules.console import Console
@@ -86,7 +87,7 @@ def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_
     from modules.diffusion import generator
 
     fit = generator.fit_slots
-    smaller = lambda build, slots, decode: (fit(build, 2, decode)[0], Choice(2, "ran out"), Choice(decode, "as asked"))  # noqa: E731
+    smaller = lambda build, slots, decode: (fit(build, 2, decode)[0], Choice(2, "ran out"), Choice(decode, "as asked"))
     monkeypatch.setattr(generator, "fit_slots", smaller)
     with pytest.raises(OutOfMemory, match="begun with generation.slots 4.*only 2 fit"), built(tmp_path):
         pass
@@ -178,3 +179,18 @@ def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tmp_path):
         assert order == ["mix", ("launch", 1)] and overlap.pending is not None
         overlap.pending()
         assert order[-1] == "generate"
+
+
+def test_layers_are_swapped_for_kernels_that_run_here_and_for_no_others(tmp_path, monkeypatch):
+    choose, swapped = backend.choose, []
+    monkeypatch.setattr(machine, "swap_geglu", lambda model: swapped.append(("geglu", model)))
+    monkeypatch.setattr(machine, "swap_group_norm", lambda model: swapped.append(("group_norm", model)))
+    with built(tmp_path):
+        assert not swapped, "on a CPU the definitions run, as diffusers has them"
+
+    def forced(op, *how, **named):
+        return choose("geglu")._replace(name="triton") if op == "geglu" else choose(op, *how, **named)
+
+    monkeypatch.setattr(backend, "choose", forced)
+    with built(tmp_path) as (job, _, _):
+        assert swapped == [("geglu", job.pipeline.unet), ("geglu", job.pipeline.vae)]
