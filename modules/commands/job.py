@@ -1,5 +1,6 @@
 """What the stages of a run hand on to each other, and everything that a step reads."""
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Job:
     sources: Sources | None = None
     judge: object = None
     inversion_rows: list[dict] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)  # what `warn_once` has said
     choices: dict[str, Choice] = field(default_factory=dict)  # how this machine generates, see `machine`
     card: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -51,6 +53,12 @@ class Job:
     def cache_dir(self) -> Path:
         """Where tokens and judge are kept, shared by runs."""
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
+
+    def warn_once(self, text: str) -> None:
+        """A warning whose figures may change from row to row, printed the first time only."""
+        if (kind := re.sub(r"[\d.]+", "", text)) not in self.warned:
+            self.warned.add(kind)
+            self.console.warn(text)
 
     @contextmanager
     def stage(self, name: str):

@@ -84,7 +84,7 @@ def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
         row |= state.mixer.statistics() | state.generator.statistics()
         times["images_per_s"] = images / max(1e-9, times["step_ms"] * steps / 1e3)
         for alarm in state.generator.gate.alarms():
-            job.console.warn(alarm)
+            job.warn_once(alarm)
     every, last_row = job.config.evaluation.knn_every, (state.step - 1) // job.config.run.log_every
     if every and state.step // every > last_row * job.config.run.log_every // every:
         row["val.knn_accuracy"] = _knn_accuracy(job, state)

@@ -87,7 +87,10 @@ def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_
     from modules.diffusion import generator
 
     fit = generator.fit_slots
-    smaller = lambda build, slots, decode: (fit(build, 2, decode)[0], Choice(2, "ran out"), Choice(decode, "as asked"))
+
+    def smaller(build, slots, decode):
+        return (fit(build, 2, decode)[0], Choice(2, "ran out"), Choice(decode, "as asked"))
+
     monkeypatch.setattr(generator, "fit_slots", smaller)
     with pytest.raises(OutOfMemory, match="begun with generation.slots 4.*only 2 fit"), built(tmp_path):
         pass
@@ -194,3 +197,12 @@ def test_layers_are_swapped_for_kernels_that_run_here_and_for_no_others(tmp_path
     monkeypatch.setattr(backend, "choose", forced)
     with built(tmp_path) as (job, _, _):
         assert swapped == [("geglu", job.pipeline.unet), ("geglu", job.pipeline.vae)]
+
+
+def test_a_warning_whose_figure_changes_is_printed_once(tmp_path):
+    with built(tmp_path) as (job, _, text):
+        for rate in ("3%", "4%"):
+            job.warn_once(f"the gate passes {rate} of positives: see the reasons")
+        job.warn_once("the gate passes 97% of near-OOD images: it decides nothing")
+        assert text.getvalue().count("the gate passes 3%") == 1 and "4%" not in text.getvalue()
+        assert "97%" in text.getvalue()
