@@ -206,3 +206,20 @@ def test_a_warning_whose_figure_changes_is_printed_once(tmp_path):
         job.warn_once("the gate passes 97% of near-OOD images: it decides nothing")
         assert text.getvalue().count("the gate passes 3%") == 1 and "4%" not in text.getvalue()
         assert "97%" in text.getvalue()
+
+
+@pytest.mark.gpu
+def test_a_gpu_run_compiles_captures_tunes_and_calibrates_and_goes_on_with_what_it_chose(tmp_path):
+    with built(tmp_path, run={"device": "cuda"}) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        first = {name: choice.value for name, choice in job.choices.items()}
+        assert first["tick"] == "compiled, captured" and first["mode"] in ("sequential", "stream")
+        before = state.generator.slots.counts["finished"]
+        for _ in range(6):
+            trainer.step(state)
+        state.overlap.join()
+        assert state.generator.slots.counts["finished"] > before
+        assert all(pixels.float().std() > 0 for pixels, _ in state.generator.examples())
+    with built(tmp_path, run={"device": "cuda"}) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        assert {name: choice.value for name, choice in job.choices.items()} == first
