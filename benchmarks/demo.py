@@ -1,0 +1,77 @@
+"""The demo beside runs on real images only: `python -m benchmarks.demo [--runs runs/demo_rows]`.
+
+Three runs of configs/demo.yaml with as many optimizer steps each: as it stands, without generated rows, and without them
+but filled up with further real rows to the same batch. Finished ones are read, not repeated. One seed each, so no claim:
+the comparison of arms is `trainer.py compare`. Rows are appended to benchmarks/results/demo.csv.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = {  # name in the rows -> what differs from configs/demo.yaml
+    "demo": [],
+    "real only, same real rows": ["generation.synthetic_fraction=0"],
+    "real only, further real rows": ["generation.synthetic_fraction=0", "learning.extra_real_rows=32"],
+}
+METRICS = ("test.accuracy", "test.knn_accuracy", "val.accuracy", "test.near_ood.knn.auroc", "test.near_ood.msp.auroc")
+
+
+def main() -> None:
+    """Run what is not finished, append the rows, print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", default="runs/demo_rows", help="where the runs stand or are made")
+    parser.add_argument("--out", default="benchmarks/results")
+    options = parser.parse_args()
+    rows = []
+    for name, settings in RUNS.items():
+        slug = name.replace(",", "").replace(" ", "_")
+        command = ["trainer.py", "run", "configs/demo.yaml", f"run.dir={options.runs}", f"run.name={slug}", *settings]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        rows += rows_of(name, ROOT / options.runs / slug)
+    path = Path(options.out) / "demo.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(json.dumps({row["run"]: row["value"] for row in rows if row["metric"] == "test.accuracy"}))
+
+
+def rows_of(name: str, run: Path) -> list[dict]:
+    """A row for each headline metric of a finished run, with its conditions."""
+    results = json.loads((run / "results.json").read_text())
+    made, files = (json.loads((run / name).read_text()) for name in ("environment.json", "data.json"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    conditions = {
+        "seed": config["run"]["seed"],
+        "train_images": sum(file["set"] == "train" for file in files["files"].values()),
+        "steps": results["learning.steps"],
+        "seconds": round(results["cost.seconds"], 1),
+        "forward_passes": results["cost.forward_passes"],
+        "images_generated": results.get("cost.images_generated", 0),
+        "peak_memory_gib": round(results["run.peak_memory_gib"], 2),
+        "commit": made["commit"],
+        "device": made["gpu"] or made["cpu"],
+        "cores": made["cores"],
+        "torch": made["packages"]["torch"],
+        "date": date.today().isoformat(),
+    }
+    rounded = lambda key: round(results[key], 4) if key in results else "nan"  # noqa: E731 - an interval may be absent
+    return [
+        {"run": name, "metric": m, "value": rounded(m), "low": rounded(f"{m}_low"), "high": rounded(f"{m}_high")}
+        | conditions
+        for m in METRICS
+    ]
+
+
+if __name__ == "__main__":
+    main()
