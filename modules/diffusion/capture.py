@@ -21,7 +21,7 @@ WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
 def accelerate(slots: Slots, compile_setting: str) -> Choice:
     """Compile and capture an engine's tick and decoder as `pipeline.compile` says; returns what was done and why.
 
-    On a GPU the models also move to channels_last and self-attention computes its three projections as one, which pay
+    The models also move to channels_last and, on a GPU, self-attention computes its three projections as one, which pay
     only when compiled. To be called on a new engine, before a checkpoint is loaded into it.
 
     Args:
@@ -39,15 +39,17 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
     tick = slots.in_flight
     if on_gpu:
         install(slots.pipeline.unet, fuse=True)
-        for model in (slots.pipeline.unet, slots.pipeline.vae):
-            model.to(memory_format=torch.channels_last)
+    for model in (slots.pipeline.unet, slots.pipeline.vae):
+        model.to(memory_format=torch.channels_last)
     tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
+    slots.decode = torch.compile(slots.decode, dynamic=False)
+    latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])
     if not on_gpu:
         tick.step()
+        slots.decode(latents)
         return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
     tick.step = graph(tick.step)
-    latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])
-    slots.decode = graph(torch.compile(slots.decode, dynamic=False), latents)
+    slots.decode = graph(slots.decode, latents)
     return Choice("compiled, captured", "one launch a tick and one a decode; the shapes never change")
 
 

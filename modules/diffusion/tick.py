@@ -12,6 +12,8 @@ all layers, W guidance embedding width,
 h w latent grid, R table rows.
 """
 
+from functools import partial
+
 import torch
 
 from kernels.guided_step import guided_step
@@ -20,6 +22,7 @@ from modules.diffusion.attention import install, text_key_values
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import StepTable
+from modules.diffusion.shared_rows import share_rows
 
 BUFFERS = (
     "z_S4hw",
@@ -56,6 +59,7 @@ class Tick:
         """
         self.pipeline, self.table, self.unconditional_rows, self.masked = pipeline, table, unconditional_rows, masked
         self.unet = pipeline.unet  # replaced by its compiled form, see `capture`
+        self.shared = share_rows(self.unet)
         freeze_linears(self.unet)
         device, size = pipeline.device, pipeline.latent_size
         self.stochastic_steps = max((g.num_inference_steps for g in table.grids.values() if g.stochastic), default=0)
@@ -124,11 +128,14 @@ class Tick:
         """Advance every slot by one step; idle slots stay as they are."""
         S, U, row_S = len(self.row_S), self.unconditional_rows, self.row_S
         x, t = self.z_S4hw, self.table.timestep_R[row_S]
-        row_of_slot = None
+        call, row_of_slot = self.unet, None
         if U:
             slot_U, row_of_slot = self._unconditional_rows()
-            x, t = (torch.cat([x, x]), torch.cat([t, t])) if slot_U is None else (_with(x, slot_U), _with(t, slot_U))
-        predicted = self.unet(
+            if self.shared is not None:
+                call = partial(self.shared.call, self.unet, S, slot_U)
+            else:
+                x, t = (torch.cat([y, y if slot_U is None else y[slot_U]]) for y in (x, t))
+        predicted = call(
             x.to(self.pipeline.dtype),
             t,
             None,
@@ -175,11 +182,6 @@ class Tick:
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             getattr(self, name).copy_(value)
-
-
-def _with(values_S: torch.Tensor, slot_U: torch.Tensor) -> torch.Tensor:
-    """The values of all slots, then those of the slots named."""
-    return torch.cat([values_S, values_S[slot_U]])
 
 
 def embed_guidance(guidance: list[float], width: int) -> torch.Tensor:

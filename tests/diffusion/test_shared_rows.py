@@ -1,0 +1,83 @@
+"""Rows that are equal until the text is read, computed once: the same predictions, and nothing for other callers."""
+
+import copy
+
+import pytest
+import torch
+
+from modules.config import Pipeline
+from modules.diffusion.attention import install, text_key_values
+from modules.diffusion.pipeline import load_pipeline
+from modules.diffusion.shared_rows import share_rows
+from tests.tiny import build_parts
+
+S = 5
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded UNet, whose first block has no attention, with inputs of S slots and prompts of S + S rows."""
+    pipeline = load_pipeline(Pipeline(path="embedded"))
+    install(pipeline.unet)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(S, 4, 16, 16, generator=generator)
+    t = torch.tensor([1.0, 200.0, 400.0, 600.0, 950.0])
+    kv = text_key_values(pipeline.unet, pipeline.embed(["a photo of a ring"] * S + [""] * S).detach())
+    return pipeline.unet, x, t, kv
+
+
+@torch.no_grad()
+def predict(unet, x, t, kv, call=None):
+    arguments = {"cross_attention_kwargs": {"kv": kv}, "return_dict": False}
+    return (call or unet)(x, t, None, **arguments)[0]
+
+
+@pytest.mark.parametrize("slots", [None, [0, 3], [4]])
+def test_predictions_are_those_of_rows_computed_twice(embedded, slots):
+    unet, x, t, kv = embedded
+    slot_U = None if slots is None else torch.tensor(slots)
+    again = torch.arange(S) if slots is None else slot_U
+    kv = kv[: S + len(again)]
+    expected = predict(unet, torch.cat([x, x[again]]), torch.cat([t, t[again]]), kv)
+    shared = share_rows(unet)
+    found = predict(unet, x, t, kv, lambda *inputs, **named: shared.call(unet, S, slot_U, *inputs, **named))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_the_blocks_before_the_text_see_each_slot_once_and_other_callers_see_no_change(embedded):
+    unet, x, t, kv = embedded
+    before = predict(unet, x, t, kv[:S])
+    seen = []
+    handle = unet.down_blocks[0].register_forward_pre_hook(
+        lambda block, inputs, named: seen.append(len(named["hidden_states"])), with_kwargs=True
+    )
+    shared = share_rows(unet)
+    assert share_rows(unet) is shared
+    predict(unet, x, t, kv, lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
+    assert torch.equal(predict(unet, x, t, kv[:S]), before)
+    handle.remove()
+    assert seen == [S, S]
+
+
+def test_a_call_that_fails_leaves_nothing_behind(embedded):
+    unet, x, t, kv = embedded
+    shared = share_rows(unet)
+    with pytest.raises(RuntimeError):
+        predict(unet, x, t, kv[:3], lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
+    assert shared.rows == 0 and shared.slot_U is None
+
+
+def test_a_copy_of_the_unet_has_a_sharing_of_its_own(embedded):
+    unet, x, t, kv = embedded
+    expected = predict(unet, torch.cat([x, x]), torch.cat([t, t]), kv)
+    own = copy.deepcopy(unet)
+    shared = share_rows(own)
+    assert shared is not share_rows(unet)
+    found = predict(own, x, t, kv, lambda *inputs, **named: shared.call(own, S, None, *inputs, **named))
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_unet_that_reads_the_text_at_once_is_left_alone():
+    unet = build_parts()["unet"]  # as in Stable Diffusion, its first block has cross-attention
+    assert share_rows(unet) is None
