@@ -21,8 +21,8 @@ WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
 def accelerate(slots: Slots, compile_setting: str) -> Choice:
     """Compile and capture an engine's tick and decoder as `pipeline.compile` says; returns what was done and why.
 
-    The models also move to channels_last and, on a GPU, self-attention computes its three projections as one, which pay
-    only when compiled. To be called on a new engine, before a checkpoint is loaded into it.
+    The UNet also moves to channels_last and, on a GPU, the VAE too, and self-attention computes its three projections as
+    one: these pay only when compiled. To be called on a new engine, before a checkpoint is loaded into it.
 
     Args:
         compile_setting: auto | off | on. auto is on for a GPU; on a CPU `on` compiles (no graph).
@@ -39,17 +39,15 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
     tick = slots.in_flight
     if on_gpu:
         install(slots.pipeline.unet, fuse=True)
-    for model in (slots.pipeline.unet, slots.pipeline.vae):
-        model.to(memory_format=torch.channels_last)
+        slots.pipeline.vae.to(memory_format=torch.channels_last)
+    slots.pipeline.unet.to(memory_format=torch.channels_last)
     tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
-    slots.decode = torch.compile(slots.decode, dynamic=False)
-    latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])
-    if not on_gpu:
+    if not on_gpu:  # the decoder stays as it is: compiled it was a fifth slower (benchmarks/LOG.md)
         tick.step()
-        slots.decode(latents)
         return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
     tick.step = graph(tick.step)
-    slots.decode = graph(slots.decode, latents)
+    latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])
+    slots.decode = graph(torch.compile(slots.decode, dynamic=False), latents)
     return Choice("compiled, captured", "one launch a tick and one a decode; the shapes never change")
 
 
