@@ -18,7 +18,7 @@ from modules.evaluation.stored import save_detector, save_predictions
 from modules.runtime import environment
 
 SHOTS = 3  # images of each kind a class on the contact sheet
-RECIPE_SHOTS = 5  # example images of a recipe
+RECIPE_SHOTS = 3  # example images of a recipe
 
 
 def export(job, state, outcome) -> None:

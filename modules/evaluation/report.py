@@ -272,7 +272,7 @@ def _classes(report: Report) -> str:
         "classes",
         "Classes",
         about,
-        f'<div class="pair wide-left">{page.table(columns, rows, kind="dense")}{confusion}</div>',
+        f'<div class="stack">{page.table(columns, rows, kind="dense")}{confusion}</div>',
     )
 
 

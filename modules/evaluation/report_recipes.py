@@ -14,9 +14,9 @@ from modules.evaluation import page
 ALL = "all"  # the class of a row over all classes, as suitability has it
 FIGURES = {  # figure of a suitability row -> column title
     "agreement": "label agreement",
-    "agreement_share": "of real images'",
-    "diversity_share": "diversity, of real images'",
-    "distance_share": "distance to source, of real images' spread",
+    "agreement_share": "of the real one",
+    "diversity_share": "diversity, of the real one",
+    "distance_share": "distance to source, of the real spread",
 }
 
 
