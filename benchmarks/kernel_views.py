@@ -144,7 +144,10 @@ def kornia_batch(images_BHWC: torch.Tensor, side: int, dtype: torch.dtype) -> Ca
 
     @functools.cache
     def transform():
-        import kornia.augmentation as K
+        try:
+            import kornia.augmentation as K
+        except ImportError as error:
+            raise ImportError("kornia is not installed; the extra `bench` of pyproject.toml names it") from error
 
         return K.AugmentationSequential(
             K.RandomResizedCrop((side, side), scale=(0.2, 1.0)),
