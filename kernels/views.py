@@ -105,8 +105,8 @@ def _crop(source_b3HW, geometry_b6, size) -> torch.Tensor:
     if size[0] >= H and size[1] >= W:
         y_bh = crop_centers(top_b, height_b, size[0]).mul_(2).add_(1).div_(H).sub_(1)
         x_bw = crop_centers(left_b, width_b, size[1], flip_b != 0).mul_(2).add_(1).div_(W).sub_(1)
-        shape = (len(top_b), *size)
-        grid_bhw2 = torch.stack([x_bw[:, None, :].expand(shape), y_bh[:, :, None].expand(shape)], dim=3)
+        x_bw, y_bh = torch.complex(x_bw, torch.zeros_like(x_bw)), torch.complex(torch.zeros_like(y_bh), y_bh)
+        grid_bhw2 = torch.view_as_real(x_bw[:, None, :] + y_bh[:, :, None])  # pairs (x, y) in one vectorized sum
         return F.grid_sample(source_b3HW, grid_bhw2, mode="bilinear", padding_mode="border", align_corners=False)
     vertical_bhH = resample_matrix(top_b, height_b, H, size[0])
     horizontal_bwW = resample_matrix(left_b, width_b, W, size[1], flip_b != 0)
@@ -134,16 +134,18 @@ def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
     """
     r, g, b = x_b3HW.unbind(1)
     high, low = torch.maximum(r, g).maximum(b), torch.minimum(r, g).minimum(b)
-    chroma = high - low
-    hue = torch.where(g == high, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
-    hue = torch.where(r == high, g - b, hue)
-    hue.div_(chroma.clamp(min=1e-12)).add_(6 * turn_b[:, None, None])  # a grey pixel has no hue: 0 / 1e-12
-    hue.sub_(torch.floor(hue / 6), alpha=6)
+    chroma, is_high = high - low, torch.empty_like(high)
+    # On a CPU a comparison written as a float and a lerp are vectorized, `where` is not.
+    hue = torch.sub(r, g).add_(chroma, alpha=4)
+    hue.lerp_(torch.sub(b, r).add_(chroma, alpha=2), torch.eq(g, high, out=is_high))
+    hue.lerp_(torch.sub(g, b), torch.eq(r, high, out=is_high))
+    hue.div_(chroma.clamp(min=1e-12)).mul_(1 / 6).add_(1 + turn_b[:, None, None])  # a grey pixel's hue: 0 / 1e-12
+    hue.frac_().mul_(6)  # a circle is added above, so that what is cut is never negative
     out_b3HW = torch.empty_like(x_b3HW)
-    red, green, blue = out_b3HW.unbind(1)
-    torch.sub(hue, 3, out=red).abs_().sub_(1)
-    torch.sub(hue, 2, out=green).abs_().neg_().add_(2)
-    torch.sub(hue, 4, out=blue).abs_().neg_().add_(2)
+    for channel, center in enumerate((3, 2, 4)):
+        torch.sub(hue, center, out=out_b3HW[:, channel]).abs_()
+    out_b3HW[:, :1].sub_(1)
+    out_b3HW[:, 1:].neg_().add_(2)
     return out_b3HW.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
