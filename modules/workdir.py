@@ -14,7 +14,7 @@ import yaml
 
 from modules import state
 from modules.config import Config
-from modules.errors import ConfigError, StorageError
+from modules.errors import ConfigError, DataError, StorageError
 from modules.settings import flatten, to_yaml
 
 MAY_CHANGE = {  # settings that do not change results
@@ -81,6 +81,21 @@ class Workdir:
 
     def write_json(self, name: str, value) -> None:
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
+
+    def hold_to(self, setting: str, value: str, digest: str) -> None:
+        """Keep in inputs.json that the files which `setting` names have this sha256.
+
+        Raises:
+            DataError: work stands here that began with other files; nothing of it was changed.
+        """
+        path = self.path / "inputs.json"
+        begun = json.loads(path.read_text()) if path.exists() and _holds_work(self.path) else {}
+        if begun.get(setting, digest) != digest:
+            raise DataError(
+                f"{setting} {value}: these files are not those that this run began with; restore them, or set run.name "
+                "to begin another run"
+            )
+        self.write_json("inputs.json", begun | {setting: digest})
 
     def log(self, row: dict) -> None:
         """Append one metric row, after those that could not be written before.

@@ -16,12 +16,10 @@ from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.presets import Plan
 from modules.diffusion.slots import Sources
-from modules.errors import DataError
 from modules.learning.geometry import CollapseAlarm
 from modules.meter import Meter
 from modules.optim import Optimizer
 from modules.runtime import Choice, environment, resolve_runtime
-from modules.settings import flatten
 from modules.workdir import Workdir
 
 
@@ -32,6 +30,7 @@ class Job:
     config: Config
     workdir: Workdir
     console: object
+    inputs: dict[str, str] = field(default_factory=dict)  # setting -> sha256 of the files it names
     sets: ImageSets | None = None
     pipeline: StableDiffusion | None = None
     plan: Plan | None = None  # what the preset makes of the settings of generation
@@ -53,6 +52,11 @@ class Job:
     def cache_dir(self) -> Path:
         """Where tokens and judge are kept, shared by runs."""
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
+
+    def hold_to(self, setting: str, value: str, digest: str) -> None:
+        """These files, and no others, are what this run is made from; DataError if it was begun with others."""
+        self.workdir.hold_to(setting, value, digest)
+        self.inputs[setting] = digest
 
     def warn_once(self, text: str) -> None:
         """A warning whose figures may change from row to row, printed the first time only."""
@@ -81,7 +85,6 @@ class State:
     optimizer: Optimizer
     average: object  # averaged encoder, or None
     alarm: CollapseAlarm
-    inputs: dict[str, str]  # setting -> sha256 of the files it names
     overlap: Overlap  # where the generation of a step runs
     step: int = 0
     forward_rows: int = 0  # views that went through the encoder
@@ -103,22 +106,12 @@ class State:
 
     def state_dict(self) -> dict:
         self.overlap.join()
-        own = {"step": self.step, "forward_rows": self.forward_rows, "inputs": self.inputs}
+        own = {"step": self.step, "forward_rows": self.forward_rows}
         return own | {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, tree: dict) -> None:
-        """Go on from `state_dict`.
-
-        Raises:
-            DataError: images or pipeline are not those that the state was reached with.
-        """
+        """Go on from `state_dict`."""
         self.overlap.join()
-        for name, digest in self.inputs.items():
-            if tree["inputs"].get(name) != digest:
-                raise DataError(
-                    f"{name} {flatten(self.config)[name]}: these files are not those that this run began "
-                    "with; restore them, or set run.name to begin another run"
-                )
         self.step, self.forward_rows = tree["step"], tree["forward_rows"]
         for name, part in self._parts().items():
             part.load_state_dict(tree[name])

@@ -102,7 +102,7 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
         "cost.reuse": results.get("generation.reuse", 0.0),
         "run.peak_memory_gib": job.meter.peak_memory_gib(),
     }
-    results |= {f"sha256.{name}": digest for name, digest in state.inputs.items()}
+    results |= {f"sha256.{name}": digest for name, digest in job.inputs.items()}
     results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}
     if warning := artifact_warning(results):
         job.console.warn(warning)

@@ -47,6 +47,7 @@ def load_data(job: Job, progress) -> None:
     """Stage data: every image decoded once and checked; data.json."""
     config = job.config
     job.sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
+    job.hold_to("data.root", config.data.root, job.sets.digest)
     job.workdir.write_json("data.json", job.sets.summary())
     for note in (*job.sets.index.notes, *job.sets.train.notes):
         job.console.line(f"  {note}")
@@ -68,6 +69,7 @@ def learn_tokens(job: Job, progress) -> None:
         job.console.line("  no generated rows: nothing to learn")
         return
     job.pipeline = pipeline = load_pipeline(config.pipeline, job.device, job.runtime.pipeline_dtype.value)
+    job.hold_to("pipeline.path", config.pipeline.path, pipeline.digest)
     job.plan = plan(config.pipeline.preset, config.generation, pipeline, bool(config.pipeline.resolution))
     pipeline.resolution = job.plan.resolution
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -172,7 +174,6 @@ def build(job: Job, progress) -> State:
         average=build_average(encoder, learning.ema_decay),
         alarm=CollapseAlarm(learning.warmup_steps),
         overlap=Overlap("sequential", device),
-        inputs={"data.root": sets.digest} | ({"pipeline.path": job.pipeline.digest} if job.pipeline else {}),
     )
     for warning in state.mixer.warnings:
         job.console.warn(warning)

@@ -215,8 +215,10 @@ def test_other_files_behind_the_same_settings_are_not_gone_on_with(change, setti
     with in_the_middle_of(STOP, press_ctrl_c):
         assert go("changed", *own) == 130
     change(data, pipeline)
+    before = contents(tmp_path / "changed")
     capsys.readouterr()
     assert go("changed", *own) == 3
+    assert contents(tmp_path / "changed") == before, "a refused resume changes nothing"
     message = capsys.readouterr().err
     assert message.startswith(f"error: {setting} {tmp_path}") and "not those that this run began with" in message
 

@@ -28,7 +28,7 @@ from tests.base.tinyset import (
     write_config,
 )
 
-ALWAYS = {"config.yaml", "environment.json", "data.json", "metrics.jsonl", "results.json", "report.html"}
+ALWAYS = {"config.yaml", "environment.json", "inputs.json", "data.json", "metrics.jsonl", "results.json", "report.html"}
 ALWAYS |= {"predictions.safetensors", "export/encoder.safetensors", "export/ood.safetensors"}
 ALWAYS |= {"export/classes.json", "export/preprocess.json"}
 STEPS, BALANCED = SETTINGS["learning.steps"], 6
