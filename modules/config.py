@@ -252,8 +252,9 @@ class PipelineTraining:
     """How a pipeline is trained from scratch."""
 
     out: str = ""  # folder of the finished pipeline; empty: pipeline below the run directory
-    start: str = ""  # pipeline folder, or embedded: its VAE is kept, text encoder and UNet are trained on; empty: none
-    vae_steps: int = 3600
+    start: str = ""  # pipeline folder, or embedded: its text encoder and UNet are trained on; empty: none
+    vae_steps: int = 3600  # without `start`
+    further_vae_steps: int = 0  # with `start`: steps that its VAE is trained on first; 0 keeps it as it is
     vae_batch: int = 16
     vae_lr: float = 1.5e-3
     kl_weight: float = 1e-6

@@ -113,6 +113,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "shape.max_tokens": (16, 77, ""),
     "shape.vocabulary": (600, None, ""),
     "training.vae_steps": (1, None, ""),
+    "training.further_vae_steps": (0, None, ""),
     "training.vae_batch": (1, None, ""),
     "training.vae_lr": (0, None, "("),
     "training.kl_weight": (0, None, ""),
@@ -150,6 +151,11 @@ def check_rules(config) -> None:
     _check_run_name(config.run.name)
     if "shape" in sections:
         _check_shape(config.shape)
+        if config.training.further_vae_steps and not config.training.start:
+            raise ConfigError(
+                "training.further_vae_steps trains the VAE of training.start on, and training.start is empty; name a "
+                "pipeline there, or set training.vae_steps for a VAE from scratch"
+            )
         return
     _check_recipes(config)
     _check_band(config.controller)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
 from modules import state
@@ -77,16 +78,15 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     read = hashlib.sha256("".join([*images.digests, *captions, start.digest if start else ""]).encode()).hexdigest()
     trainer = _Trainer(config, workdir, console, read)
 
+    vae, vae_curve = _vae(config, start, trainer, pixels)
+    moments, scaling = training.latent_statistics(vae, pixels)
     if start is None:
-        stage = training.vae_stage(config.shape, config.training, config.run.seed)
-        vae_curve = trainer.train("vae", stage, lambda: training.vae_step(stage, pixels))
-        vae, tokenizer = stage.averages["vae"].eval(), training.build_tokenizer(captions, config.shape)
-        moments, scaling = training.latent_statistics(vae, pixels)
+        tokenizer = training.build_tokenizer(captions, config.shape)
         text, unet = training.build_text_and_unet(config.shape, tokenizer, config.run.seed)
     else:
-        vae, vae_curve, tokenizer, scaling = start.vae, [], start.tokenizer, start.scaling_factor
-        moments, _ = training.latent_statistics(vae, pixels)
+        tokenizer = start.tokenizer
         text, unet = training.copy_text_and_unet(start)
+        scaling = scaling if vae_curve else start.scaling_factor
     wording = training.Captions(captions, nouns, objects, tokenizer, config.training)
     second = training.unet_stage(text, unet, config.training, wording.num_objects, config.run.seed)
     alphas = training.alphas_cumprod(training.SCHEDULER)
@@ -112,11 +112,24 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     return results
 
 
+def _vae(config: PipelineConfig, start: StableDiffusion | None, trainer: "_Trainer", pixels_NHWC: torch.Tensor):
+    """The VAE, trained from scratch, trained on or kept as it is, and the curve of its training."""
+    recipe, seed = config.training, config.run.seed
+    if start is not None and not recipe.further_vae_steps:
+        return start.vae, []
+    steps = recipe.vae_steps if start is None else recipe.further_vae_steps
+    vae = training.build_vae(config.shape, seed) if start is None else training.copy_vae(start)
+    stage = training.vae_stage(vae, steps, recipe, seed)
+    curve = trainer.train("vae", stage, lambda: training.vae_step(stage, pixels_NHWC))
+    return stage.averages["vae"].eval(), curve
+
+
 def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusion | None:
     """The pipeline that `training.start` names, in fp32; None: training starts from scratch.
 
     Raises:
-        ConfigError: the pipeline is of another resolution than `shape.resolution`, or predicts something but noise.
+        ConfigError: the pipeline is of another resolution than `shape.resolution`, or predicts something but noise, or its
+            VAE shall be trained on and is no AutoencoderKL.
         DataError: the folder or a part of it is missing or broken.
     """
     if not config.training.start:
@@ -130,6 +143,11 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
     if start.prediction_type != training.SCHEDULER["prediction_type"]:
         raise ConfigError(
             f"training.start: {start.source} predicts {start.prediction_type}; only epsilon is trained on"
+        )
+    if config.training.further_vae_steps and not isinstance(start.vae, AutoencoderKL):
+        raise ConfigError(
+            f"training.further_vae_steps: the VAE of {start.source} is a {type(start.vae).__name__}, and only an "
+            "AutoencoderKL can be trained on; set training.further_vae_steps=0 to keep it"
         )
     return start
 

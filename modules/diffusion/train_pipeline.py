@@ -127,6 +127,13 @@ def copy_text_and_unet(pipeline: StableDiffusion) -> tuple[CLIPTextModel, UNet2D
     return text.float(), unet.float()
 
 
+def copy_vae(pipeline: StableDiffusion) -> AutoencoderKL:
+    """The VAE of a loaded pipeline as an fp32 copy that can be trained on."""
+    vae = AutoencoderKL.from_config(pipeline.vae.config)
+    vae.load_state_dict(pipeline.vae.state_dict())
+    return vae.float()
+
+
 class seeded:
     """Run a library's initialization on a named random stream and leave torch's global generator as it was."""
 
@@ -191,10 +198,9 @@ class Stage:
         self.step = state["step"]
 
 
-def vae_stage(shape: PipelineShape, recipe: PipelineTraining, seed: int) -> Stage:
+def vae_stage(vae: AutoencoderKL, steps: int, recipe: PipelineTraining, seed: int) -> Stage:
     """The first stage: AutoencoderKL alone."""
-    vae = build_vae(shape, seed).to(memory_format=torch.channels_last)
-    return Stage({"vae": vae}, [], recipe.vae_steps, recipe.vae_lr, recipe, seed)
+    return Stage({"vae": vae.to(memory_format=torch.channels_last)}, [], steps, recipe.vae_lr, recipe, seed)
 
 
 def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:

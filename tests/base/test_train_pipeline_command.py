@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import trainer
 from modules import state
@@ -150,6 +151,18 @@ def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, whole, t
     before, after = (json.loads((folder / "training.json").read_text()) for folder in (first, further))
     assert after["started_from"]["sha256"] == before["sha256"]
     assert set(before["trained_words"]) <= set(after["trained_words"])
+
+
+def test_a_vae_is_trained_on_where_that_is_asked_for(root, whole, tmp_path):
+    first = whole / "pipeline"
+    further = train(root, tmp_path, f"training.start={first}", "training.unet_steps=2", "training.further_vae_steps=2")
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(folder / vae) for folder in (first, further / "pipeline"))
+    change = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < change < 0.1, "it begins where the other one ended"
+    assert len(json.loads((further / "results.json").read_text())) == 3  # with the PSNR of its VAE
+    with pytest.raises(ConfigError, match="training.start is empty"):
+        train(root, tmp_path, "run.name=scratch", "training.further_vae_steps=2")
 
 
 def test_a_start_of_another_resolution_or_without_a_part_is_refused(root, whole, tmp_path):

@@ -99,11 +99,11 @@ def test_own_token_stands_exactly_where_the_mark_is(tokenizer):
 
 
 def test_vae_stage_resumes_bit_for_bit(pixels):
-    whole = training.vae_stage(SHAPE, TRAINING, 0)
+    whole = training.vae_stage(training.build_vae(SHAPE, 0), TRAINING.vae_steps, TRAINING, 0)
     losses = run(whole, vae_step(pixels), 4)
-    first = training.vae_stage(SHAPE, TRAINING, 0)
+    first = training.vae_stage(training.build_vae(SHAPE, 0), TRAINING.vae_steps, TRAINING, 0)
     run(first, vae_step(pixels), 2)
-    second = training.vae_stage(SHAPE, TRAINING, 1)
+    second = training.vae_stage(training.build_vae(SHAPE, 1), TRAINING.vae_steps, TRAINING, 1)
     second.seed = 0
     second.load_state_dict(first.state_dict())
     assert run(second, vae_step(pixels), 4) == losses[2:]
