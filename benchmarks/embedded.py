@@ -1,9 +1,11 @@
 """What the embedded pipeline can do: reconstruction, label agreement by strength, and the effect of a class token.
 
-    python -m benchmarks.embedded [--judge-steps 1500] [--images-per-class 200] [--out benchmarks/results]
+    python -m benchmarks.embedded [--judges 4] [--judge-steps 900] [--out benchmarks/results]
 
-Image-to-image from parts64 val images, which neither pipeline nor tokens were trained on, judged by a classifier fitted
-to all real train images, each also as the VAE gives it back. Rows are appended to embedded.csv; two sheets and one JSON line show the rest.
+Image-to-image from parts64 val images, which neither pipeline nor tokens were trained on, judged by classifiers fitted to
+all real train images, each also as the VAE gives it back. Judges of one recipe that differ in their seed alone differ by
+several points, so every figure is a mean over some of them. Rows are appended to embedded.csv; two sheets and one JSON
+line show the rest.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pdist
 
 from kernels.pixels import pixels
 from modules.config import Inversion
@@ -23,9 +26,10 @@ from modules.diffusion.inversion import Inversion as TextualInversion
 from modules.diffusion.inversion import learn
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.requests import Prompt, Request
+from modules.diffusion.roundtrip import roundtrip
 from modules.diffusion.schedule import time_grid
 from modules.diffusion.slots import Slots, Sources
-from modules.diffusion.suitability import judge_images
+from modules.diffusion.suitability import Judged, judge_images
 from modules.diffusion.token_report import token_report
 from modules.diffusion.tokens import PromptBank
 from modules.evaluation.sheets import sheet_png
@@ -43,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--out", default="benchmarks/results")
-    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--judges", type=int, default=4, help="classifiers that differ in their seed")
+    parser.add_argument("--judge-steps", type=int, default=900)
     parser.add_argument("--every", type=int, default=1, help="use every n-th val image")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
@@ -51,8 +56,8 @@ def main() -> None:
     config, _ = load_config(arguments.config, arguments.overrides)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(config, arguments.judge_steps, arguments.every)
-    found = {"vae_psnr_db": bench.psnr(), "real_agreement": bench.agreement(bench.real, bench.labels)}
+    bench = Bench(config, arguments.judges, arguments.judge_steps, arguments.every)
+    found = {"vae_psnr_db": bench.psnr(), "real_agreement": bench.real_hits_N.mean().item()}
     curve = bench.strength_curve(out)
     found["curve"] = curve
     found |= bench.token_effect(out)
@@ -71,9 +76,9 @@ def main() -> None:
 
 
 class Bench:
-    """The pipeline, tokens learned from the train images, val images as sources, and the judge."""
+    """The pipeline, tokens learned from the train images, val images as sources, and the judges."""
 
-    def __init__(self, config, judge_steps: int, every: int):
+    def __init__(self, config, judges: int, judge_steps: int, every: int):
         self.config, self.generation = config, config.generation
         sets = load_sets(config.data, config.run.seed, masks=False)
         self.sets, self.classes = sets, sets.index.classes
@@ -88,9 +93,13 @@ class Bench:
         # Half of its images have been through encode and decode, so that it judges shapes and not the decoder's traces.
         train = torch.cat([sets.train.pixels_DHWC, self.roundtrip(sets.train.pixels_DHWC)])
         labels = sets.labels_D.repeat(2)
-        self.judge = load_judge(train, labels, len(self.classes), judge_steps, 0, cache, print, _dots("judge"))
-        self.real = judge_images(self.judge, self.val)
-        self.spread_C = self._class_spread()
+        self.judges = [
+            load_judge(train, labels, len(self.classes), judge_steps, seed, cache, print, _dots(f"judge {seed}"))
+            for seed in range(judges)
+        ]
+        self.real = [judge_images(judge, self.val) for judge in self.judges]
+        self.real_hits_N = self.hits(self.real)
+        self.spread_JC = torch.stack([self._class_spread(real.features_NF) for real in self.real])
 
     def _learn(self, settings: Inversion):
         train = self.sets.train.pixels_DHWC
@@ -108,25 +117,29 @@ class Bench:
         error = ((self.roundtrip(test).float() - test.float()) / 255).square().mean((1, 2, 3))
         return (-10 * error.log10()).mean().item()
 
-    @torch.no_grad()
     def roundtrip(self, images_NHWC: torch.Tensor) -> torch.Tensor:
         """uint8 images after encode (the mean) and decode, stored like generated ones."""
-        decoded = []
-        for rows in images_NHWC.split(32):
-            moments = self.pipeline.encode_moments(rows)
-            zeros = torch.zeros_like(moments[:, :4], dtype=torch.float32)
-            decoded.append(pixels(self.pipeline.decode(self.pipeline.sample_latents(moments, zeros)), rows.shape[1]))
-        return torch.cat(decoded)
+        return roundtrip(self.pipeline, images_NHWC, images_NHWC.shape[1], batch=32)
 
-    def _class_spread(self) -> torch.Tensor:
+    def _class_spread(self, features_NF: torch.Tensor) -> torch.Tensor:
         """Median pairwise feature distance of the real val images of each class."""
-        features = self.real.features_NF
-        return torch.stack(
-            [torch.nn.functional.pdist(features[self.labels == c]).median() for c in range(len(self.classes))]
-        )
+        return torch.stack([pdist(features_NF[self.labels == c]).median() for c in range(len(self.classes))])
 
-    def agreement(self, judged, labels) -> float:
-        return (judged.predicted_N == labels).float().mean().item()
+    def judged(self, images) -> list[Judged]:
+        """What each judge says of the images."""
+        return [judge_images(judge, images) for judge in self.judges]
+
+    def hits(self, judged: list[Judged]) -> torch.Tensor:
+        """Share of the judges that see the source's class in each image, float64 [N]."""
+        return torch.stack([one.predicted_N == self.labels for one in judged]).double().mean(0)
+
+    def distance_share(self, judged: list[Judged]) -> float:
+        """Median feature distance to the source as a share of the class's own spread, mean over the judges."""
+        medians = [
+            ((one.features_NF - real.features_NF).norm(dim=1) / spread_C[self.labels]).median()
+            for one, real, spread_C in zip(judged, self.real, self.spread_JC, strict=True)
+        ]
+        return torch.stack(medians).mean().item()
 
     def generate(self, strength: float, token_of) -> torch.Tensor:
         """One image from each val image at a strength, under the token that `token_of(row)` names; uint8 NHWC."""
@@ -158,17 +171,19 @@ class Bench:
         return torch.stack([made[index] for index in range(len(self.val))])
 
     def strength_curve(self, out: Path) -> dict[float, dict[str, float]]:
-        """By strength: agreement, its share of the real one, median distance to source as a share of class spread."""
+        """By strength: agreement, its share of the real one, distance to source as a share of the class's spread."""
         curve, columns = {}, []
         for strength in STRENGTHS:
             images = self.generate(strength, lambda index: int(self.labels[index]))
-            judged = judge_images(self.judge, images)
-            distance = (judged.features_NF - self.real.features_NF).norm(dim=1) / self.spread_C[self.labels]
-            agreement = self.agreement(judged, self.labels)
+            judged = self.judged(images)
+            hits_N = self.hits(judged)
+            low, high = self._group_bootstrap(hits_N, self.real_hits_N)
             curve[strength] = {
-                "agreement": agreement,
-                "agreement_share": agreement / self.agreement(self.real, self.labels),
-                "distance_share": distance.median().item(),
+                "agreement": hits_N.mean().item(),
+                "agreement_share": (hits_N.mean() / self.real_hits_N.mean()).item(),
+                "agreement_share_low": low,
+                "agreement_share_high": high,
+                "distance_share": self.distance_share(judged),
             }
             columns.append(images)
             print(strength, {name: round(value, 3) for name, value in curve[strength].items()}, flush=True)
@@ -187,9 +202,9 @@ class Bench:
             self.generate(TOKEN_STRENGTH, lambda index: int(self.labels[index])),
             self.generate(TOKEN_STRENGTH, lambda index: wrong[index]),
         ]
-        hits = [(judge_images(self.judge, x).predicted_N == self.labels).double() for x in images]
+        hits = [self.hits(self.judged(x)) for x in images]
         gap = hits[0] - hits[1]
-        low, high = _group_bootstrap(gap, self.groups)
+        low, high = self._group_bootstrap(gap, torch.ones_like(gap))
         chosen = [(self.labels == c).nonzero()[0].item() for c in range(len(self.classes))]
         rows = [[self.val[i], images[0][i], images[1][i]] for i in chosen]
         labels = [f"{self.classes[int(self.labels[i])]}, then {self.classes[wrong[i]]}" for i in chosen]
@@ -202,6 +217,14 @@ class Bench:
             "token_gap_high": high,
         }
 
+    def _group_bootstrap(self, values_N: torch.Tensor, per_N: torch.Tensor) -> tuple[float, float]:
+        """2.5 % and 97.5 % quantiles of sum(values) / sum(per) when whole groups are drawn with replacement."""
+        names = sorted(set(self.groups))
+        member_GN = torch.tensor([[group == name for group in self.groups] for name in names], dtype=torch.float64)
+        rows = torch.randint(len(names), (RESAMPLES, len(names)), generator=stream(0, "bootstrap"))
+        ratios = (member_GN @ values_N)[rows].sum(1) / (member_GN @ per_N)[rows].sum(1)
+        return ratios.quantile(0.025).item(), ratios.quantile(0.975).item()
+
     def conditions(self, arguments) -> dict:
         """What the figures depend on."""
         g, versions = self.generation, environment()
@@ -211,6 +234,7 @@ class Bench:
             "guidance": g.guidance_scale,
             "vectors": self.config.inversion.num_vectors,
             "images_per_class": self.config.inversion.images_per_class,
+            "judges": arguments.judges,
             "judge_steps": arguments.judge_steps,
             "pipeline": self.pipeline.digest[:12],
             "date": date.today().isoformat(),
@@ -218,16 +242,6 @@ class Bench:
             "device": versions["gpu"] or versions["cpu"],
             "torch": versions["packages"]["torch"],
         }
-
-
-def _group_bootstrap(values: torch.Tensor, groups: list[str]) -> tuple[float, float]:
-    """2.5 % and 97.5 % quantiles of the mean when whole groups are drawn with replacement."""
-    names = sorted(set(groups))
-    sums = torch.tensor([sum(v for v, g in zip(values.tolist(), groups, strict=True) if g == name) for name in names])
-    counts = torch.tensor([groups.count(name) for name in names], dtype=torch.float)
-    rows = torch.randint(len(names), (RESAMPLES, len(names)), generator=stream(0, "bootstrap"))
-    means = sums[rows].sum(1) / counts[rows].sum(1)
-    return means.quantile(0.025).item(), means.quantile(0.975).item()
 
 
 def _dots(name: str):

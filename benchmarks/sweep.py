@@ -1,0 +1,168 @@
+"""Which settings of generation and training pay, read on val alone: `python -m benchmarks.sweep configs/parts.yaml`.
+
+A sweep changes one thing of a config at a time, under the arms it concerns; a trial is one unmodified `trainer.py run`
+in a process of its own, with one thread, so that as many run beside each other as there are cores. Finished trials are
+read, not repeated. Test figures are neither read nor written here. Rows are appended to benchmarks/results/sweep.csv.
+
+    python -m benchmarks.sweep configs/parts.yaml --sweeps strength,fraction --seeds 0,1 --jobs 2
+"""
+
+import argparse
+import csv
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+from modules.commands.trials import Planned, plan, refuse_other_settings, run_trial
+
+SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> arms, {variant: overrides}
+    "steps": (
+        ("ce", "supcon", "positives"),
+        {f"{steps} steps": [f"learning.steps={steps}"] for steps in (300, 900, 1800)},
+    ),
+    "strength": (
+        ("positives",),
+        {f"strength {s}": [f"generation.strengths={{{s}: 1.0}}"] for s in (0.2, 0.35, 0.5, 0.75)}
+        | {"strengths .2 .5 .75": ["generation.strengths={0.2: 1.0, 0.5: 1.0, 0.75: 1.0}"]},
+    ),
+    "fraction": (
+        ("positives",),
+        {f"fraction {f}": [f"generation.synthetic_fraction={f}", "generation.max_uses=72"] for f in (0.2, 0.4, 0.6)},
+    ),
+    "reuse": (
+        ("positives",),
+        {
+            f"{images} images a step": [f"generation.images_per_step={images}", f"generation.max_uses={uses}"]
+            for images, uses in ((0.75, 48), (1.5, 24), (3.0, 12), (6.0, 6))
+        },
+    ),
+    "artifact": (
+        ("positives_ood", "roundtrip_rows", "separate_batchnorm"),
+        {"as configured": []},
+    ),
+    "near_ood": (
+        ("positives_ood",),
+        {
+            f"{name}, lambda {weight}": [f"near_ood.recipes={{{name}: 1.0}}", f"learning.ood_weight={weight}"]
+            for name, weight in (
+                ("strength", 1.0), ("token_mix", 1.0), ("foreign", 1.0), ("mask_split", 1.0), ("jigsaw", 1.0),
+                ("strength", 0.25), ("strength", 4.0),
+            )
+        },
+    ),
+}  # fmt: skip
+METRICS = (
+    "val.accuracy", "val.macro_accuracy", "val.knn_accuracy", "val.ece", "val.near_ood.knn.auroc", "val.near_ood.msp.auroc",
+    "val.near_ood.mahalanobis.auroc", "artifact.probe_auroc", "artifact.score_auroc", "cost.images_generated", "cost.reuse",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run what is not finished, append the rows, print a table and one JSON line; returns what that line holds."""
+    options = _parse(argv)
+    trials = {}
+    for sweep in options.sweeps:
+        arms, variants = SWEEPS[sweep]
+        for variant, settings in variants.items():
+            slug = variant.replace(" ", "_").replace(",", "")
+            overrides = [f"run.dir={options.runs}", f"run.name={sweep}-{slug}", *settings, *options.overrides]
+            if options.jobs > 1:
+                overrides.append("run.threads=1")
+            for trial in plan(options.config, options.arms or arms, options.seeds, overrides):
+                trials[sweep, variant, trial.arm, trial.seed] = trial
+    refuse_other_settings(list(trials.values()))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = dict(zip(trials, pool.map(_bring_to_end, trials.values()), strict=True))
+    rows = [row for key, trial in trials.items() if codes[key] == 0 for row in rows_of(key, trial)]
+    if rows:
+        _append(Path(options.out) / "sweep.csv", rows)
+    print(_table(rows))
+    failed = [f"{trials[key].name} (exit code {code}, {_log(trials[key])})" for key, code in codes.items() if code]
+    document = {"config": options.config, "trials": len(trials), "failed": failed}
+    print(json.dumps(document))
+    return document
+
+
+def _parse(argv: list[str] | None):
+    comma = lambda text: [word for word in text.split(",") if word]  # noqa: E731
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", help="section.key=value of every trial")
+    parser.add_argument("--sweeps", type=comma, default=list(SWEEPS), help=f"some of {', '.join(SWEEPS)}")
+    parser.add_argument("--arms", type=comma, default=[], help="other arms than those a sweep concerns")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in comma(text)], default=[0, 1])
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="trials beside each other, one thread each if more than one"
+    )
+    parser.add_argument("--runs", default="runs/sweep", help="where the trials stand or are made")
+    parser.add_argument("--out", default="benchmarks/results")
+    options = parser.parse_args(argv)
+    if unknown := set(options.sweeps) - set(SWEEPS):
+        parser.error(f"--sweeps names {', '.join(sorted(unknown))}; there are {', '.join(SWEEPS)}")
+    return options
+
+
+def _log(trial: Planned) -> Path:
+    return trial.path.parent / "logs" / f"{trial.name}.log"
+
+
+def _bring_to_end(trial: Planned) -> int:
+    """Exit code of the trial, 0 at once if it is finished."""
+    if (trial.path / "results.json").exists():
+        return 0
+    code = run_trial(trial, _log(trial))
+    print(f"{trial.path}: exit code {code}", file=sys.stderr, flush=True)
+    return code
+
+
+def rows_of(key: tuple, trial: Planned) -> list[dict]:
+    """A row for each val metric of a finished trial, with its conditions."""
+    sweep, variant, arm, seed = key
+    results = json.loads((trial.path / "results.json").read_text())
+    made = json.loads((trial.path / "environment.json").read_text())
+    conditions = {
+        "seconds": round(results["cost.seconds"], 1),
+        "threads": trial.config.run.threads,
+        "commit": made["commit"],
+        "device": made["gpu"] or made["cpu"],
+        "torch": made["packages"]["torch"],
+        "date": date.today().isoformat(),
+    }
+    data, shots, steps = trial.config.data.root, trial.config.data.shots_per_class, results["learning.steps"]
+    what = {"sweep": sweep, "variant": variant, "arm": arm, "data": data, "seed": seed, "shots": shots, "steps": steps}
+    return [
+        what | {"metric": metric, "value": round(results[metric], 4)} | conditions
+        for metric in METRICS
+        if metric in results
+    ]
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _table(rows: list[dict]) -> str:
+    """Mean over seeds of three val metrics, a line a variant and arm."""
+    shown = ("val.accuracy", "val.knn_accuracy", "val.near_ood.knn.auroc")
+    lines = [
+        f"{'variant':<28}{'arm':<20}{'seeds':>6}" + "".join(f"{metric.removeprefix('val.'):>20}" for metric in shown)
+    ]
+    for variant, arm in dict.fromkeys((row["variant"], row["arm"]) for row in rows):
+        mine = [row for row in rows if (row["variant"], row["arm"]) == (variant, arm)]
+        line = f"{variant:<28}{arm:<20}{len({row['seed'] for row in mine}):>6}"
+        for metric in shown:
+            values = [row["value"] for row in mine if row["metric"] == metric]
+            line += f"{100 * sum(values) / len(values):>18.1f} %" if values else f"{'-':>20}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
