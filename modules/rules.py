@@ -172,8 +172,10 @@ def generates(config) -> bool:
 
 
 def needs_masks(config) -> bool:
-    """Whether generation needs an object mask of every train image."""
-    return generates(config) and (config.generation.mask_edit != "none" or "mask_split" in config.near_ood.recipes)
+    """Whether generation reads object masks of the train images."""
+    negatives = config.generation.near_ood_fraction
+    edits = config.generation.mask_edit != "none" and negatives < 1
+    return generates(config) and (edits or (negatives > 0 and config.near_ood.recipes.get("mask_split", 0) > 0))
 
 
 def generated_rows(config) -> float:

@@ -24,6 +24,8 @@ CLASSIC = {  # arms without generated rows
 GENERATING = {  # arms with them; what an arm does not name is the config's
     "positives": SUPCON | {"generation.near_ood_fraction": 0.0},
     "positives_ood": SUPCON,
+    "positives_half": SUPCON  # a control: the batches of positives_ood, of which the loss does not see the negatives
+    | {"learning.ood_columns": "none", "learning.ood_variant": "none"},
     "class_agnostic": SUPCON  # a control: every prompt shows the initializer word, as in Real Guidance (2210.07574)
     | {"inversion.class_agnostic": True, "inversion.initializer": "object", "generation.near_ood_fraction": 0.0},
     "ce_exposure": {"learning.method": "cross_entropy", "learning.outlier_exposure": 0.5, "controller.enabled": False},

@@ -11,15 +11,25 @@ from pathlib import Path
 from modules.config import Config
 from modules.data.images import Images, load_images
 from modules.data.unlabeled import read_images
+from modules.errors import ConfigError
 from modules.evaluation.features import embed_images
 from modules.evaluation.stored import Detector, Judgment
 from modules.state import write_atomic
 
 
 def judge_folder(folder: Path, config: Config, detector: Detector, embed, console) -> Path:
-    """Class, probability, scores and decision of every image below data.root into <run>/evaluated/<name of the root>."""
+    """Class, probability, scores and decision of every image below data.root into <run>/evaluated/<name of the root>.
+
+    Raises:
+        ConfigError: the encoder learned from crops or backgrounds that need object masks, and the images have none.
+    """
     with console.stage("data") as progress:
         index = read_images(config.data.root, detector.classes)
+        if (config.data.crop_to_mask or config.data.background != "keep") and not any(x.mask for x in index.items):
+            raise ConfigError(
+                f"{folder}: its encoder learned from images cut to their object masks (data.crop_to_mask or "
+                f"data.background), and {index.root} has none; give a CSV file or zip with a `mask` column, or an MVIP tree"
+            )
         size = config.data.image_size
         images = load_images(index, index.items, size, config.data, progress, masks=False, learning=False)
     for note in images.notes:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from modules.commands import costs
 from modules.commands.job import Job
-from modules.diffusion.conditioning import tokens_digest
-from modules.diffusion.recipes import Recipes
+from modules.commands.stages import job_recipes
 from modules.learning.encoder import build_encoder
 from modules.rules import generated_rows
 
@@ -144,25 +143,6 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
              "generation.decode_batch, pipeline.resolution, pipeline.vae", WORKING),
     ]  # fmt: skip
-
-
-def job_recipes(job: Job) -> Recipes:
-    """The sequence of images a run with this job's settings makes."""
-    masks, pipeline = job.sources.masks_DHW, job.pipeline
-    return Recipes(
-        job.plan.settings(job.config.generation),
-        job.config.near_ood,
-        job.plan.grid(pipeline.scheduler),
-        job.sets.labels_D.tolist(),
-        len(job.sets.index.classes),
-        seed=job.config.run.seed,
-        resolution=pipeline.resolution,
-        preset=job.plan.preset,
-        pipeline=pipeline.digest,
-        tokens=tokens_digest(None if job.tokens is None else job.tokens.vectors_CKE.float()),
-        has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
-        keywords=job.sets.index.keywords(),
-    )
 
 
 def _state_bytes(learning) -> int:

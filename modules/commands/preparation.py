@@ -49,14 +49,11 @@ def load_generation(job: Job, progress, *, learn: bool) -> str:
     config = job.config
     if not generates(config):
         return "none, because nothing is generated"
-    if learn or config.inversion.class_agnostic:
-        stages.learn_tokens(job, progress)
-        return "the initializer word" if config.inversion.class_agnostic else "learned, or read from the cache"
-    job.config = with_settings(config, {"inversion.class_agnostic": True})
-    try:
-        stages.learn_tokens(job, progress)
-    finally:
-        job.config = config
+    stages.learn_tokens(job, progress, learn=learn)
+    if config.inversion.class_agnostic:
+        return "the initializer word"
+    if learn:
+        return "learned, or read from the cache"
     found = cached_tokens(job)
     job.tokens = found or initial_tokens(job)
     return "read from the cache" if found else "not learned yet; at their initializer, which time does not depend on"
@@ -64,11 +61,10 @@ def load_generation(job: Job, progress, *, learn: bool) -> str:
 
 def cached_tokens(job: Job):
     """The tokens a run with this configuration would find in the cache, or None."""
-    train, pipeline = job.sets.train, job.pipeline
-    names = [item.label for item in train.items]
-    key = token_cache_key(
-        pipeline, train.digests, names, job.config.inversion, job.config.run.seed, stages.initializers(job)
-    )
+    pipeline = job.pipeline
+    names = [item.label for item in job.sets.train.items]
+    pixels = job.sources.pixels_DHWC
+    key = token_cache_key(pipeline, pixels, names, job.config.inversion, job.config.run.seed, stages.initializers(job))
     return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, pipeline.digest)
 
 

@@ -22,7 +22,6 @@ from kernels.pixels import pixels
 from modules.commands import stages
 from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
 from modules.commands.job import Job
-from modules.commands.memory_plan import job_recipes
 from modules.commands.preparation import load_generation, opened
 from modules.diffusion.conditioning import Conditioning
 from modules.diffusion.recipes import POSITIVE
@@ -102,7 +101,7 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
     if job.config.learning.method == "cross_entropy":
         settings["learning.outlier_exposure"] = 0.5  # a rule of training, which a preview does not do
     own = dataclasses.replace(job, config=with_settings(job.config, settings))
-    recipes, index = job_recipes(own), 0
+    recipes, index = stages.job_recipes(own), 0
     found: dict[int, list[Request]] = {label: [] for label in sources}
     while any(len(found[label]) < len(rows) for label, rows in sources.items()):
         request = recipes.request(index)

@@ -13,17 +13,21 @@ from kernels import backend
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.commands.machine import build_generator
+from modules.data.cache import digest_tensor
 from modules.data.duplicates import describe_duplicates, near_duplicates
+from modules.data.images import load_images
 from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
 from modules.data.sets import load_sets, load_sources
 from modules.diffusion import tokens as token_files
+from modules.diffusion.conditioning import tokens_digest
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.presets import plan
 from modules.diffusion.prompts import KEYWORDS, check_keywords, check_prompts, class_initializers, trained_words
+from modules.diffusion.recipes import Recipes
 from modules.diffusion.roundtrip import decode_means
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
@@ -40,6 +44,7 @@ from modules.rules import generated_rows, generates, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
+REPORTED_IMAGES = 8  # val images a class that the report of the tokens measures
 VAE_CHECK_IMAGES = 2  # train images whose latents and pixels must be finite before anything is learned from them
 
 
@@ -48,6 +53,8 @@ def load_data(job: Job, progress) -> None:
     config = job.config
     job.sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
     job.hold_to("data.root", config.data.root, job.sets.digest)
+    if job.sets.train.masks_DHW is not None:
+        job.hold_to("masks of data.root", config.data.root, digest_tensor(job.sets.train.masks_DHW))
     job.workdir.write_json("data.json", job.sets.summary())
     for note in (*job.sets.index.notes, *job.sets.train.notes):
         job.console.line(f"  {note}")
@@ -57,13 +64,13 @@ def load_data(job: Job, progress) -> None:
     negatives = generates(config) and config.generation.near_ood_fraction > 0
     check_score_name(config.evaluation.score, negatives or "near_ood_val" in job.sets.images)
     check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
-    tested = [job.sets.images[name] for name in ("train", "val", "test")]
+    tested = [images for name, images in job.sets.images.items() if name != "far_ood_test"]
     if pairs := near_duplicates(*tested):
         job.console.warn(describe_duplicates(pairs))
 
 
-def learn_tokens(job: Job, progress) -> None:
-    """Stage tokens: the pipeline, VAE moments of every train image, a token for each class, the judge."""
+def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
+    """Stage tokens: the pipeline, VAE moments of every train image, a token for each class if `learn`, the judge."""
     config, sets = job.config, job.sets
     if not generates(config):
         job.console.line("  no generated rows: nothing to learn")
@@ -84,15 +91,13 @@ def learn_tokens(job: Job, progress) -> None:
     moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
     job.sources = Sources(moments, pixels, masks)
-    if not config.inversion.class_agnostic:
+    job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
+    if learn and not config.inversion.class_agnostic:
         job.tokens = _tokens(job, pixels, moments, progress)
         shutil.rmtree(job.workdir.path / "tokens", ignore_errors=True)
         token_files.save_tokens(job.tokens, job.workdir.path / "tokens")
-        val = sets.images["val"] if pipeline.resolution == config.data.image_size else None
-        if val is not None:
-            val_moments = pipeline.encode_moments(val.pixels_DHWC.to(job.device))
-            job.inversion_rows = token_report(pipeline, job.tokens, val_moments, sets.labels("val"))
-            job.workdir.write_json("tokens/report.json", job.inversion_rows)
+        job.inversion_rows = _token_report(job)
+        job.workdir.write_json("tokens/report.json", job.inversion_rows)
     if config.evaluation.judge_steps:
         job.judge = load_judge(
             sets.train.pixels_DHWC.to(job.device),
@@ -104,6 +109,50 @@ def learn_tokens(job: Job, progress) -> None:
             lambda text: job.console.line(f"  {text}"),
             progress,
         )
+
+
+def _token_report(job: Job) -> list[dict]:
+    """What each class token is worth on val images, which inversion was not handed; some of each class."""
+    sets, resolution, data = job.sets, job.pipeline.resolution, job.config.data
+    val, labels_D = sets.images["val"], sets.labels("val")
+    large = [row for row, side in enumerate(val.sides) if side >= resolution]  # a smaller one would have to be enlarged
+    if len(large) < len(labels_D):
+        job.console.line(f"  token report: {len(labels_D) - len(large)} val images under {resolution} px are left out")
+    by_class = [[row for row in large if labels_D[row] == c][:REPORTED_IMAGES] for c in range(len(sets.index.classes))]
+    rows = sum(by_class, [])
+    moments = job.sources.moments_D8hw[:0]
+    if rows:
+        pixels_DHWC = val.pixels_DHWC[rows]
+        if resolution != data.image_size:
+            items = [val.items[row] for row in rows]
+            pixels_DHWC = load_images(sets.index, items, resolution, data, masks=False, learning=False).pixels_DHWC
+        moments = job.pipeline.encode_moments(pixels_DHWC.to(job.device))
+    return token_report(job.pipeline, job.tokens, moments, labels_D[rows], draws=REPORTED_IMAGES)
+
+
+def job_recipes(job: Job) -> Recipes:
+    """The sequence of images that a run with this job's settings makes.
+
+    Raises:
+        ConfigError: as `Recipes`.
+    """
+    masks, pipeline, tokens = job.sources.masks_DHW, job.pipeline, ""
+    if not job.config.inversion.class_agnostic:
+        tokens = "to be learned" if job.tokens is None else tokens_digest(job.tokens.vectors_CKE.float())
+    return Recipes(
+        job.plan.settings(job.config.generation),
+        job.config.near_ood,
+        job.plan.grid(pipeline.scheduler),
+        job.sets.labels_D.tolist(),
+        len(job.sets.index.classes),
+        seed=job.config.run.seed,
+        resolution=pipeline.resolution,
+        preset=job.plan.preset,
+        pipeline=pipeline.digest,
+        tokens=tokens,
+        has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+        keywords=job.sets.index.keywords(),
+    )
 
 
 def initializers(job: Job) -> tuple[str, ...]:
@@ -119,7 +168,7 @@ def _tokens(job: Job, pixels, moments, progress):
     settings, seed, classes = config.inversion, config.run.seed, sets.index.classes
     names = [sets.train.items[row].label for row in range(len(sets.train.items))]
     words = initializers(job)
-    key = token_cache_key(pipeline, sets.train.digests, names, settings, seed, words)
+    key = token_cache_key(pipeline, pixels, names, settings, seed, words)
     found = token_files.cached_tokens(job.cache_dir, key, classes, pipeline.digest)
     if found is not None:
         job.console.line(f"  class tokens: read from the cache ({key[:16]})")
@@ -161,7 +210,7 @@ def build(job: Job, progress) -> State:
     )
     roundtrip = None
     if generation.roundtrip_fraction and job.pipeline is not None:
-        roundtrip = _roundtrip(job)
+        roundtrip = roundtrip_images(job)
     state = State(
         config=config,
         meter=job.meter,
@@ -188,7 +237,7 @@ def build(job: Job, progress) -> State:
     return state
 
 
-def _roundtrip(job: Job) -> torch.Tensor:
+def roundtrip_images(job: Job) -> torch.Tensor:
     """The train images after encode and decode, stored like generated ones."""
     parts = job.sources.moments_D8hw.split(job.config.generation.decode_batch)
     return torch.cat([decode_means(job.pipeline, part, job.config.data.image_size) for part in parts])
@@ -227,7 +276,7 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
         ("pipeline", config.pipeline.path, f"{job.pipeline.resolution} px, {dtype}: {runtime.pipeline_dtype.reason}"),
         *(("pipeline note", note, "read from its files") for note in job.pipeline.notes),
         ("generation", f"{generation.images_per_step:g} images a step",
-         f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times"),
+         f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times, those of the prefill apart"),
         ("preset", plan.preset, "; ".join(plan.reasons)),
         ("solver", f"{plan.solver}, {plan.num_inference_steps} steps", f"guidance {plan.guidance_scale:g}"),
         *((name.replace("_", " "), str(choice.value), choice.reason) for name, choice in choices.items()),

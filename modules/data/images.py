@@ -54,9 +54,11 @@ def load_images(
 ) -> Images | tuple[Images, ...]:
     """The pixels of `items` at `size`, uint8 [D, size, size, 3]; for several sizes a tuple of Images, in their order.
 
-    `masks`: True demands an object mask of every image (for masked recipes), False reads none that cropping does not
-    need, None reads them where every item has one. A file that cannot be used is an error or is left out, as
-    data.on_bad_image says; MVIP's empty masks are always left out, because they are a known property of that set.
+    `masks`: True reads the object masks (for masked recipes), False none that cropping does not need, None reads them
+    where every item has one. A file that cannot be used is an error or is left out, as data.on_bad_image says. An image
+    without an object in its mask is one such where cropping or background need the object, but in an MVIP tree, where
+    that is known to occur, it is left out in any case. Where only recipes need masks it stays, with an empty one, if it
+    need not be an error: which images an arm learns from must not depend on its recipes.
 
     Args:
         min_size: side in pixels below which a cropped image is refused, because it would have to be enlarged for the
@@ -109,6 +111,7 @@ class _Result:
     may_skip: bool = False  # left out whatever on_bad_image says
     side: int = 0  # of the square that was resized
     was_cut: bool = False  # the sides beyond the central square were cut off
+    no_object: bool = False  # nothing in its mask; kept, but not to be edited within
 
 
 @dataclass
@@ -144,7 +147,7 @@ class _Job:
         content = self.files.read(item.path, max_bytes)
         result.digest = hashlib.sha256(content).hexdigest()
         image, orientation = decode_image(content, self.data.max_pixels)
-        mask_HW = self._mask(item, image, orientation, max_bytes) if self.reads_masks else None
+        mask_HW = self._mask(item, image, orientation, max_bytes, result) if self.reads_masks else None
         if self.data.background == "grey":
             image = Image.fromarray(grey_background(np.asarray(image), mask_HW))
         if self.data.crop_to_mask:
@@ -162,16 +165,19 @@ class _Job:
             if mask is not None:
                 self.masks[i][row] = torch.from_numpy(shrink(np.asarray(mask), size, resize(mask, size)))
 
-    def _mask(self, item: Item, image: Image.Image, orientation: int, max_bytes: int) -> np.ndarray:
-        if not item.mask:
-            raise NoObject("has no mask")
-        content = self.files.read(item.mask, max_bytes)
-        try:
-            mask_HW = decode_mask(content, self.data.max_pixels, image.size, orientation)
-        except BadImage as error:
-            raise BadImage(f"its mask {item.mask}: {error}") from error
-        if self.needs_masks and not mask_HW.any():
-            raise NoObject(f"its mask {item.mask} is empty")
+    def _mask(self, item: Item, image: Image.Image, orientation: int, max_bytes: int, result: _Result) -> np.ndarray:
+        mask_HW = np.zeros((image.height, image.width), dtype=bool)
+        if item.mask:
+            content = self.files.read(item.mask, max_bytes)
+            try:
+                mask_HW = decode_mask(content, self.data.max_pixels, image.size, orientation)
+            except BadImage as error:
+                raise BadImage(f"its mask {item.mask}: {error}") from error
+        if not mask_HW.any() and self.needs_masks:
+            cuts = self.data.crop_to_mask or self.data.background != "keep"
+            if cuts or not (self.kind == "mvip" or self.data.on_bad_image == "skip"):
+                raise NoObject(f"its mask {item.mask} is empty" if item.mask else "has no mask")
+            result.no_object = True
         return mask_HW
 
 
@@ -233,4 +239,6 @@ def _notes(results: list[_Result], kept: list[int], skipped, largest: int, root:
         )
     if counts["cut"]:
         notes.append(f"{counts['cut']} images are not square; their central square is used")
+    if no_object := sum(results[i].no_object for i in kept):
+        notes.append(f"{no_object} images have no object in their mask: learned from, not edited within")
     return tuple(notes)

@@ -38,9 +38,12 @@ class ImageSets:
 
     @property
     def digest(self) -> str:
-        """sha256 over the path and content of every image of every set."""
+        """sha256 over every set: path, content, label, group and mask file of each image."""
         return digest_of(
-            {name: [[item.path for item in found.items], found.digests] for name, found in self.images.items()}
+            {
+                name: [[[item.path, item.label, item.group, item.mask] for item in found.items], found.digests]
+                for name, found in self.images.items()
+            }
         )
 
     def labels(self, name: str) -> torch.Tensor:

@@ -4,6 +4,8 @@ Local files come first and nothing is fetched unless asked. Parts that do not fi
 and a preset whose weights are absent are errors before anything is generated.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import diffusers
@@ -131,7 +133,7 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
         device=device,
         dtype=dtype,
         resolution=0,
-        digest=parts["digest"],
+        digest=_digest_of_all(parts, scheduler),
         source=source,
         family=_family(unet, text_encoder, scheduler, cfg, source),
     )
@@ -142,6 +144,18 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
             "spans"
         )
     return pipeline
+
+
+def _digest_of_all(parts: dict, scheduler: dict) -> str:
+    """sha256 of everything an image depends on: weights, schedule, scale of the latents, vocabulary."""
+    known = {
+        "weights": parts["digest"],
+        "scheduler": scheduler,
+        "scaling_factor": parts["vae"].config.scaling_factor,
+        "vocabulary": parts["tokenizer"].get_vocab(),
+        "longest_prompt": parts["tokenizer"].model_max_length,
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _prediction_type(scheduler: dict, cfg, source: str) -> str:

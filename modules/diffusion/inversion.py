@@ -25,6 +25,7 @@ from dataclasses import asdict
 import torch
 
 from modules.config import Inversion as Settings
+from modules.data.cache import digest_tensor
 from modules.data.staging import upload
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.frozen import freeze_linears
@@ -33,7 +34,7 @@ from modules.diffusion.tokens import Tokens
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.runtime import stream
 
-ALGORITHM = 2  # part of the cache key; raised when the same settings would learn other vectors
+ALGORITHM = 3  # part of the cache key; raised when the same settings would learn other vectors
 ROWS_PER_VISIT = 4  # images of a class in a batch, the ancestors' batch
 WARMUP_VISITS = 5  # visits of a class over which its learning rate rises
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -44,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 
 def token_cache_key(
     pipeline,
-    image_digests: Sequence[str],
+    pixels_DHWC: torch.Tensor,
     labels: Sequence[str],
     settings: Settings,
     seed: int,
@@ -52,14 +53,15 @@ def token_cache_key(
 ) -> str:
     """The sha256 of everything learned vectors depend on; equal keys mean equal tokens.
 
-    `image_digests` are those of the training images in the order they are handed to inversion, `labels` their class
-    names, `initializers` the words of the classes where each has its own. Changing the seed, the shots, an image, a
-    label, the pipeline, a word or a setting changes the key.
+    `pixels_DHWC` (uint8) are the training images as they are handed to inversion, cropped and resized, `labels` their
+    class names, `initializers` the words of the classes where each has its own. Changing the seed, the shots, an image, a
+    crop, a label, the pipeline, a word or a setting changes the key.
     """
     parts = {
         "algorithm": ALGORITHM,
         "pipeline": [pipeline.digest, pipeline.resolution, str(pipeline.dtype)],
-        "images": list(zip(image_digests, labels, strict=True)),
+        "images": digest_tensor(pixels_DHWC),
+        "labels": list(labels),
         "settings": asdict(settings),
         "templates": OBJECT_TEMPLATES,
         "seed": seed,

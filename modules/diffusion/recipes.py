@@ -79,7 +79,8 @@ class Recipes:
     @property
     def masked(self) -> bool:
         """Whether any request edits within a mask."""
-        return self.generation.mask_edit != "none" or self._uses("mask_split")
+        edits = self.generation.mask_edit != "none" and self.near_ood_fraction < 1
+        return edits or self._uses("mask_split")
 
     def request(self, image_index: int) -> Request:
         """The image of an index, with its whole provenance."""
@@ -153,7 +154,7 @@ class Recipes:
     def _strength(self, recipe: str, label: int, base: float) -> float:
         if self.controller is None:
             return base
-        lowest = 1 / self.grid.num_inference_steps
+        lowest = (1 + 1e-9) / self.grid.num_inference_steps  # int(T_n (1 / T_n)) is 0 for some T_n, such as 49
         return min(1.0, max(lowest, self.controller.strength(recipe, label, base)))
 
     def _prompt(self, recipe: str, label: int, draw: torch.Generator) -> Prompt:

@@ -170,6 +170,7 @@ def compare(
         replicates[key] = metric_replicates(one.predictions, weights)
         compared = [*replicates[key], *WITHOUT_INTERVAL]
         values[key] = {metric: one.results[metric] for metric in compared if metric in one.results}
+        values[key]["cost.seconds"] = _seconds(one, finished)
         if progress is not None:
             progress(index + 1, len(finished), "bootstrap")
 
@@ -224,16 +225,38 @@ def _minus(first: dict, second: dict) -> dict:
     return {key: value - second[key] for key, value in first.items() if key in second}
 
 
+def _arm(one: Finished) -> str:
+    return one.trial.arm
+
+
+def _seed(one: Finished) -> int:
+    return one.trial.seed
+
+
+def _seconds(one: Finished, finished: Sequence[Finished]) -> float:
+    """Seconds of a trial as if it had found no class tokens in the cache.
+
+    The first trial of a seed that needs tokens learns them and the others read them; charged to that one alone they
+    would make one arm dearer than the others by an accident of order.
+    """
+    seconds, own = one.results["cost.seconds"], one.results.get("seconds.stage.tokens", 0.0)
+    if not one.results.get("cost.images_generated") or one.settings.get("inversion.class_agnostic"):
+        return seconds
+    tokens = [
+        other.results.get("seconds.stage.tokens", 0.0) for other in finished if other.trial.seed == one.trial.seed
+    ]
+    return seconds - own + max(tokens)
+
+
 def _check_comparable(finished: Sequence[Finished]) -> None:
     """One test set, one headline score, one config an arm (but for its seed and where it ran)."""
     first = finished[0]
     for one in finished[1:]:
         mine, others = first.predictions, one.predictions
-        if (mine.paths, mine.groups, mine.classes) != (others.paths, others.groups, others.classes) or not torch.equal(
-            mine.roles_D, others.roles_D
-        ):
+        same = (mine.paths, mine.groups, mine.classes) == (others.paths, others.groups, others.classes)
+        if not (same and torch.equal(mine.roles_D, others.roles_D) and torch.equal(mine.labels_D, others.labels_D)):
             raise DataError(
-                f"{one.trial.path} was judged on other test images, groups or classes than {first.trial.path}: "
+                f"{one.trial.path} was judged on other test images, labels, groups or classes than {first.trial.path}: "
                 "compare runs of one data set only"
             )
         if one.results.get("headline.score") != first.results.get("headline.score"):
@@ -241,8 +264,13 @@ def _check_comparable(finished: Sequence[Finished]) -> None:
                 f"{one.trial.path} has the headline score {one.results.get('headline.score')}, {first.trial.path} has "
                 f"{first.results.get('headline.score')}: evaluation.score must be one and fixed before the runs"
             )
-    heads = {one.trial.arm: one for one in reversed(finished)}
+    heads, seeds = ({key(one): one for one in reversed(finished)} for key in (_arm, _seed))
     for one in finished:
+        if one.results.get("sha256.data.root") != seeds[one.trial.seed].results.get("sha256.data.root"):
+            raise DataError(
+                f"{one.trial.path} read other images than {seeds[one.trial.seed].trial.path}, which has the same seed: "
+                "arms must share their images; data.json of both says which"
+            )
         head = heads[one.trial.arm]
         for name in one.settings.keys() | head.settings.keys():
             if not name.startswith("run.") and one.settings.get(name) != head.settings.get(name):

@@ -14,6 +14,7 @@ from modules.evaluation.compare_text import (
     as_csv,
     as_json,
     as_long_text,
+    binary_notes,
     commit_of,
     conditions,
     device_of,
@@ -64,7 +65,7 @@ def as_figure(comparison: Comparison, colors: dict[str, str] | None = None) -> s
 
 def as_html(comparison: Comparison, *, title: str, notes: tuple[str, ...] = ()) -> str:
     """One self-contained page: figure, main table, differences, every OOD score, costs, arms, seeds."""
-    notes = [*notes]
+    notes = [*notes, *binary_notes(comparison)]
     notes += [
         f"Unfinished and left out: {trial.arm}, seed {trial.seed} ({reason})."
         for trial, reason in comparison.unfinished
@@ -154,7 +155,10 @@ def _cost_section(comparison: Comparison) -> str:
     for arm in comparison.arms:
         found = [comparison.summaries[arm].get(metric) for metric in columns]
         rows.append([arm, *(page.Cell(plain_number(given), number=True) for given in found)])
-    about = "Mean over seeds. Arms are fair in optimizer steps and real rows, not in cost: that is shown here."
+    about = (
+        "Mean over seeds. Arms are fair in optimizer steps and real rows, not in cost: that is shown here. Class tokens are "
+        "learned once a seed and read from the cache by its other trials; the seconds count them for each arm that uses them."
+    )
     return page.section("cost", "Representation and cost", about, page.table(["arm", *columns.values()], rows))
 
 

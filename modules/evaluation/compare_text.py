@@ -12,7 +12,7 @@ from modules.evaluation.ood import SCORES
 
 ROW_COLUMNS = ("data", "arm", "seed", "shots", "steps", "metric", "value", "seconds", "commit", "device")
 LOWER_IS_BETTER = ("fpr_", "ece", "alignment", "uniformity", "artifact.", "cost.seconds", "cost.forward_passes")
-COST_TITLES = ("seconds", "forward passes", "images generated", "reuse")
+COST_TITLES = ("seconds with tokens", "forward passes", "images generated", "reuse")
 REPRESENTATION_TITLES = ("alignment", "uniformity", "calibration error", "decoder seen by probe", "and by OOD score")
 
 
@@ -87,7 +87,20 @@ def as_long_text(comparison: Comparison) -> str:
             shown = [s for s in keys if any(keys[s] in found for found in comparison.summaries.values())]
             rows = [[s, *(_words(comparison.summaries[arm].get(keys[s])) for arm in comparison.arms)] for s in shown]
             lines += ["", f"{figures.ROLE_NAMES[role]} {metric}", *_columns([["score", *comparison.arms], *rows])]
+    lines += ["", *binary_notes(comparison)]
     return as_text(comparison) + "\n".join(lines) + "\n"
+
+
+def binary_notes(comparison: Comparison) -> list[str]:
+    """What the OOD examples of the score `binary` were in each arm, where they were not the same in all; else nothing."""
+    sources: dict[str, list[str]] = {}
+    for one in comparison.finished:
+        arms = sources.setdefault(one.results.get("binary_head.trained_on", "none"), [])
+        arms += [one.trial.arm] * (one.trial.arm not in arms)
+    if len(sources) < 2:
+        return []
+    said = "; ".join(f"{source.replace('_', ' ')} in {', '.join(arms)}" for source, arms in sources.items())
+    return [f"The score binary does not compare across these arms, its head saw different OOD examples: {said}."]
 
 
 def as_json(comparison: Comparison) -> str:
@@ -107,6 +120,7 @@ def as_json(comparison: Comparison) -> str:
             if comparison.arms.index(arm) > comparison.arms.index(other)  # the mirrored pair says the same
         },
         "arm_settings": comparison.arm_settings,
+        "notes": binary_notes(comparison),
         "finished": [
             _trial(one.trial) | {"commit": commit_of(one), "device": device_of(one)} for one in comparison.finished
         ],

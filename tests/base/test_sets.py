@@ -56,7 +56,13 @@ def test_the_digest_is_that_of_the_content(tmp_path, sets, pack):
     csv_set(root, declared_rows())
     before = load_sets(settings(root), 0, masks=False).digest
     put(root / "bolt" / "bolt-test-0-0.png", picture(999))
-    assert load_sets(settings(root), 0, masks=False).digest != before
+    after = load_sets(settings(root), 0, masks=False).digest
+    assert after != before
+    train = [row for row in declared_rows() if row["role"] == "id" and row["split"] == "train"]
+    swapped = {train[0]["path"]: train[-1]["label"], train[-1]["path"]: train[0]["label"]}
+    csv_set(root, [row | {"label": swapped.get(row["path"], row["label"])} for row in declared_rows()])
+    put(root / "bolt" / "bolt-test-0-0.png", picture(999))
+    assert load_sets(settings(root), 0, masks=False).digest != after, "the same files under other labels"
 
 
 def test_far_ood_may_use_the_same_paths(tmp_path, pack):

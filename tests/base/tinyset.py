@@ -71,6 +71,21 @@ ARMS = {  # arm -> what differs from SETTINGS
         "controller": {"enabled": "true", "update_every": 2},
         "learning": {"ema_decay": 0.8, "optimizer": "adamw", "lr": 0.01},
     },
+    "outliers": {  # stored smaller than generated, every recipe that changes a token, real rows through the decoder
+        "data": {"image_size": 16},
+        "generation": {
+            "roundtrip_fraction": 0.5,
+            "guidance_scale": 2.0,
+            "ring_size": 8,
+            "prefill": 0.5,
+            "decode_batch": 5,
+        },
+        "near_ood": {
+            "recipes": "{foreign: 1.0, token_noise: 1.0, negative_guidance: 1.0, embedding_outlier: 1.0}",
+        },
+        "encoder": {"separate_batchnorm": "true"},
+        "learning": {"method": "cross_entropy", "outlier_exposure": 0.5, "augment": "strong"},
+    },
 }
 
 

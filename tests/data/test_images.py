@@ -332,7 +332,10 @@ def test_a_mask_that_some_images_lack_is_a_bad_file(tmp_path):
     assert loaded(index).masks_DHW is None
     with pytest.raises(DataError, match="b.png: has no mask"):
         loaded(index, masks=True)
-    assert loaded(index, masks=True, on_bad_image="skip").masks_DHW.shape == (1, 8, 8)
+    kept = loaded(index, masks=True, on_bad_image="skip")  # for recipes alone: what is learned from stays the same
+    assert kept.masks_DHW.flatten(1).any(1).tolist() == [True, False]
+    assert kept.notes == ("1 images have no object in their mask: learned from, not edited within",)
+    assert loaded(index, crop_to_mask=True, on_bad_image="skip").masks_DHW.shape == (1, 8, 8)
 
 
 def test_a_mask_of_the_wrong_size(tmp_path):

@@ -159,7 +159,9 @@ def test_a_missing_image_or_mask_file_is_counted(tmp_path):
     assert "MVIP: 1 camera folders left out because the _rgb.png is missing" in index.notes
     assert "MVIP: 1 images without a mask, because its file is missing" in index.notes
     items = index.select("id", "train")
-    assert len(load_images(index, items, 8, settings, masks=True).items) == len(items) - 1
+    assert len(load_images(index, items, 8, replace(settings, crop_to_mask=True)).items) == len(items) - 1
+    kept = load_images(index, items, 8, settings, masks=True)
+    assert len(kept.items) == len(items) and kept.masks_DHW.flatten(1).any(1).sum() == len(items) - 1
 
 
 def test_a_class_without_meta_json(tmp_path):

@@ -115,7 +115,8 @@ def test_every_class_may_start_from_a_word_of_its_own(pipeline, tmp_path):
     report = token_report(pipeline, again, make_moments(pipeline, 3)[0], [0, 1, 2], draws=2)
     assert [row["initializer"] for row in report] == list(words)
     assert [row["gain"] for row in report] == pytest.approx([0, 0, 0], abs=1e-5), "each against its own word"
-    keys = [token_cache_key(pipeline, ["a"], ["bolt"], own, 0, given) for given in ((), words, words[::-1])]
+    pixels = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    keys = [token_cache_key(pipeline, pixels, ["bolt"], own, 0, given) for given in ((), words, words[::-1])]
     assert len(set(keys)) == 3
     with pytest.raises(ConfigError, match="nothing told the keywords"):
         make(pipeline, own)
@@ -332,19 +333,20 @@ def test_progress_counts_to_the_end(pipeline):
 
 
 def test_the_cache_key_changes_with_everything_tokens_depend_on(pipeline):
-    digests, labels = ["a" * 64, "b" * 64], ["bolt", "gear"]
-    key = token_cache_key(pipeline, digests, labels, SETTINGS, 0)
-    assert key == token_cache_key(copy.copy(pipeline), tuple(digests), tuple(labels), copy.copy(SETTINGS), 0)
+    pixels, labels = torch.arange(24, dtype=torch.uint8).reshape(2, 2, 2, 3), ["bolt", "gear"]
+    key = token_cache_key(pipeline, pixels, labels, SETTINGS, 0)
+    assert key == token_cache_key(copy.copy(pipeline), pixels.clone(), tuple(labels), copy.copy(SETTINGS), 0)
     other_model, other_size, other_type = (copy.copy(pipeline) for _ in range(3))
     other_model.digest, other_size.resolution, other_type.dtype = "0" * 64, 64, torch.float16
     changed = [
-        token_cache_key(pipeline, digests, labels, SETTINGS, 1),
-        token_cache_key(pipeline, digests[::-1], labels, SETTINGS, 0),
-        token_cache_key(pipeline, digests[:1], labels[:1], SETTINGS, 0),
-        token_cache_key(pipeline, digests, labels[::-1], SETTINGS, 0),
-        *(token_cache_key(p, digests, labels, SETTINGS, 0) for p in (other_model, other_size, other_type)),
+        token_cache_key(pipeline, pixels, labels, SETTINGS, 1),
+        token_cache_key(pipeline, pixels.flip(0), labels, SETTINGS, 0),
+        token_cache_key(pipeline, pixels + 1, labels, SETTINGS, 0),  # the same files, cropped otherwise
+        token_cache_key(pipeline, pixels[:1], labels[:1], SETTINGS, 0),
+        token_cache_key(pipeline, pixels, labels[::-1], SETTINGS, 0),
+        *(token_cache_key(p, pixels, labels, SETTINGS, 0) for p in (other_model, other_size, other_type)),
         *(
-            token_cache_key(pipeline, digests, labels, dataclasses.replace(SETTINGS, **{name: value}), 0)
+            token_cache_key(pipeline, pixels, labels, dataclasses.replace(SETTINGS, **{name: value}), 0)
             for name, value in {"images_per_class": 11, "lr": 1e-3, "initializer": "gear", "num_vectors": 2}.items()
         ),
     ]

@@ -1,6 +1,7 @@
 """Loading a folder, the four conversions, and every fault of a folder in one clear message."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -45,6 +46,17 @@ def test_sizes_come_from_the_files(tiny):
 
 def test_digest_names_the_weights(tiny):
     assert load(pipeline_folder()).digest == tiny.digest != load(pipeline_folder(seed=1)).digest
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("scheduler/scheduler_config.json", "beta_end", 0.013), ("vae/config.json", "scaling_factor", 0.2)],
+)
+def test_digest_names_schedule_and_scale_as_well(tiny, file, key, value, tmp_path):
+    folder = shutil.copytree(pipeline_folder(), tmp_path / "pipeline")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | {key: value}))
+    assert load(folder).digest != tiny.digest
 
 
 def test_moments_agree_with_the_vae_and_sample_as_diffusers_does(tiny):

@@ -17,7 +17,7 @@ from modules.diffusion.schedule import time_grid
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
 from modules.errors import ConfigError, DataError
-from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES
+from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, needs_masks
 from tests.diffusion.engine import tiny_pipeline
 from tests.tiny import SCHEDULER
 
@@ -298,3 +298,39 @@ def test_fixed_prompts_are_embedded_once_and_changed_tokens_each_time():
         before = bank.encoded
         first, second = factory.conditioning(request), factory.conditioning(request)
         assert bank.encoded == before + 2 * embeds and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("steps", [20, 25, 49, 50, 98, 103, 161])
+def test_however_low_a_controller_goes_a_step_is_taken(steps):
+    class Lowest:
+        def class_weights(self):
+            return [1.0] * 3
+
+        def recipe_weight(self, recipe):
+            return 1.0
+
+        def strength(self, recipe, label, base):
+            return 0.0
+
+    grid = time_grid(SCHEDULER, "ddim", steps)
+    made = [recipes(grid=grid, controller=Lowest()).request(i) for i in range(6)]
+    assert all(grid.num_inference_steps - request.start == 1 for request in made if request.recipe not in FREE_RECIPES)
+
+
+def test_masks_are_asked_for_by_what_is_used_alone():
+    masks = {"recipes": {"mask_split": 1.0, "strength": 0.0}}
+    cases = [
+        ({}, {}, False),
+        ({}, masks, True),
+        ({"near_ood_fraction": 0.0}, masks, False),
+        ({}, {"recipes": {"mask_split": 0.0, "strength": 1.0}}, False),
+        ({"mask_edit": "object"}, {}, True),
+        ({"mask_edit": "object", "near_ood_fraction": 1.0}, {}, False),
+        ({"mask_edit": "object", "synthetic_fraction": 0.0}, {}, False),
+    ]
+    for generation, near_ood, expected in cases:
+        settings = config.Config(
+            generation=dataclasses.replace(config.Generation(), **generation),
+            near_ood=dataclasses.replace(config.NearOOD(), **near_ood),
+        )
+        assert needs_masks(settings) is expected, (generation, near_ood)

@@ -12,7 +12,7 @@ from modules import config
 from modules.errors import DataError
 from modules.evaluation.compare import Trial, compare, find_trials, read_trials
 from modules.evaluation.compare_page import as_html, write_comparison
-from modules.evaluation.compare_text import ROW_COLUMNS, as_csv, as_json, as_text, verdict
+from modules.evaluation.compare_text import ROW_COLUMNS, as_csv, as_json, as_long_text, as_text, verdict
 from modules.evaluation.evaluate import evaluate
 from modules.evaluation.intervals import metric_replicates, percentile_interval, role_weights
 from modules.evaluation.metrics import OOD_METRICS
@@ -162,6 +162,12 @@ def test_runs_that_cannot_be_compared_are_refused(folder, tmp_path):
     moved = dataclasses.replace(other.predictions, groups=("x", *other.predictions.groups[1:]))
     with pytest.raises(DataError, match="supcon-s0 was judged on other test images"):
         compare([one, altered(predictions=moved)], resamples=10)
+    relabeled = dataclasses.replace(other.predictions, labels_D=other.predictions.labels_D.flip(0))
+    with pytest.raises(DataError, match="other test images, labels"):
+        compare([one, altered(predictions=relabeled)], resamples=10)
+    fewer = [dataclasses.replace(x, results=x.results | {"sha256.data.root": x.trial.arm}) for x in (one, other)]
+    with pytest.raises(DataError, match="supcon-s0 read other images than .*positives-s0, which has the same seed"):
+        compare(fewer, resamples=10)
     with pytest.raises(DataError, match="headline score msp"):
         compare([one, altered(results=other.results | {"headline.score": "msp"})], resamples=10)
     second = altered(trial=Trial("supcon", 1, other.trial.path), settings=other.settings | {"learning.steps": 7})
@@ -230,3 +236,36 @@ def test_without_resamples_there_are_means_and_no_intervals(folder):
     assert "[" not in as_text(bare) and "±" in as_text(bare)
     json.loads(as_json(bare))
     parse(as_html(bare, title="bare"))
+
+
+def test_every_arm_with_tokens_pays_for_them_whichever_learned_them(folder):
+    finished, _ = read_trials(find_trials(folder))
+    tokens = {"supcon": 0.0, "positives": 20.0, "positives_ood": 0.5}
+    seconds = {"supcon": 50.0, "positives": 80.0, "positives_ood": 60.5}
+    supcon = next(one for one in finished if one.trial.arm == "supcon" and one.trial.seed == 0)
+    trials = [
+        dataclasses.replace(
+            supcon,
+            trial=Trial(arm, 0, folder / f"{arm}-s0"),
+            results=supcon.results
+            | {"cost.seconds": seconds[arm], "seconds.stage.tokens": tokens[arm], "cost.images_generated": generated},
+        )
+        for arm, generated in (("supcon", 0), ("positives", 450), ("positives_ood", 450))
+    ]
+    found = compare(trials, resamples=10).summaries
+    assert {arm: found[arm]["cost.seconds"].mean for arm in found} == {
+        "supcon": 50.0,
+        "positives": 80.0,
+        "positives_ood": 80.0,
+    }
+
+
+def test_a_binary_head_of_other_examples_is_said_not_to_compare(folder):
+    finished, _ = read_trials(find_trials(folder))
+    one, other = (next(x for x in finished if x.trial.arm == arm) for arm in ("positives", "supcon"))
+    assert "does not compare" not in as_long_text(compare([one, other], resamples=10))
+    source = one.results | {"binary_head.trained_on": "generated"}
+    mixed = compare([dataclasses.replace(one, results=source), other], resamples=10)
+    said = "does not compare across these arms, its head saw different OOD examples: generated in positives; "
+    for text in (as_long_text(mixed), as_html(mixed, title="t"), as_json(mixed)):
+        assert said in text
