@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step-00000120` with `tensors.safetensors`, `tree.json` and, written last, `manifest.json`
 with the sizes and hashes of both. It is built under a temporary name, fsynced and renamed; the newest directory whose
-manifest agrees is the state. Nothing is pickled.
+manifest agrees is the state. A valid one is never replaced: a run is the same each time, so what stands at a step is the
+state of that step. Nothing is pickled.
 """
 
 import contextlib
@@ -24,11 +25,16 @@ PREFIX = "step-"
 def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
     """Write `tree` (nested dicts and lists of tensors and plain values) as the state at `step`; purge old states.
 
+    Where a valid state of this step stands already (a stop in a step that ended in a save), it stays as it is.
+
     Raises:
         StorageError: the disk is full or not writable; older checkpoints are untouched.
     """
     folder = Path(folder)
     final = folder / f"{PREFIX}{step:08d}"
+    if final.exists() and _read(final)[0] is not None:
+        purge(folder, keep)
+        return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -43,7 +49,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         _fsync(temporary / "manifest.json")
         _fsync(temporary)
-        if final.exists():
+        if final.exists():  # not a valid one, so nothing is lost with it
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(folder)
