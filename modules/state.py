@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
     folder = Path(folder)
     final = folder / f"{PREFIX}{step:08d}"
     if final.exists() and _read(final)[0] is not None:
-        purge(folder, keep)
+        purge(folder, step, keep)
         return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
             f"{folder}: the checkpoint of step {step} could not be written ({error}); free some disk space or set "
             "run.dir to another disk, then start the same command again: it goes on from the older checkpoint"
         ) from error
-    purge(folder, keep)
+    purge(folder, step, keep)
     return final
 
 
@@ -79,13 +79,20 @@ def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
     return None
 
 
-def purge(folder: Path, keep: int) -> None:
-    """Delete temporary directories of dead writers and all but the newest `keep` checkpoints."""
+def purge(folder: Path, step: int, keep: int) -> None:
+    """Delete temporary directories of dead writers and all but the newest `keep` checkpoints up to the one at `step`.
+
+    Those beyond `step`, which has just been saved, could not be used when the run went on from an older one. They would
+    stand in the way of the steps that are made again, and count among the newest although they are worth nothing.
+    """
     folder = Path(folder)
     for path in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(folder.glob(f"{PREFIX}*"))[: -keep or None]:
-        shutil.rmtree(path)
+    paths, newest = sorted(folder.glob(f"{PREFIX}*")), f"{PREFIX}{step:08d}"
+    kept = [path for path in paths if path.name <= newest][-keep:]
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -46,6 +46,18 @@ def test_old_checkpoints_go_only_after_the_new_one_stands(tmp_path):
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_beyond_the_resumed_step_do_not_count_among_those_kept(tmp_path, keep):
+    """Step 8 was damaged, the run went on from 4 and saves 6: that is what a kill before 8 must find."""
+    state.save_checkpoint(tmp_path, 4, TREE)
+    (state.save_checkpoint(tmp_path, 8, TREE) / "tree.json").write_text("{}")
+    assert state.load_newest(tmp_path)[0] == 4
+    state.save_checkpoint(tmp_path, 6, TREE, keep=keep)
+    step, _, complaints = state.load_newest(tmp_path)
+    assert (step, complaints) == (6, [])
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"][-keep:]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "no manifest", "garbage manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage):
     state.save_checkpoint(tmp_path, 1, TREE)
