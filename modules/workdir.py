@@ -62,6 +62,9 @@ class Workdir:
         self._lock_file.write(str(os.getpid()))
         self._lock_file.flush()
         self._refuse_other_settings(config)
+        self.goes_on = _holds_work(self.path)  # there is work here that this command adds to
+        self._begun = self._read_inputs() if self.goes_on else {}
+        self._inputs = dict(self._begun)  # what inputs.json holds from here on
         state.write_atomic(self.path / "config.yaml", to_yaml(config, origins))
 
     def close(self) -> None:
@@ -88,14 +91,13 @@ class Workdir:
         Raises:
             DataError: work stands here that began with other files; nothing of it was changed.
         """
-        path = self.path / "inputs.json"
-        begun = json.loads(path.read_text()) if path.exists() and _holds_work(self.path) else {}
-        if begun.get(setting, digest) != digest:
+        if self._begun.get(setting, digest) != digest:
             raise DataError(
                 f"{setting} {value}: these files are not those that this run began with; restore them, or set run.name "
                 "to begin another run"
             )
-        self.write_json("inputs.json", begun | {setting: digest})
+        self._inputs[setting] = digest
+        self.write_json("inputs.json", self._inputs)
 
     def log(self, row: dict) -> None:
         """Append one metric row, after those that could not be written before.
@@ -129,6 +131,10 @@ class Workdir:
         """Drop metric rows beyond `step`: the steps after it are made again."""
         rows = [row for row in self.rows() if row["step"] <= step]
         state.write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _read_inputs(self) -> dict:
+        path = self.path / "inputs.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def _refuse_other_settings(self, config: Config) -> None:
         if changed := changed_settings(self.path, config):
