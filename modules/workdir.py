@@ -33,6 +33,9 @@ MAY_CHANGE_SECTIONS = ("tune.",)
 class Workdir:
     """The directory of one run; holds its lock until closed.
 
+    config.yaml is written at once where no work stands yet, else with the first file of this command: a command that is
+    refused for what it reads leaves the record of the one before it.
+
     Raises:
         StorageError: not writable, or locked by another process.
         ConfigError: the directory holds a run of other settings.
@@ -65,7 +68,9 @@ class Workdir:
         self.goes_on = _holds_work(self.path)  # there is work here that this command adds to
         self._begun = self._read_inputs() if self.goes_on else {}
         self._inputs = dict(self._begun)  # what inputs.json holds from here on
-        state.write_atomic(self.path / "config.yaml", to_yaml(config, origins))
+        self._config_yaml = to_yaml(config, origins)  # None once it is written
+        if not self.goes_on:
+            self._write_config()
 
     def close(self) -> None:
         """Release the lock."""
@@ -83,6 +88,7 @@ class Workdir:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write_json(self, name: str, value) -> None:
+        self._write_config()
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def hold_to(self, setting: str, value: str, digest: str) -> None:
@@ -131,6 +137,11 @@ class Workdir:
         """Drop metric rows beyond `step`: the steps after it are made again."""
         rows = [row for row in self.rows() if row["step"] <= step]
         state.write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _write_config(self) -> None:
+        if self._config_yaml is not None:
+            state.write_atomic(self.path / "config.yaml", self._config_yaml)
+        self._config_yaml = None
 
     def _read_inputs(self) -> dict:
         path = self.path / "inputs.json"

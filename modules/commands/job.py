@@ -19,6 +19,7 @@ from modules.diffusion.slots import Sources
 from modules.learning.geometry import CollapseAlarm
 from modules.meter import Meter
 from modules.optim import Optimizer
+from modules.rules import generates
 from modules.runtime import Choice, environment, resolve_runtime
 from modules.workdir import Workdir
 
@@ -46,7 +47,8 @@ class Job:
         self.runtime = resolve_runtime(self.config.run, self.config.pipeline)
         self.device = self.runtime.device.value
         self.meter = Meter(self.device)
-        self.workdir.write_json("environment.json", environment())
+        if not self.workdir.goes_on:
+            self._write_environment()
 
     @property
     def cache_dir(self) -> Path:
@@ -54,9 +56,23 @@ class Job:
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
 
     def hold_to(self, setting: str, value: str, digest: str) -> None:
-        """These files, and no others, are what this run is made from; DataError if it was begun with others."""
+        """These files, and no others, are what this run is made from; DataError if it was begun with others.
+
+        Where work goes on, environment.json is written once all of them agree: a refused command made nothing here, so
+        the record stays that of the commands that did.
+        """
         self.workdir.hold_to(setting, value, digest)
+        waiting = not self._inputs_agree()
         self.inputs[setting] = digest
+        if waiting and self._inputs_agree() and self.workdir.goes_on:
+            self._write_environment()
+
+    def _inputs_agree(self) -> bool:
+        read = {"data.root", "pipeline.path"} if generates(self.config) else {"data.root"}
+        return read <= self.inputs.keys()
+
+    def _write_environment(self) -> None:
+        self.workdir.write_json("environment.json", environment())
 
     def warn_once(self, text: str) -> None:
         """A warning whose figures may change from row to row, printed the first time only."""

@@ -1,15 +1,17 @@
 """How a run generates on this machine: every choice is made once, written down with its reason, and taken again."""
 
+import contextlib
 import dataclasses
 import io
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 import trainer
 from kernels import backend
+from modules import state as checkpoints
+from modules.commands import job as job_module
 from modules.commands import machine, stages
 from modules.commands.job import Job
 from modules.console import Console
@@ -22,7 +24,7 @@ from tests.base.tinyset import tiny_config
 CPU = torch.device("cpu")
 
 
-@contextmanager
+@contextlib.contextmanager
 def built(folder, **sections):
     """(job, state) of the tiny run before step 0, and all that was printed."""
     config, origins = tiny_config(folder, **sections)
@@ -37,6 +39,11 @@ def built(folder, **sections):
             yield job, stages.build(job, progress), text
     finally:
         workdir.close()
+
+
+def work_stands(workdir: Workdir, tree: dict | None = None) -> None:
+    """A checkpoint of step 0."""
+    checkpoints.save_checkpoint(workdir.checkpoints / "contrastive", 0, tree or {})
 
 
 def equal(first, second) -> bool:
@@ -79,6 +86,24 @@ def test_what_was_chosen_before_is_taken_again_and_said(tmp_path, monkeypatch):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another card"}))
     with built(tmp_path) as (_, state, _):
         assert len(state.generator.slots.occupants) == 4, "choices of another device say nothing about this one"
+
+
+@pytest.mark.parametrize("files", [("data.root", "pipeline.path"), ("data.root",)])
+def test_environment_is_that_of_the_newest_command_that_was_not_refused(tmp_path, monkeypatch, files):
+    def begin(commit: str, last: str = "as it was") -> dict:
+        monkeypatch.setattr(job_module, "environment", lambda: {"commit": commit})
+        config, origins = tiny_config(tmp_path, generation={"synthetic_fraction": 0.4 * (len(files) - 1)})
+        workdir = Workdir(config, origins)
+        with contextlib.closing(workdir), contextlib.suppress(DataError):
+            job = Job(config, workdir, Console(io.StringIO()))
+            for setting in files:
+                job.hold_to(setting, "here", last if setting == files[-1] else "as it was")
+            work_stands(workdir)
+        return json.loads((workdir.path / "environment.json").read_text())
+
+    assert begin("first") == {"commit": "first"}
+    assert begin("second", last="another") == {"commit": "first"}, "refused"
+    assert begin("third") == {"commit": "third"}
 
 
 def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_path, monkeypatch):

@@ -128,6 +128,20 @@ def test_work_is_held_to_every_file_that_it_began_with(config):
         workdir.close()
 
 
+def test_a_refused_command_leaves_the_settings_of_the_one_before(config):
+    workdir = opened(config)
+    workdir.hold_to("data.root", "here", "as it was")
+    workdir.close()
+    begun(config)
+    workdir = opened(with_settings(config, {"run.log_every": 3}))
+    with pytest.raises(DataError):
+        workdir.hold_to("data.root", "here", "another")
+    assert "log_every: 10 " in (workdir.path / "config.yaml").read_text()
+    workdir.hold_to("data.root", "here", "as it was")
+    assert "log_every: 3 " in (workdir.path / "config.yaml").read_text()
+    workdir.close()
+
+
 def test_before_any_work_other_files_may_be_read(config):
     for digest in ("one", "another"):
         workdir = opened(config)
