@@ -17,7 +17,7 @@ from modules.config import Config
 from modules.errors import ConfigError, DataError, StorageError
 from modules.settings import flatten, to_yaml
 
-MAY_CHANGE = {  # settings that do not change results
+MAY_CHANGE = {  # settings that do not change results, or by rounding only: of run.threads and run.kernels a run is warned
     "run.dir",
     "run.name",
     "run.threads",
@@ -104,6 +104,20 @@ class Workdir:
             )
         self._inputs[setting] = digest
         self.write_json("inputs.json", self._inputs)
+
+    def computes_with(self, runtime: dict[str, object]) -> dict[str, tuple]:
+        """Keep in inputs.json with what this command computes, under `runtime`: one entry for each change.
+
+        Returns:
+            name -> (before, now) of what the work that stands here was made otherwise with; None where it was not said.
+        """
+        history = self._inputs.setdefault("runtime", [])
+        last = history[-1] if history else runtime
+        if history[-1:] != [runtime]:
+            history.append(runtime)
+            self.write_json("inputs.json", self._inputs)
+        names = [*last, *(runtime.keys() - last.keys())]
+        return {name: (last.get(name), runtime.get(name)) for name in names if last.get(name) != runtime.get(name)}
 
     def log(self, row: dict) -> None:
         """Append one metric row, after those that could not be written before.

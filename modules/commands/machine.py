@@ -173,12 +173,8 @@ def _read(job: Job) -> dict:
     """The choices this run made on this device before; none on another one."""
     path = job.workdir.path / FILE
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("device") == _device_name(job) else {}
+    return found if found.get("device") == job.device_name else {}
 
 
 def _write(job: Job, **choices) -> None:
-    job.workdir.write_json(FILE, _read(job) | {"device": _device_name(job)} | choices)
-
-
-def _device_name(job: Job) -> str:
-    return job.runtime.device.reason if job.device.type == "cuda" else "cpu"  # the reason names the card
+    job.workdir.write_json(FILE, _read(job) | {"device": job.device_name} | choices)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,9 +42,17 @@ def built(folder, **sections):
         workdir.close()
 
 
-def work_stands(workdir: Workdir, tree: dict | None = None) -> None:
-    """A checkpoint of step 0."""
-    checkpoints.save_checkpoint(workdir.checkpoints / "contrastive", 0, tree or {})
+@contextlib.contextmanager
+def held(folder, *files, last="as it was", **sections):
+    """(job, all that was printed) of a run that has compared `files`, and leaves a checkpoint."""
+    config, origins = tiny_config(folder, **sections)
+    text = io.StringIO()
+    with contextlib.closing(Workdir(config, origins)) as workdir:
+        job = Job(config, workdir, Console(text))
+        for setting in files:
+            job.hold_to(setting, "here", last if setting == files[-1] else "as it was")
+        yield job, text
+        checkpoints.save_checkpoint(workdir.checkpoints / "contrastive", 0, {})
 
 
 def equal(first, second) -> bool:
@@ -92,18 +101,56 @@ def test_what_was_chosen_before_is_taken_again_and_said(tmp_path, monkeypatch):
 def test_environment_is_that_of_the_newest_command_that_was_not_refused(tmp_path, monkeypatch, files):
     def begin(commit: str, last: str = "as it was") -> dict:
         monkeypatch.setattr(job_module, "environment", lambda: {"commit": commit})
-        config, origins = tiny_config(tmp_path, generation={"synthetic_fraction": 0.4 * (len(files) - 1)})
-        workdir = Workdir(config, origins)
-        with contextlib.closing(workdir), contextlib.suppress(DataError):
-            job = Job(config, workdir, Console(io.StringIO()))
-            for setting in files:
-                job.hold_to(setting, "here", last if setting == files[-1] else "as it was")
-            work_stands(workdir)
-        return json.loads((workdir.path / "environment.json").read_text())
+        generation = {"synthetic_fraction": 0.4 * (len(files) - 1)}
+        with contextlib.suppress(DataError), held(tmp_path, *files, last=last, generation=generation):
+            pass
+        return json.loads((tmp_path / "runs" / "tiny" / "environment.json").read_text())
 
     assert begin("first") == {"commit": "first"}
     assert begin("second", last="another") == {"commit": "first"}, "refused"
     assert begin("third") == {"commit": "third"}
+
+
+@pytest.mark.parametrize("files", [("data.root", "pipeline.path"), ("data.root",)])
+def test_a_run_that_goes_on_with_other_rounding_says_so_once(tmp_path, monkeypatch, files):
+    """What `auto` and 0 come to is written down, and compared when the run goes on from a checkpoint."""
+    generation = {"synthetic_fraction": 0.4 * (len(files) - 1)}
+    dtype = {"pipeline dtype": "float32"} if "pipeline.path" in files else {}
+    runtime = {"device": "cpu", "precision": "float32"} | dtype | {"threads": 1, "kernels": "torch"}
+
+    def recorded() -> list[dict]:
+        return json.loads((tmp_path / "runs" / "tiny" / "inputs.json").read_text())["runtime"]
+
+    def printed(**run) -> str:
+        with held(tmp_path, *files, generation=generation, run=run) as (_, text):
+            pass
+        return text.getvalue()
+
+    for threads in (2, 1):  # the first of these left no checkpoint: nothing goes on
+        assert "warning" not in printed(threads=threads)
+        assert recorded() == [runtime | {"threads": threads}]
+        if threads == 2:
+            shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoints")
+    assert "warning" not in printed(threads=1)
+    text = printed(threads=2)
+    assert "threads was 1, now 2)" in text and text.count("warning") == 1 and "may differ in the last digits" in text
+    assert recorded() == [runtime, runtime | {"threads": 2}]
+    assert "warning" not in printed(threads=2)
+
+    gpu = Choice(torch.device("cuda"), "a card")
+    resolve = job_module.resolve_runtime
+    elsewhere = {"device": gpu, "precision": Choice(torch.bfloat16, "auto")}
+    monkeypatch.setattr(job_module, "resolve_runtime", lambda *_: dataclasses.replace(resolve(*_), **elsewhere))
+    monkeypatch.setattr(job_module, "Meter", lambda device: None)
+    monkeypatch.setattr(backend, "explain", lambda device: {"geglu": backend.Choice("triton", "as a test")})
+    text = printed(threads=2)
+    assert (
+        "device was cpu, now a card; precision was float32, now bfloat16; kernels was torch, now triton for geglu"
+        in text
+    )
+    assert text.count("warning") == 1 and len(recorded()) == 3
+    monkeypatch.undo()
+    assert "device was a card, now cpu" in printed(threads=1)
 
 
 def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_path, monkeypatch):
