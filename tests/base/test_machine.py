@@ -97,6 +97,25 @@ def test_what_was_chosen_before_is_taken_again_and_said(tmp_path, monkeypatch):
         assert len(state.generator.slots.occupants) == 4, "choices of another device say nothing about this one"
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny/profile"])
+def test_choices_made_for_other_settings_are_not_taken_again(tmp_path, name):
+    """Settings may change until the first checkpoint, and from one profile to the next."""
+    run = {"name": name}
+    with built(tmp_path, run=run) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        path = job.workdir.path / machine.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mode": ["sequential", "as it was"]}))
+    with built(tmp_path, run=run, generation={"slots": 2, "decode_batch": 1}) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        assert len(state.generator.slots.occupants) == 2
+        assert job.choices["slots"] == Choice(2, "generation.slots")
+        assert job.choices["decode_batch"] == Choice(1, "generation.decode_batch")
+        assert job.choices["mode"].reason == "auto: a CPU has no streams"
+    kept = json.loads(path.read_text())
+    assert kept["asked"]["generation.slots"] == 2 and kept["slots"] == [2, "generation.slots"]
+    assert kept["files"].keys() == {"data.root", "pipeline.path"}
+
+
 @pytest.mark.parametrize("files", [("data.root", "pipeline.path"), ("data.root",)])
 def test_environment_is_that_of_the_newest_command_that_was_not_refused(tmp_path, monkeypatch, files):
     def begin(commit: str, last: str = "as it was") -> dict:
