@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step-00000120` with `tensors.safetensors`, `tree.json` and, written last, `manifest.json`
 with the sizes and hashes of both. It is built under a temporary name, fsynced and renamed; the newest directory whose
-manifest agrees is the state. Nothing is pickled.
+manifest agrees is the state. A valid one is never replaced: a run is the same each time, so what stands at a step is the
+state of that step. Nothing is pickled.
 """
 
 import contextlib
@@ -24,11 +25,16 @@ PREFIX = "step-"
 def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
     """Write `tree` (nested dicts and lists of tensors and plain values) as the state at `step`; purge old states.
 
+    Where a valid state of this step stands already (a stop in a step that ended in a save), it stays as it is.
+
     Raises:
         StorageError: the disk is full or not writable; older checkpoints are untouched.
     """
     folder = Path(folder)
     final = folder / f"{PREFIX}{step:08d}"
+    if final.exists() and _read(final)[0] is not None:
+        purge(folder, step, keep)
+        return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -43,7 +49,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         _fsync(temporary / "manifest.json")
         _fsync(temporary)
-        if final.exists():
+        if final.exists():  # not a valid one, so nothing is lost with it
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(folder)
@@ -53,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
             f"{folder}: the checkpoint of step {step} could not be written ({error}); free some disk space or set "
             "run.dir to another disk, then start the same command again: it goes on from the older checkpoint"
         ) from error
-    purge(folder, keep)
+    purge(folder, step, keep)
     return final
 
 
@@ -73,13 +79,20 @@ def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
     return None
 
 
-def purge(folder: Path, keep: int) -> None:
-    """Delete temporary directories of dead writers and all but the newest `keep` checkpoints."""
+def purge(folder: Path, step: int, keep: int) -> None:
+    """Delete temporary directories of dead writers and all but the newest `keep` checkpoints up to the one at `step`.
+
+    Those beyond `step`, which has just been saved, could not be used when the run went on from an older one. They would
+    stand in the way of the steps that are made again, and count among the newest although they are worth nothing.
+    """
     folder = Path(folder)
     for path in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(folder.glob(f"{PREFIX}*"))[: -keep or None]:
-        shutil.rmtree(path)
+    paths, newest = sorted(folder.glob(f"{PREFIX}*")), f"{PREFIX}{step:08d}"
+    kept = [path for path in paths if path.name <= newest][-keep:]
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -17,7 +17,7 @@ from modules.config import Config
 from modules.errors import ConfigError, DataError, StorageError
 from modules.settings import flatten, to_yaml
 
-MAY_CHANGE = {  # settings that do not change results
+MAY_CHANGE = {  # settings that do not change results, or by rounding only: of run.threads and run.kernels a run is warned
     "run.dir",
     "run.name",
     "run.threads",
@@ -32,6 +32,9 @@ MAY_CHANGE_SECTIONS = ("tune.",)
 
 class Workdir:
     """The directory of one run; holds its lock until closed.
+
+    config.yaml is written at once where no work stands yet, else with the first file of this command: a command that is
+    refused for what it reads leaves the record of the one before it.
 
     Raises:
         StorageError: not writable, or locked by another process.
@@ -62,7 +65,12 @@ class Workdir:
         self._lock_file.write(str(os.getpid()))
         self._lock_file.flush()
         self._refuse_other_settings(config)
-        state.write_atomic(self.path / "config.yaml", to_yaml(config, origins))
+        self.goes_on = _holds_work(self.path)  # there is work here that this command adds to
+        self._begun = self._read_inputs() if self.goes_on else {}
+        self._inputs = dict(self._begun)  # what inputs.json holds from here on
+        self._config_yaml = to_yaml(config, origins)  # None once it is written
+        if not self.goes_on:
+            self._write_config()
 
     def close(self) -> None:
         """Release the lock."""
@@ -80,6 +88,7 @@ class Workdir:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write_json(self, name: str, value) -> None:
+        self._write_config()
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def hold_to(self, setting: str, value: str, digest: str) -> None:
@@ -88,14 +97,27 @@ class Workdir:
         Raises:
             DataError: work stands here that began with other files; nothing of it was changed.
         """
-        path = self.path / "inputs.json"
-        begun = json.loads(path.read_text()) if path.exists() and _holds_work(self.path) else {}
-        if begun.get(setting, digest) != digest:
+        if self._begun.get(setting, digest) != digest:
             raise DataError(
                 f"{setting} {value}: these files are not those that this run began with; restore them, or set run.name "
                 "to begin another run"
             )
-        self.write_json("inputs.json", begun | {setting: digest})
+        self._inputs[setting] = digest
+        self.write_json("inputs.json", self._inputs)
+
+    def computes_with(self, runtime: dict[str, object]) -> dict[str, tuple]:
+        """Keep in inputs.json with what this command computes, under `runtime`: one entry for each change.
+
+        Returns:
+            name -> (before, now) of what the work that stands here was made otherwise with; None where it was not said.
+        """
+        history = self._inputs.setdefault("runtime", [])
+        last = history[-1] if history else runtime
+        if history[-1:] != [runtime]:
+            history.append(runtime)
+            self.write_json("inputs.json", self._inputs)
+        names = [*last, *(runtime.keys() - last.keys())]
+        return {name: (last.get(name), runtime.get(name)) for name in names if last.get(name) != runtime.get(name)}
 
     def log(self, row: dict) -> None:
         """Append one metric row, after those that could not be written before.
@@ -129,6 +151,15 @@ class Workdir:
         """Drop metric rows beyond `step`: the steps after it are made again."""
         rows = [row for row in self.rows() if row["step"] <= step]
         state.write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _write_config(self) -> None:
+        if self._config_yaml is not None:
+            state.write_atomic(self.path / "config.yaml", self._config_yaml)
+        self._config_yaml = None
+
+    def _read_inputs(self) -> dict:
+        path = self.path / "inputs.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def _refuse_other_settings(self, config: Config) -> None:
         if changed := changed_settings(self.path, config):

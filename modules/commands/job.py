@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import backend
 from modules.config import Config
 from modules.data.mixer import Mixer
 from modules.data.sets import ImageSets
@@ -19,6 +20,7 @@ from modules.diffusion.slots import Sources
 from modules.learning.geometry import CollapseAlarm
 from modules.meter import Meter
 from modules.optim import Optimizer
+from modules.rules import generates
 from modules.runtime import Choice, environment, resolve_runtime
 from modules.workdir import Workdir
 
@@ -46,7 +48,13 @@ class Job:
         self.runtime = resolve_runtime(self.config.run, self.config.pipeline)
         self.device = self.runtime.device.value
         self.meter = Meter(self.device)
-        self.workdir.write_json("environment.json", environment())
+        if not self.workdir.goes_on:
+            self._write_environment()
+
+    @property
+    def device_name(self) -> str:
+        """The card, or "cpu"."""
+        return self.runtime.device.reason if self.device.type == "cuda" else "cpu"  # the reason names the card
 
     @property
     def cache_dir(self) -> Path:
@@ -54,9 +62,43 @@ class Job:
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
 
     def hold_to(self, setting: str, value: str, digest: str) -> None:
-        """These files, and no others, are what this run is made from; DataError if it was begun with others."""
+        """These files, and no others, are what this run is made from; DataError if it was begun with others.
+
+        Where work goes on, environment.json is written once all of them agree: a refused command made nothing here, so
+        the record stays that of the commands that did. Then it is also said if the work was made on another device, in
+        another precision or with other threads or kernels.
+        """
         self.workdir.hold_to(setting, value, digest)
+        waiting = not self._inputs_agree()
         self.inputs[setting] = digest
+        if not waiting or not self._inputs_agree():
+            return
+        if self.workdir.goes_on:
+            self._write_environment()
+        if changes := self.workdir.computes_with(self._computes_with()):
+            told = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in changes.items())
+            self.console.warn(
+                f"this run goes on with other rounding than before ({told}): its results may differ in the last digits, "
+                "under another precision by more, from those of a run left as it was; to avoid that, go on with it on a "
+                "machine like the one before, under the same run.threads and run.kernels"
+            )
+
+    def _inputs_agree(self) -> bool:
+        read = {"data.root", "pipeline.path"} if generates(self.config) else {"data.root"}
+        return read <= self.inputs.keys()
+
+    def _computes_with(self) -> dict[str, object]:
+        """What rounding depends on, resolved: `auto` and 0 follow the machine."""
+        names = {"precision": self.runtime.precision}
+        if generates(self.config):
+            names["pipeline dtype"] = self.runtime.pipeline_dtype
+        dtypes = {name: str(choice.value).removeprefix("torch.") for name, choice in names.items()}
+        triton = [op for op, choice in backend.explain(self.device).items() if choice.name == "triton"]
+        kernels = f"triton for {', '.join(triton)}" if triton else "torch"
+        return {"device": self.device_name} | dtypes | {"threads": self.runtime.threads.value, "kernels": kernels}
+
+    def _write_environment(self) -> None:
+        self.workdir.write_json("environment.json", environment())
 
     def warn_once(self, text: str) -> None:
         """A warning whose figures may change from row to row, printed the first time only."""

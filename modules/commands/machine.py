@@ -1,7 +1,9 @@
 """How a run generates on this machine: what fits, which attention, compiled or not, beside the learner or before it.
 
 Each choice is made once, on idle slots or on copies of the state, written to `machine.json` with its reason, and taken
-again when the run goes on on the same device: a run that was stopped goes on with the engine it had.
+again when the run goes on on the same device: a run that was stopped goes on with the engine it had. What was asked for
+stands beside it: choices made for other settings or files (of a run stopped before its first checkpoint, of an earlier
+profile) say nothing about these.
 """
 
 import copy
@@ -28,9 +30,20 @@ from modules.errors import OutOfMemory
 from modules.meter import Meter, timer
 from modules.rules import generated_rows
 from modules.runtime import Choice
-from modules.settings import with_settings
+from modules.settings import flatten, with_settings
 
 FILE = "machine.json"
+DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs memory and time on the device
+    "pipeline.",
+    "generation.",
+    "near_ood.",
+    "gate.",
+    "controller.",
+    "encoder.",
+    "learning.",
+    "data.",
+    "run.precision",
+)
 CALIBRATION_STEPS = 8  # joint steps timed in each overlap mode, at least
 ATTENTION_REPEATS = 5  # of which the median counts
 
@@ -170,15 +183,17 @@ def _tune_attention(job: Job, generator: Generator, kept: dict[str, str]) -> Cho
 
 
 def _read(job: Job) -> dict:
-    """The choices this run made on this device before; none on another one."""
+    """The choices this run made before on this device, asked for the same; none where either was another."""
     path = job.workdir.path / FILE
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("device") == _device_name(job) else {}
+    return found if all(found.get(name) == value for name, value in _key(job).items()) else {}
 
 
 def _write(job: Job, **choices) -> None:
-    job.workdir.write_json(FILE, _read(job) | {"device": _device_name(job)} | choices)
+    job.workdir.write_json(FILE, _read(job) | _key(job) | choices)
 
 
-def _device_name(job: Job) -> str:
-    return job.runtime.device.reason if job.device.type == "cuda" else "cpu"  # the reason names the card
+def _key(job: Job) -> dict:
+    """What choices hold for: the device, the settings and the files, as JSON gives them back."""
+    asked = {name: value for name, value in flatten(job.config).items() if name.startswith(DEPENDS_ON)}
+    return json.loads(json.dumps({"device": job.device_name, "asked": asked, "files": job.inputs}))

@@ -1,15 +1,18 @@
 """How a run generates on this machine: every choice is made once, written down with its reason, and taken again."""
 
+import contextlib
 import dataclasses
 import io
 import json
-from contextlib import contextmanager
+import shutil
 
 import pytest
 import torch
 
 import trainer
 from kernels import backend
+from modules import state as checkpoints
+from modules.commands import job as job_module
 from modules.commands import machine, stages
 from modules.commands.job import Job
 from modules.console import Console
@@ -22,7 +25,7 @@ from tests.base.tinyset import tiny_config
 CPU = torch.device("cpu")
 
 
-@contextmanager
+@contextlib.contextmanager
 def built(folder, **sections):
     """(job, state) of the tiny run before step 0, and all that was printed."""
     config, origins = tiny_config(folder, **sections)
@@ -37,6 +40,19 @@ def built(folder, **sections):
             yield job, stages.build(job, progress), text
     finally:
         workdir.close()
+
+
+@contextlib.contextmanager
+def held(folder, *files, last="as it was", **sections):
+    """(job, all that was printed) of a run that has compared `files`, and leaves a checkpoint."""
+    config, origins = tiny_config(folder, **sections)
+    text = io.StringIO()
+    with contextlib.closing(Workdir(config, origins)) as workdir:
+        job = Job(config, workdir, Console(text))
+        for setting in files:
+            job.hold_to(setting, "here", last if setting == files[-1] else "as it was")
+        yield job, text
+        checkpoints.save_checkpoint(workdir.checkpoints / "contrastive", 0, {})
 
 
 def equal(first, second) -> bool:
@@ -79,6 +95,81 @@ def test_what_was_chosen_before_is_taken_again_and_said(tmp_path, monkeypatch):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another card"}))
     with built(tmp_path) as (_, state, _):
         assert len(state.generator.slots.occupants) == 4, "choices of another device say nothing about this one"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny/profile"])
+def test_choices_made_for_other_settings_are_not_taken_again(tmp_path, name):
+    """Settings may change until the first checkpoint, and from one profile to the next."""
+    run = {"name": name}
+    with built(tmp_path, run=run) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        path = job.workdir.path / machine.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mode": ["sequential", "as it was"]}))
+    with built(tmp_path, run=run, generation={"slots": 2, "decode_batch": 1}) as (job, state, _):
+        machine.choose_overlap(job, state, trainer.step)
+        assert len(state.generator.slots.occupants) == 2
+        assert job.choices["slots"] == Choice(2, "generation.slots")
+        assert job.choices["decode_batch"] == Choice(1, "generation.decode_batch")
+        assert job.choices["mode"].reason == "auto: a CPU has no streams"
+    kept = json.loads(path.read_text())
+    assert kept["asked"]["generation.slots"] == 2 and kept["slots"] == [2, "generation.slots"]
+    assert kept["files"].keys() == {"data.root", "pipeline.path"}
+
+
+@pytest.mark.parametrize("files", [("data.root", "pipeline.path"), ("data.root",)])
+def test_environment_is_that_of_the_newest_command_that_was_not_refused(tmp_path, monkeypatch, files):
+    def begin(commit: str, last: str = "as it was") -> dict:
+        monkeypatch.setattr(job_module, "environment", lambda: {"commit": commit})
+        generation = {"synthetic_fraction": 0.4 * (len(files) - 1)}
+        with contextlib.suppress(DataError), held(tmp_path, *files, last=last, generation=generation):
+            pass
+        return json.loads((tmp_path / "runs" / "tiny" / "environment.json").read_text())
+
+    assert begin("first") == {"commit": "first"}
+    assert begin("second", last="another") == {"commit": "first"}, "refused"
+    assert begin("third") == {"commit": "third"}
+
+
+@pytest.mark.parametrize("files", [("data.root", "pipeline.path"), ("data.root",)])
+def test_a_run_that_goes_on_with_other_rounding_says_so_once(tmp_path, monkeypatch, files):
+    """What `auto` and 0 come to is written down, and compared when the run goes on from a checkpoint."""
+    generation = {"synthetic_fraction": 0.4 * (len(files) - 1)}
+    dtype = {"pipeline dtype": "float32"} if "pipeline.path" in files else {}
+    runtime = {"device": "cpu", "precision": "float32"} | dtype | {"threads": 1, "kernels": "torch"}
+
+    def recorded() -> list[dict]:
+        return json.loads((tmp_path / "runs" / "tiny" / "inputs.json").read_text())["runtime"]
+
+    def printed(**run) -> str:
+        with held(tmp_path, *files, generation=generation, run=run) as (_, text):
+            pass
+        return text.getvalue()
+
+    for threads in (2, 1):  # the first of these left no checkpoint: nothing goes on
+        assert "warning" not in printed(threads=threads)
+        assert recorded() == [runtime | {"threads": threads}]
+        if threads == 2:
+            shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoints")
+    assert "warning" not in printed(threads=1)
+    text = printed(threads=2)
+    assert "threads was 1, now 2)" in text and text.count("warning") == 1 and "may differ in the last digits" in text
+    assert recorded() == [runtime, runtime | {"threads": 2}]
+    assert "warning" not in printed(threads=2)
+
+    gpu = Choice(torch.device("cuda"), "a card")
+    resolve = job_module.resolve_runtime
+    elsewhere = {"device": gpu, "precision": Choice(torch.bfloat16, "auto")}
+    monkeypatch.setattr(job_module, "resolve_runtime", lambda *_: dataclasses.replace(resolve(*_), **elsewhere))
+    monkeypatch.setattr(job_module, "Meter", lambda device: None)
+    monkeypatch.setattr(backend, "explain", lambda device: {"geglu": backend.Choice("triton", "as a test")})
+    text = printed(threads=2)
+    assert (
+        "device was cpu, now a card; precision was float32, now bfloat16; kernels was torch, now triton for geglu"
+        in text
+    )
+    assert text.count("warning") == 1 and len(recorded()) == 3
+    monkeypatch.undo()
+    assert "device was a card, now cpu" in printed(threads=1)
 
 
 def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_path, monkeypatch):

@@ -46,6 +46,18 @@ def test_old_checkpoints_go_only_after_the_new_one_stands(tmp_path):
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_beyond_the_resumed_step_do_not_count_among_those_kept(tmp_path, keep):
+    """Step 8 was damaged, the run went on from 4 and saves 6: that is what a kill before 8 must find."""
+    state.save_checkpoint(tmp_path, 4, TREE)
+    (state.save_checkpoint(tmp_path, 8, TREE) / "tree.json").write_text("{}")
+    assert state.load_newest(tmp_path)[0] == 4
+    state.save_checkpoint(tmp_path, 6, TREE, keep=keep)
+    step, _, complaints = state.load_newest(tmp_path)
+    assert (step, complaints) == (6, [])
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"][-keep:]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "no manifest", "garbage manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage):
     state.save_checkpoint(tmp_path, 1, TREE)
@@ -94,8 +106,21 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the writer may catch it or clean up after it."""
 
 
-def test_killed_before_or_after_every_file_operation_nothing_is_lost(tmp_path, monkeypatch):
+def damaged(folder: Path) -> None:
+    """Step 2 stands, but cannot be used."""
+    (state.save_checkpoint(folder, 2, TREE) / "tree.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "kills_at_least"),
+    [(2, None, 11), (1, None, 0), (2, damaged, 11)],
+    ids=["the next step", "the same step again", "over a damaged one"],
+)
+def test_killed_before_or_after_every_file_operation_nothing_is_lost(
+    tmp_path, monkeypatch, step, before, kills_at_least
+):
     """The writer dies at each of its file operations in turn; the newest valid state is then the old or the new one."""
+    new = TREE if step == 1 else {"new": torch.ones(3)}  # the state of a step is one
     moment, operations = 0, 0
 
     def dying(operation):
@@ -119,18 +144,22 @@ def test_killed_before_or_after_every_file_operation_nothing_is_lost(tmp_path, m
     while not done:
         operations = -(10**9)  # an undisturbed writer
         state.save_checkpoint(folder, 1, TREE, keep=1)
+        if before is not None:
+            before(folder)
         operations = 0
         try:
-            state.save_checkpoint(folder, 2, {"new": torch.ones(3)}, keep=1)
+            state.save_checkpoint(folder, step, new, keep=1)
             done = True
         except Killed:
             kills += 1
         operations = -(10**9)
-        step, tree, _ = state.load_newest(folder)
-        assert (step == 2 and torch.equal(tree["new"], torch.ones(3))) or (step == 1 and equal(tree, TREE)), moment
+        assert state.load_newest(folder) is not None, moment
+        found, tree, _ = state.load_newest(folder)
+        assert (found == step and equal(tree, new)) or (found == 1 and equal(tree, TREE)), moment
+        assert found == step or not done
         state.shutil.rmtree(folder)
         moment += 1
-    assert kills > 10
+    assert kills >= kills_at_least
 
 
 def write_until_killed(folder: Path, first: int, told: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from modules.config import Config
-from modules.errors import ConfigError, StorageError
+from modules.errors import ConfigError, DataError, StorageError
 from modules.settings import flatten, with_settings
 from modules.workdir import MAY_CHANGE, Workdir
 
@@ -110,6 +110,44 @@ def test_a_finished_run_is_kept_from_other_settings_too(config):
     workdir.close()
     with pytest.raises(ConfigError, match="run.seed was 0, now 1"):
         opened(with_settings(config, {"run.seed": 1}))
+
+
+def test_work_is_held_to_every_file_that_it_began_with(config):
+    workdir = opened(config)
+    for setting in ("data.root", "pipeline.path"):
+        workdir.hold_to(setting, "here", "as it was")
+    workdir.close()
+    opened(config).close()
+    begun(config)
+    for setting in ("data.root", "pipeline.path"):
+        workdir = opened(config)
+        before = (workdir.path / "inputs.json").read_bytes()
+        with pytest.raises(DataError, match=f"{setting} here: these files are not those that this run began with"):
+            workdir.hold_to(setting, "here", "another")
+        assert (workdir.path / "inputs.json").read_bytes() == before
+        workdir.close()
+
+
+def test_a_refused_command_leaves_the_settings_of_the_one_before(config):
+    workdir = opened(config)
+    workdir.hold_to("data.root", "here", "as it was")
+    workdir.close()
+    begun(config)
+    workdir = opened(with_settings(config, {"run.log_every": 3}))
+    with pytest.raises(DataError):
+        workdir.hold_to("data.root", "here", "another")
+    assert "log_every: 10 " in (workdir.path / "config.yaml").read_text()
+    workdir.hold_to("data.root", "here", "as it was")
+    assert "log_every: 3 " in (workdir.path / "config.yaml").read_text()
+    workdir.close()
+
+
+def test_before_any_work_other_files_may_be_read(config):
+    for digest in ("one", "another"):
+        workdir = opened(config)
+        workdir.hold_to("data.root", "here", digest)
+        assert json.loads((workdir.path / "inputs.json").read_text()) == {"data.root": digest}
+        workdir.close()
 
 
 def test_metric_rows_beyond_the_resumed_step_are_cut(config):
