@@ -23,7 +23,7 @@ SETTINGS = [
     "shape.resolution=16", "shape.vae_channels=[16, 16]", "shape.unet_channels=[16, 16]", "shape.text_width=16",
     "shape.text_layers=1", "shape.text_heads=2", "shape.vocabulary=900", "training.vae_steps=4", "training.vae_batch=4",
     "training.unet_steps=4", "training.unet_batch=4", "training.warmup_steps=2", "run.log_every=2",
-    "run.checkpoint_every=2",
+    "run.checkpoint_every=2", "run.device=cpu",
 ]  # fmt: skip
 
 
@@ -111,6 +111,21 @@ def test_a_stopped_training_goes_on_as_if_it_never_had(
         files = [next((folder / "pipeline" / name).glob("*.safetensors")) for folder in (whole, again)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
     assert (whole / "results.json").read_text() == (again / "results.json").read_text()
+
+
+@pytest.mark.gpu
+def test_a_pipeline_is_made_resumed_and_trained_on_on_a_gpu(root, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 3, press_ctrl_c)
+        train(root, tmp_path, "run.device=cuda")
+    made = train(root, tmp_path, "run.device=cuda")
+    figures = [json.loads((folder / "results.json").read_text()) for folder in (whole, made)]
+    for name in ("train.unet_loss", "train.vae_psnr_db"):  # the draws are those of the CPU
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=0.02)
+    settings = [f"training.start={made / 'pipeline'}", "training.further_vae_steps=2", "run.name=further"]
+    train(root, tmp_path, "run.device=cuda", *settings)
+    for name in ("curves", "reconstructions", "samples"):
+        assert Image.open(tmp_path / "further" / f"{name}.png").size[0] > 100
 
 
 def test_it_does_not_go_on_with_other_images(root, tmp_path, monkeypatch):
