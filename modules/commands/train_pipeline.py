@@ -37,7 +37,8 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     """Train, export and picture a pipeline; returns its folder.
 
     Raises:
-        DataError: no image set, images smaller than the pipeline's resolution, or other ones than it began with.
+        DataError: no image set, an image without any wording, images smaller than the pipeline's resolution, or other ones
+            than it began with.
         NonFinite: a loss was not finite; the newest checkpoint is from before it.
         Terminated: SIGTERM came; the stage under way was checkpointed first.
     """
@@ -66,9 +67,7 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
     with console.stage("data") as progress:
         index = read_raw(config.data.root)
-        items = [item for item in index.items if item.split in ("", "train")]
-        if not items:
-            raise DataError(f"{config.data.root}: holds no image to train on (split train, or no split column)")
+        items = chosen_items(index, config.data.root)
         images = load_images(index, items, config.shape.resolution, config.data, progress,
                              masks=False, min_size=config.shape.resolution)  # fmt: skip
     captions, nouns, objects = wordings(images.items)
@@ -150,6 +149,26 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
             "AutoencoderKL can be trained on; set training.further_vae_steps=0 to keep it"
         )
     return start
+
+
+def chosen_items(index: Index, root: str) -> list:
+    """The images to train on: split train or none, role id, pretrain or none; OOD images are for evaluation only.
+
+    Raises:
+        DataError: there is none, or one has neither caption nor noun nor label; `root`, the set as it was named, is told.
+    """
+    items = [item for item in index.items if item.split in ("", "train") and item.role in ("", "id", "pretrain")]
+    if not items:
+        raise DataError(
+            f"{root}: holds no image to train on (split train or no split, and role id, pretrain or no role)"
+        )
+    for item in items:
+        if not (item.caption or item.noun or item.label.strip()):
+            raise DataError(
+                f"{root}: {item.path} has neither a caption nor a label; fill its `caption` column, or `label` for "
+                f"{fill(OBJECT_TEMPLATES[0], '<label>')!r}"
+            )
+    return items
 
 
 def wordings(items) -> tuple[list[str], list[str], list[str]]:

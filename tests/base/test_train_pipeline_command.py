@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import trainer
 from modules import state
-from modules.commands.train_pipeline import command
+from modules.commands.train_pipeline import chosen_items, command, wordings
 from modules.console import Console
+from modules.data.index import read_raw
 from modules.diffusion import train_pipeline as training
 from modules.errors import ConfigError, DataError, NonFinite, StorageError
 from modules.termination import termination
@@ -193,3 +194,24 @@ def test_a_start_of_another_resolution_or_without_a_part_is_refused(root, whole,
 def test_images_smaller_than_the_pipeline_are_refused(root, tmp_path):
     with pytest.raises(DataError, match="16"):
         train(root, tmp_path, "shape.resolution=32")
+
+
+def test_images_of_ood_roles_are_never_trained_on(root, tmp_path):
+    roles = {"0.png": "id", "1.png": "near_ood", "2.png": "far_ood"}
+    rows = [f"{label}/{name},{label},{role}" for label in ("Bolt", "Ring") for name, role in roles.items()]
+    index = shutil.copytree(root, tmp_path / "things") / "index.csv"
+    index.write_text("\n".join(["path,label,role", *rows]).replace("Ring,id", "Ring,pretrain"))
+    assert [item.path for item in chosen_items(read_raw(str(index)), "it")] == ["Bolt/0.png", "Ring/0.png"]
+    index.write_text("\n".join(["path,label,role", *rows[1:3]]))
+    with pytest.raises(DataError, match="things: holds no image to train on.*role id, pretrain or no role"):
+        train(index.parent, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["path\nBolt/1.png\n", "path,caption,label\nRing/0.png,a ring,\nBolt/1.png, , \n"])
+def test_an_image_without_any_wording_is_refused(root, tmp_path, text):
+    index = shutil.copytree(root, tmp_path / "things") / "index.csv"
+    index.write_text(text)
+    with pytest.raises(DataError, match=r"things: Bolt/1\.png has neither.*fill its `caption` column"):
+        train(index.parent, tmp_path)
+    index.write_text("path,noun\nBolt/1.png,bolt\nRing/0.png,ring\n")
+    assert wordings(chosen_items(read_raw(str(index)), "it"))[0] == ["a photo of a bolt", "a photo of a ring"]
