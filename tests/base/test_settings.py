@@ -1,5 +1,6 @@
 """Settings: defaults < file < command line, with origins, suggestions and one clear message for every mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_a_mistake_gets_one_clear_message(file, override, message):
 def test_a_pipeline_to_be_made_has_rules_too(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(CONFIGS / "train_pipeline.yaml", [override], schema=PipelineConfig)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["generation.max_uses=10", "generation.images_per_step=1.5"],
+        ["generation.max_uses=10"],
+        ["generation.max_uses=7", "generation.images_per_step=0.3", "generation.synthetic_fraction=0.61"],
+        ["generation.max_uses=3", "generation.images_per_step=0.007", "learning.rows_per_class=1"],
+        ["generation.max_uses=30", "generation.images_per_step=0", "generation.synthetic_fraction=0.01"],
+    ],
+)
+def test_a_fraction_that_cannot_be_fed_can_be_fed_as_advised(overrides):
+    with pytest.raises(ConfigError, match="raise images_per_step to") as error:
+        load_config(CONFIGS / "demo.yaml", overrides)
+    advised = re.findall(r"(images_per_step|max_uses) to ([\d.e-]+)", str(error.value))
+    assert len(advised) == (1 if "generation.images_per_step=0" in overrides else 2)
+    for name, value in advised:
+        config, _ = load_config(CONFIGS / "demo.yaml", [*overrides, f"generation.{name}={value}"])
+        assert getattr(config.generation, name) == float(value)
 
 
 def test_a_grid_that_no_recipe_uses_does_no_harm(file):
