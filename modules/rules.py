@@ -221,6 +221,12 @@ def _check_recipes(config) -> None:
     _check_weights("near_ood.recipes", config.near_ood.recipes)
     _check_weights("generation.strengths", config.generation.strengths)
     _check_weights("generation.conditions", config.generation.conditions)
+    for word in config.generation.conditions:
+        if not isinstance(word, str):
+            raise ConfigError(
+                f"`generation.conditions` holds {word!r}, a {type(word).__name__} to YAML and no word; quote the word, "
+                "as in {'no': 1.0}"
+            )
     for recipe in config.near_ood.recipes:
         if recipe not in DIFFUSION_RECIPES + FREE_RECIPES:
             raise ConfigError(

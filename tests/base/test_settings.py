@@ -138,6 +138,18 @@ def test_file_mistakes(tmp_path):
     bad.write_text("run: 3\n")
     with pytest.raises(ConfigError, match="must hold key: value"):
         load_config(bad)
+    bad.write_bytes("run: {name: Gehäuse}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=f"{bad}: the config file is not UTF-8 text.*save it as UTF-8"):
+        load_config(bad)
+
+
+@pytest.mark.parametrize("word", ["no", "1", "~", "2024-01-01"])
+def test_a_condition_that_yaml_takes_for_no_word_must_be_quoted(file, word):
+    with pytest.raises(ConfigError, match=r"`generation.conditions` holds .* quote the word, as in \{'no': 1.0\}"):
+        load_config(file, [f"generation.conditions={{{word}: 1, rusty: 2}}"])
+    config, origins = load_config(file, [f"generation.conditions={{'{word}': 1, rusty: 2}}"])
+    assert config.generation.conditions == {word: 1.0, "rusty": 2.0}
+    assert yaml.safe_load(to_yaml(config, origins))["generation"]["conditions"] == config.generation.conditions
 
 
 def test_yaml_cannot_run_code(tmp_path):
