@@ -152,14 +152,20 @@ def _numeric(cells: list[str]) -> bool:
 
 
 def _phase_table(row: dict) -> Table:
+    """Milliseconds and share of each phase; generated images a second of phase generate alone and of the whole step."""
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=_headline(row))
     table.add_column("phase")
-    for name in ("ms", "share"):
+    generates = "images_per_s" in row
+    for name in ("ms", "share", *(("generated images/s",) if generates else ())):
         table.add_column(name, justify="right")
     for name in STEP_PHASES:
         if f"{name}_ms" in row:
-            table.add_row(name, f"{row[f'{name}_ms']:.1f}", f"{100 * row[f'{name}_ms'] / row['step_ms']:.0f} %")
-    table.add_row("step", f"{row['step_ms']:.1f}", "100 %", style="bold")
+            ms, rate = row[f"{name}_ms"], ""
+            if name == "generate" and generates and ms > 0:
+                rate = f"{row['images_per_s'] * row['step_ms'] / ms:.1f}"
+            table.add_row(name, f"{ms:.1f}", f"{100 * ms / row['step_ms']:.0f} %", *((rate,) if generates else ()))
+    rates = (f"{row['images_per_s']:.1f}",) if generates else ()
+    table.add_row("step", f"{row['step_ms']:.1f}", "100 %", *rates, style="bold")
     return table
 
 

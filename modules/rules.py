@@ -3,6 +3,8 @@
 Each rule names the setting, what it was and what would do.
 """
 
+import math
+
 from modules.errors import ConfigError
 
 CHOICES = {
@@ -221,6 +223,12 @@ def _check_recipes(config) -> None:
     _check_weights("near_ood.recipes", config.near_ood.recipes)
     _check_weights("generation.strengths", config.generation.strengths)
     _check_weights("generation.conditions", config.generation.conditions)
+    for word in config.generation.conditions:
+        if not isinstance(word, str):
+            raise ConfigError(
+                f"`generation.conditions` holds {word!r}, a {type(word).__name__} to YAML and no word; quote the word, "
+                "as in {'no': 1.0}"
+            )
     for recipe in config.near_ood.recipes:
         if recipe not in DIFFUSION_RECIPES + FREE_RECIPES:
             raise ConfigError(
@@ -274,12 +282,19 @@ def _check_feeding(config) -> None:
     needed = generated_rows(config)
     rate, uses = config.generation.images_per_step, config.generation.max_uses
     if rate * uses < needed - 1e-9:
+        more_images = f"images_per_step to {_rounded_up(needed / uses):g}"
+        more_uses = f" or max_uses to {math.ceil(needed / rate - 1e-12)}" if rate else ""
         raise ConfigError(
             f"generation.synthetic_fraction {config.generation.synthetic_fraction} needs {needed:.3g} generated rows a "
             f"step, but generation.images_per_step {rate:g} x generation.max_uses {uses} feeds only {rate * uses:g}; "
-            f"raise images_per_step to {needed / uses:.3g} or max_uses to {needed / max(rate, 1e-9):.0f}, or lower the "
-            "fraction"
+            f"raise {more_images}{more_uses}, or lower the fraction"
         )
+
+
+def _rounded_up(value: float) -> float:
+    """`value` > 0 to three digits, never below it."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / unit - 1e-12) * unit
 
 
 def _check_learning(config) -> None:

@@ -30,11 +30,13 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type = Conf
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"{path}: the config file cannot be read ({error.strerror}); name an existing .yaml"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the config file is not UTF-8 text ({error}); save it as UTF-8") from error
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -15,6 +15,7 @@ from modules.evaluation.artifact import artifact_warning
 from modules.evaluation.report import EmbeddingMap, Report, SheetRow, write_report
 from modules.evaluation.report_recipes import ALL, RecipeSheet, Shot
 from modules.evaluation.stored import save_detector, save_predictions
+from modules.learning.encoder import choose_arch
 from modules.runtime import environment
 
 SHOTS = 3  # images of each kind a class on the contact sheet
@@ -25,7 +26,8 @@ def export(job, state, outcome) -> None:
     """export/: encoder.safetensors, classes.json, preprocess.json, ood.safetensors; and predictions.safetensors."""
     folder = job.workdir.path / "export"
     encoder = state.encoder if state.average is None else state.average.module
-    facts = {"arch": job.config.encoder.arch, "width": str(job.config.encoder.width)}
+    arch = choose_arch(job.config.encoder.arch, job.config.data.image_size).value
+    facts = {"arch": arch, "width": str(job.config.encoder.width)}
     weights = checkpoints.safetensors_bytes(encoder.backbone_state(), facts)
     checkpoints.write_atomic(folder / "encoder.safetensors", weights)
     job.workdir.write_json("export/classes.json", list(job.sets.index.classes))

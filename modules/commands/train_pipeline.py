@@ -37,7 +37,8 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     """Train, export and picture a pipeline; returns its folder.
 
     Raises:
-        DataError: no image set, images smaller than the pipeline's resolution, or other ones than it began with.
+        DataError: no image set, an image without any wording, images smaller than the pipeline's resolution, or other ones
+            than it began with.
         NonFinite: a loss was not finite; the newest checkpoint is from before it.
         Terminated: SIGTERM came; the stage under way was checkpointed first.
     """
@@ -66,9 +67,7 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
     with console.stage("data") as progress:
         index = read_raw(config.data.root)
-        items = [item for item in index.items if item.split in ("", "train")]
-        if not items:
-            raise DataError(f"{config.data.root}: holds no image to train on (split train, or no split column)")
+        items = chosen_items(index, config.data.root)
         images = load_images(index, items, config.shape.resolution, config.data, progress,
                              masks=False, min_size=config.shape.resolution)  # fmt: skip
     captions, nouns, objects = wordings(images.items)
@@ -88,8 +87,8 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
         text, unet = training.copy_text_and_unet(start)
         scaling = scaling if vae_curve else start.scaling_factor
     wording = training.Captions(captions, nouns, objects, tokenizer, config.training)
-    second = training.unet_stage(text, unet, config.training, wording.num_objects, config.run.seed)
-    alphas = training.alphas_cumprod(training.SCHEDULER)
+    second = training.unet_stage(text, unet, config.training, wording.num_objects, config.run.seed, device)
+    alphas = training.alphas_cumprod(training.SCHEDULER).to(device)
     unet_curve = trainer.train("unet", second, lambda: training.unet_step(second, moments, scaling, wording, alphas))
 
     facts = training_facts(config, arguments, index, captions, images, tokenizer, start)
@@ -119,7 +118,7 @@ def _vae(config: PipelineConfig, start: StableDiffusion | None, trainer: "_Train
         return start.vae, []
     steps = recipe.vae_steps if start is None else recipe.further_vae_steps
     vae = training.build_vae(config.shape, seed) if start is None else training.copy_vae(start)
-    stage = training.vae_stage(vae, steps, recipe, seed)
+    stage = training.vae_stage(vae, steps, recipe, seed, pixels_NHWC.device)
     curve = trainer.train("vae", stage, lambda: training.vae_step(stage, pixels_NHWC))
     return stage.averages["vae"].eval(), curve
 
@@ -150,6 +149,26 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
             "AutoencoderKL can be trained on; set training.further_vae_steps=0 to keep it"
         )
     return start
+
+
+def chosen_items(index: Index, root: str) -> list:
+    """The images to train on: split train or none, role id, pretrain or none; OOD images are for evaluation only.
+
+    Raises:
+        DataError: there is none, or one has neither caption nor noun nor label; `root`, the set as it was named, is told.
+    """
+    items = [item for item in index.items if item.split in ("", "train") and item.role in ("", "id", "pretrain")]
+    if not items:
+        raise DataError(
+            f"{root}: holds no image to train on (split train or no split, and role id, pretrain or no role)"
+        )
+    for item in items:
+        if not (item.caption or item.noun or item.label.strip()):
+            raise DataError(
+                f"{root}: {item.path} has neither a caption nor a label; fill its `caption` column, or `label` for "
+                f"{fill(OBJECT_TEMPLATES[0], '<label>')!r}"
+            )
+    return items
 
 
 def wordings(items) -> tuple[list[str], list[str], list[str]]:
@@ -275,23 +294,26 @@ class _Trainer:
 
 @torch.no_grad()
 def sheets(folder: Path, pixels_NHWC, captions: list[str], seed: int) -> dict[str, tuple[list, list[str]]]:
-    """Rows of images (uint8 HWC) with labels: reconstructions, and samples for captions; made by diffusers itself."""
+    """Rows of images (uint8 HWC, on the CPU) with labels: reconstructions, and samples for captions.
+
+    They are made by diffusers itself, where the pixels are.
+    """
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe.to(pixels_NHWC.device).set_progress_bar_config(disable=True)
     draw = torch.randperm(len(pixels_NHWC), generator=stream(seed, "sheets"))[: SHEET_ROWS * SHEET_COLUMNS]
-    chosen = pixels_NHWC[draw].cpu()
+    chosen = pixels_NHWC[draw]
     x = training.to_unit_range(chosen)
     decoded = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
-    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    reconstruction = [list(rows) for pair in zip(chosen.split(8), decoded.split(8), strict=True) for rows in pair]
+    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    reconstruction = [list(rows) for pair in zip(chosen.cpu().split(8), decoded.split(8), strict=True) for rows in pair]
     labels, samples = [], []
     for row in draw[:SHEET_ROWS].tolist():
         generator = stream(seed, "samples", row)
         made = pipe([captions[row]] * SHEET_COLUMNS, num_inference_steps=25, guidance_scale=3.0, generator=generator,
                     output_type="pt").images  # fmt: skip
-        samples.append(list((made * 255).round().to(torch.uint8).permute(0, 2, 3, 1)))
+        samples.append(list((made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()))
         labels.append(captions[row])
     names = ["source", "decoded"] * (len(reconstruction) // 2)
     return {"reconstructions": (reconstruction, names), "samples": (samples, labels)}

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modules.diffusion.prompts import KEYWORDS, fill, placeholder, refuse_untrained, trained_words, vector_names
-from modules.errors import ConfigError, DataError
+from modules.errors import ConfigError, DataError, StorageError
 from modules.state import safetensors_bytes, write_atomic
 
 FILE = "learned_embeds.safetensors"
@@ -81,26 +81,31 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
     return paths
 
 
-def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str) -> Tokens:
+def load_tokens(
+    directory: str | Path,
+    classes: tuple[str, ...],
+    base_model: str,
+    remedy: str = "learn the tokens of this run again",
+) -> Tokens:
     """The saved tokens of `classes`, as `save_tokens` wrote them.
 
     Raises: DataError for a class without a file, a file that is broken or of another class, width or number of
-    vectors, and a token learned on another base model (both digests are named).
+    vectors, and a token learned on another base model (both digests are named); each ends with `remedy`.
     """
     vectors, words, metadata = [], [], {}
     for label in classes:
         path = Path(directory) / safe_name(label) / FILE
         if not path.is_file():
-            raise DataError(f"no token of class {label!r}: {path} is missing; learn the tokens of this run again")
-        vectors_KE, metadata = _read(path, label)
+            raise DataError(f"no token of class {label!r}: {path} is missing; {remedy}")
+        vectors_KE, metadata = _read(path, label, remedy)
         if metadata["base_model"] != base_model:
             raise DataError(
                 f"{path}: the token of {label!r} was learned on base model {metadata['base_model'][:16]}, "
-                f"this pipeline is {base_model[:16]}; point pipeline.path to the former or learn the token again"
+                f"this pipeline is {base_model[:16]}; point pipeline.path to the former or {remedy}"
             )
         if vectors and vectors_KE.shape != vectors[0].shape:
             raise DataError(
-                f"{path}: shape {tuple(vectors_KE.shape)} where other classes have {tuple(vectors[0].shape)}"
+                f"{path}: shape {tuple(vectors_KE.shape)} where other classes have {tuple(vectors[0].shape)}; {remedy}"
             )
         vectors.append(vectors_KE)
         words.append(metadata["initializer"])
@@ -117,7 +122,7 @@ def load_tokens(directory: str | Path, classes: tuple[str, ...], base_model: str
     )
 
 
-def _read(path: Path, label: str) -> tuple[torch.Tensor, dict[str, str]]:
+def _read(path: Path, label: str, remedy: str) -> tuple[torch.Tensor, dict[str, str]]:
     """The vectors [K, E] and metadata of one file.
 
     Raises: DataError for anything `save_tokens` would not have written.
@@ -128,37 +133,49 @@ def _read(path: Path, label: str) -> tuple[torch.Tensor, dict[str, str]]:
             keys = list(file.keys())
             vectors_KE = file.get_tensor(keys[0]) if len(keys) == 1 else None
     except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable safetensors file ({error}); remove it and learn the token again"
-        ) from error
+        raise DataError(f"{path}: not a readable safetensors file ({error}); {remedy}") from error
     missing = {"base_model", "class", "initializer", "images_seen", "seed"} - metadata.keys()
     if missing:
-        raise DataError(f"{path}: metadata lacks {', '.join(sorted(missing))}; learn the token again")
+        raise DataError(f"{path}: metadata lacks {', '.join(sorted(missing))}; {remedy}")
     if keys != [placeholder(label)] or metadata["class"] != label:
-        raise DataError(f"{path}: holds {keys} of class {metadata['class']!r}, expected {[placeholder(label)]}")
+        raise DataError(
+            f"{path}: holds {keys} of class {metadata['class']!r}, expected {[placeholder(label)]}; {remedy}"
+        )
     if vectors_KE.ndim != 2 or vectors_KE.dtype != torch.float32 or not vectors_KE.isfinite().all():
         raise DataError(
-            f"{path}: {tuple(vectors_KE.shape)} {vectors_KE.dtype}, expected finite float32 vectors [number, width]"
+            f"{path}: {tuple(vectors_KE.shape)} {vectors_KE.dtype}, expected finite float32 vectors [number, width]; "
+            f"{remedy}"
         )
     return vectors_KE, metadata
 
 
 def cached_tokens(cache_dir: str | Path, key: str, classes: tuple[str, ...], base_model: str) -> Tokens | None:
-    """The tokens stored under a `token_cache_key`, or None; raises DataError for a broken entry."""
+    """The tokens stored under a `token_cache_key`, or None.
+
+    Raises: DataError for an entry that is broken or of other tokens; it names the folder to delete.
+    """
     entry = Path(cache_dir) / "tokens" / key
-    return load_tokens(entry, classes, base_model) if entry.is_dir() else None
+    if not entry.is_dir():
+        return None
+    return load_tokens(entry, classes, base_model, f"delete {entry} and start the same command again")
 
 
 def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
-    """Store tokens under their key; the entry appears whole, and of two processes that store it the first stays."""
+    """Store tokens under their key; the entry appears whole, and of two processes that store it the first stays.
+
+    Raises: StorageError if it can be neither written nor found.
+    """
     entry = Path(cache_dir) / "tokens" / key
     partial = entry.with_name(f"{key[:16]}.{uuid.uuid4().hex}.partial")
     try:
         save_tokens(tokens, partial)
         partial.rename(entry)
-    except OSError:
+    except (OSError, StorageError) as error:
         if not entry.is_dir():
-            raise
+            raise StorageError(
+                f"{entry}: the class tokens could not be stored ({error.__cause__ or error}); free some disk space or set "
+                "run.cache_dir to a folder that can be written"
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return entry

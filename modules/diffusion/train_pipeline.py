@@ -150,10 +150,14 @@ class seeded:
 
 
 class Stage:
-    """What both stages share: AdamW with warm-up and cosine, an averaged copy, a whole state that can be saved."""
+    """What both stages share: AdamW with warm-up and cosine, an averaged copy, a whole state that can be saved.
+
+    All of it is where the modules are, `device`; what a step draws on the CPU is moved there.
+    """
 
     def __init__(self, modules: dict, extra: list, steps: int, lr: float, recipe: PipelineTraining, seed: int):
         self.modules, self.steps, self.lr, self.recipe, self.seed = modules, steps, lr, recipe, seed
+        self.device = next(next(iter(modules.values())).parameters()).device
         self.averages = {name: copy.deepcopy(module).requires_grad_(False) for name, module in modules.items()}
         self.parameters = [p for module in modules.values() for p in module.parameters()] + extra
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
@@ -198,9 +202,11 @@ class Stage:
         self.step = state["step"]
 
 
-def vae_stage(vae: AutoencoderKL, steps: int, recipe: PipelineTraining, seed: int) -> Stage:
-    """The first stage: AutoencoderKL alone."""
-    return Stage({"vae": vae.to(memory_format=torch.channels_last)}, [], steps, recipe.vae_lr, recipe, seed)
+def vae_stage(
+    vae: AutoencoderKL, steps: int, recipe: PipelineTraining, seed: int, device: torch.device | str = "cpu"
+) -> Stage:
+    """The first stage, on `device`: AutoencoderKL alone."""
+    return Stage({"vae": vae.to(device, memory_format=torch.channels_last)}, [], steps, recipe.vae_lr, recipe, seed)
 
 
 def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:
@@ -288,12 +294,19 @@ class Captions:
         return self.cache[text]
 
 
-def unet_stage(text: CLIPTextModel, unet, recipe: PipelineTraining, num_objects: int, seed: int) -> Stage:
-    """The second stage: text encoder and UNet together, with one extra row of the embedding table an object."""
+def unet_stage(
+    text: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    recipe: PipelineTraining,
+    num_objects: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Stage:
+    """The second stage, on `device`: text encoder and UNet, with one extra row of the embedding table an object."""
     width = text.config.hidden_size
     table = torch.randn(num_objects, width, generator=stream(seed, "object rows")) * 0.02
-    modules = {"text_encoder": text, "unet": unet.to(memory_format=torch.channels_last)}
-    return Stage(modules, [torch.nn.Parameter(table)], recipe.unet_steps, recipe.unet_lr, recipe, seed)
+    modules = {"text_encoder": text.to(device), "unet": unet.to(device, memory_format=torch.channels_last)}
+    return Stage(modules, [torch.nn.Parameter(table.to(device))], recipe.unet_steps, recipe.unet_lr, recipe, seed)
 
 
 def unet_step(
@@ -303,20 +316,21 @@ def unet_step(
 
     Source: min-SNR weighting, 2303.09556 eq. 9: w(t) = min(SNR, gamma) / SNR for a predicted noise.
     """
-    recipe = stage.recipe
+    recipe, device = stage.recipe, stage.device
     text, unet = stage.modules["text_encoder"], stage.modules["unet"]
     draw = stream(stage.seed, "unet step", stage.step)
     rows = torch.randint(len(moments_M8hw), (recipe.unet_batch,), generator=draw)
     ids, own = captions.ids([row % len(captions.phrases) for row in rows.tolist()], draw)
     mean, logvar = moments_M8hw[rows].float().chunk(2, 1)
-    z = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=draw)) * scaling
-    eps = torch.randn(z.shape, generator=draw)
-    t = torch.randint(len(alphas), (len(z),), generator=draw)
-    abar = alphas[t][:, None, None, None]
+    z = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=draw).to(device)) * scaling
+    eps = torch.randn(z.shape, generator=draw).to(device)
+    t = torch.randint(len(alphas), (len(z),), generator=draw).to(device)
+    alpha = alphas.to(device)[t]
+    abar = alpha[:, None, None, None]
     noisy = (abar.sqrt() * z + (1 - abar).sqrt() * eps).contiguous(memory_format=torch.channels_last)
-    context = text_with_rows(text, ids, captions.mark, own, stage.extra[0])
+    context = text_with_rows(text, ids.to(device), captions.mark, own.to(device), stage.extra[0])
     predicted = unet(noisy, t, context).sample
-    snr = alphas[t] / (1 - alphas[t])
+    snr = alpha / (1 - alpha)
     weights = snr.clamp(max=recipe.min_snr_gamma) / snr
     loss = (weights * (predicted - eps).square().mean((1, 2, 3))).mean()
     stage.update(loss)
@@ -351,13 +365,15 @@ def alphas_cumprod(scheduler: dict) -> torch.Tensor:
 def export(folder: Path, vae, text, unet, tokenizer: CLIPTokenizer, scaling: float, facts: dict) -> dict[str, str]:
     """Write a diffusers folder in fp16 safetensors with `training.json` (what it was made from) beside the parts.
 
+    The parts may be on any device.
+
     Returns:
         sha256 of each weight file, by its path in the folder.
     """
     folder = Path(folder)
     vae.register_to_config(scaling_factor=scaling)
     for name, part in (("vae", vae), ("text_encoder", text), ("unet", unet)):
-        copy.deepcopy(part).to(torch.float16, memory_format=torch.contiguous_format).save_pretrained(
+        copy.deepcopy(part).to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(
             folder / name, safe_serialization=True
         )
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -50,6 +50,11 @@ INITIALIZE = {  # these seed torch's generator from a named stream to initialize
     "modules.learning.encoder",
     "modules.diffusion.train_pipeline",
 }
+IN_THE_LOOP = {  # what generates and mixes in every step: tensors on the device, no way through the host's libraries
+    *(f"modules.diffusion.{name}" for name in ("slots", "tick", "gate", "generator")),
+    *(f"modules.data.{name}" for name in ("reservoir", "mixer")),
+}
+HOST_IMAGES = {"PIL", "numpy"}
 UNPICKLE = {"torch.load", "torch.save", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 LONGEST_FILE = 400
@@ -123,6 +128,11 @@ def floor_of(module: str) -> int | None:
         if (prefix := ".".join(parts[:end])) in FLOORS:
             return FLOORS[prefix]
     return None
+
+
+def imports_of(source: Source, packages: set[str]) -> list[tuple[int, str]]:
+    """(line, name) of every import from one of these packages."""
+    return [(line, name) for line, name in source.imports if name.split(".")[0] in packages]
 
 
 def report(violations: list[str]) -> None:
@@ -200,6 +210,12 @@ def test_nothing_draws_from_a_global_generator():
             if (s.dotted(node.func) in DRAWS or in_place) and not any(k.arg == "generator" for k in node.keywords):
                 found.append(s.at(node, f"{ast.unparse(node.func)} without a generator"))
     report(found)
+
+
+def test_the_loop_takes_no_image_through_the_host():
+    loop = [s for s in sources() if s.name in IN_THE_LOOP]
+    assert {s.name for s in loop} == IN_THE_LOOP, "a module of the loop has moved; name it in IN_THE_LOOP"
+    report([f"{s.path}:{line} imports {name}" for s in loop for line, name in imports_of(s, HOST_IMAGES)])
 
 
 def test_nothing_is_unpickled():
@@ -295,15 +311,17 @@ def test_the_checks_see_what_they_are_for(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text(
         "import time\nfrom time import perf_counter as now\nfrom .. import console\nimport torch as t\n"
-        "from modules.diffusion.slots import Slots\nnow()\nt.cuda.is_available()\nt.randn(3)\nt.load('x')\n"
+        "from modules.diffusion.slots import Slots\nimport numpy.linalg\nfrom PIL import Image\nnow()\nt.cuda.is_available()\nt.randn(3)\nt.load('x')\n"
     )
     planted = Source(path)
     assert planted.name == "modules.data.planted"
     assert [name for _, name in planted.imports] == [
-        "time", "time.perf_counter", "modules.console", "torch", "modules.diffusion.slots.Slots"
+        "time", "time.perf_counter", "modules.console", "torch", "modules.diffusion.slots.Slots",
+        "numpy.linalg", "PIL.Image",
     ]  # fmt: skip
-    assert planted.uses(CLOCKS) == ["modules/data/planted.py:6 time.perf_counter"]
-    assert planted.uses(HARDWARE) == ["modules/data/planted.py:7 torch.cuda.is_available"]
-    assert planted.uses(UNPICKLE) == ["modules/data/planted.py:9 torch.load"]
-    assert planted.uses(DRAWS) == ["modules/data/planted.py:8 torch.randn"]
+    assert planted.uses(CLOCKS) == ["modules/data/planted.py:8 time.perf_counter"]
+    assert planted.uses(HARDWARE) == ["modules/data/planted.py:9 torch.cuda.is_available"]
+    assert planted.uses(UNPICKLE) == ["modules/data/planted.py:11 torch.load"]
+    assert planted.uses(DRAWS) == ["modules/data/planted.py:10 torch.randn"]
+    assert imports_of(planted, HOST_IMAGES) == [(6, "numpy.linalg"), (7, "PIL.Image")]
     assert floor_of("modules.diffusion.slots.Slots") == 4 > floor_of(planted.name) == 3

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 import trainer
 from modules.diffusion.tokens import FILE
+from modules.learning.backbones import build_backbone
 from modules.state import safetensors_bytes
 from tests.base.tinyset import contents, finished_run, shared_folder, write_config
 from tests.data.trees import class_folders, csv_set, declared_rows, pack, picture, put
@@ -172,6 +174,16 @@ def test_a_token_of_another_base_model(tmp_path, capsys):
         put(tmp_path / "cache" / source.relative_to(cache), safetensors_bytes(tensors, metadata))
     own = [f"run.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path}"]
     refused(capsys, run.config_path, own, 3, FILE, "learned on")
+
+
+def test_an_export_names_the_architecture_that_it_holds(tmp_path, capsys):
+    run = finished_run("supcon")
+    assert run.config.encoder.arch == "auto"
+    with safe_open(run.path / "export/encoder.safetensors", "pt") as file:
+        facts, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    build_backbone(facts["arch"], int(facts["width"]), None).load_state_dict(weights)
+    path = shutil.copytree(run.path, tmp_path / "supcon")
+    assert trainer.main(["evaluate", str(path)]) == 0, capsys.readouterr().err
 
 
 def test_a_run_directory_in_use_names_its_process(tmp_path, capsys):

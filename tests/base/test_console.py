@@ -1,6 +1,7 @@
 """What is printed: plain lines off a terminal, a live display on one, the same facts in both."""
 
 import io
+import re
 
 import pytest
 
@@ -108,6 +109,19 @@ def test_on_a_terminal_progress_and_phases_are_redrawn(live):
     with live.stage("probe") as progress:
         progress(1, 1)
     assert "loss" not in text(live)[len(shown) :], "the table belongs to its stage"
+
+
+def test_the_live_table_says_how_many_images_a_second_are_generated(live):
+    """3.5 a second of step time, of which generation is a tenth: 35 a second of its own time."""
+    with live.stage("contrastive"):
+        live.step_row(ROW, 40)
+    cells = [re.sub(r"\x1b\[[\d;]*m", "", line).split() for line in text(live).splitlines()]
+    assert ["phase", "ms", "share", "generated", "images/s"] in cells
+    assert ["generate", "20.0", "10", "%", "35.0"] in cells and ["step", "200.0", "100", "%", "3.5"] in cells
+    assert ["encode", "20.0", "10", "%"] in cells
+    with live.stage("contrastive"):
+        live.step_row({name: value for name, value in ROW.items() if name not in ("images_per_s", "generate_ms")}, 40)
+    assert "images/s" not in text(live).rpartition("reference 2.500")[2], "no empty column where nothing is generated"
 
 
 def test_the_closing_table_and_its_footer(plain):

@@ -1,5 +1,6 @@
 """Settings: defaults < file < command line, with origins, suggestions and one clear message for every mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,26 @@ def test_a_pipeline_to_be_made_has_rules_too(override, message):
         load_config(CONFIGS / "train_pipeline.yaml", [override], schema=PipelineConfig)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["generation.max_uses=10", "generation.images_per_step=1.5"],
+        ["generation.max_uses=10"],
+        ["generation.max_uses=7", "generation.images_per_step=0.3", "generation.synthetic_fraction=0.61"],
+        ["generation.max_uses=3", "generation.images_per_step=0.007", "learning.rows_per_class=1"],
+        ["generation.max_uses=30", "generation.images_per_step=0", "generation.synthetic_fraction=0.01"],
+    ],
+)
+def test_a_fraction_that_cannot_be_fed_can_be_fed_as_advised(overrides):
+    with pytest.raises(ConfigError, match="raise images_per_step to") as error:
+        load_config(CONFIGS / "demo.yaml", overrides)
+    advised = re.findall(r"(images_per_step|max_uses) to ([\d.e-]+)", str(error.value))
+    assert len(advised) == (1 if "generation.images_per_step=0" in overrides else 2)
+    for name, value in advised:
+        config, _ = load_config(CONFIGS / "demo.yaml", [*overrides, f"generation.{name}={value}"])
+        assert getattr(config.generation, name) == float(value)
+
+
 def test_a_grid_that_no_recipe_uses_does_no_harm(file):
     assert load_config(file, ["near_ood.jigsaw_grid=5"])[0].near_ood.jigsaw_grid == 5
     for recipe in ("jigsaw", "jigsaw_roundtrip"):
@@ -117,6 +138,18 @@ def test_file_mistakes(tmp_path):
     bad.write_text("run: 3\n")
     with pytest.raises(ConfigError, match="must hold key: value"):
         load_config(bad)
+    bad.write_bytes("run: {name: Gehäuse}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=f"{bad}: the config file is not UTF-8 text.*save it as UTF-8"):
+        load_config(bad)
+
+
+@pytest.mark.parametrize("word", ["no", "1", "~", "2024-01-01"])
+def test_a_condition_that_yaml_takes_for_no_word_must_be_quoted(file, word):
+    with pytest.raises(ConfigError, match=r"`generation.conditions` holds .* quote the word, as in \{'no': 1.0\}"):
+        load_config(file, [f"generation.conditions={{{word}: 1, rusty: 2}}"])
+    config, origins = load_config(file, [f"generation.conditions={{'{word}': 1, rusty: 2}}"])
+    assert config.generation.conditions == {word: 1.0, "rusty": 2.0}
+    assert yaml.safe_load(to_yaml(config, origins))["generation"]["conditions"] == config.generation.conditions
 
 
 def test_yaml_cannot_run_code(tmp_path):

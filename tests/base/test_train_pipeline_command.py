@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import trainer
 from modules import state
-from modules.commands.train_pipeline import command
+from modules.commands.train_pipeline import chosen_items, command, wordings
 from modules.console import Console
+from modules.data.index import read_raw
 from modules.diffusion import train_pipeline as training
 from modules.errors import ConfigError, DataError, NonFinite, StorageError
 from modules.termination import termination
@@ -23,7 +24,7 @@ SETTINGS = [
     "shape.resolution=16", "shape.vae_channels=[16, 16]", "shape.unet_channels=[16, 16]", "shape.text_width=16",
     "shape.text_layers=1", "shape.text_heads=2", "shape.vocabulary=900", "training.vae_steps=4", "training.vae_batch=4",
     "training.unet_steps=4", "training.unet_batch=4", "training.warmup_steps=2", "run.log_every=2",
-    "run.checkpoint_every=2",
+    "run.checkpoint_every=2", "run.device=cpu",
 ]  # fmt: skip
 
 
@@ -113,6 +114,21 @@ def test_a_stopped_training_goes_on_as_if_it_never_had(
     assert (whole / "results.json").read_text() == (again / "results.json").read_text()
 
 
+@pytest.mark.gpu
+def test_a_pipeline_is_made_resumed_and_trained_on_on_a_gpu(root, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 3, press_ctrl_c)
+        train(root, tmp_path, "run.device=cuda")
+    made = train(root, tmp_path, "run.device=cuda")
+    figures = [json.loads((folder / "results.json").read_text()) for folder in (whole, made)]
+    for name in ("train.unet_loss", "train.vae_psnr_db"):  # the draws are those of the CPU
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=0.02)
+    settings = [f"training.start={made / 'pipeline'}", "training.further_vae_steps=2", "run.name=further"]
+    train(root, tmp_path, "run.device=cuda", *settings)
+    for name in ("curves", "reconstructions", "samples"):
+        assert Image.open(tmp_path / "further" / f"{name}.png").size[0] > 100
+
+
 def test_it_does_not_go_on_with_other_images(root, tmp_path, monkeypatch):
     shutil.copytree(root, tmp_path / "things")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -178,3 +194,24 @@ def test_a_start_of_another_resolution_or_without_a_part_is_refused(root, whole,
 def test_images_smaller_than_the_pipeline_are_refused(root, tmp_path):
     with pytest.raises(DataError, match="16"):
         train(root, tmp_path, "shape.resolution=32")
+
+
+def test_images_of_ood_roles_are_never_trained_on(root, tmp_path):
+    roles = {"0.png": "id", "1.png": "near_ood", "2.png": "far_ood"}
+    rows = [f"{label}/{name},{label},{role}" for label in ("Bolt", "Ring") for name, role in roles.items()]
+    index = shutil.copytree(root, tmp_path / "things") / "index.csv"
+    index.write_text("\n".join(["path,label,role", *rows]).replace("Ring,id", "Ring,pretrain"))
+    assert [item.path for item in chosen_items(read_raw(str(index)), "it")] == ["Bolt/0.png", "Ring/0.png"]
+    index.write_text("\n".join(["path,label,role", *rows[1:3]]))
+    with pytest.raises(DataError, match="things: holds no image to train on.*role id, pretrain or no role"):
+        train(index.parent, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["path\nBolt/1.png\n", "path,caption,label\nRing/0.png,a ring,\nBolt/1.png, , \n"])
+def test_an_image_without_any_wording_is_refused(root, tmp_path, text):
+    index = shutil.copytree(root, tmp_path / "things") / "index.csv"
+    index.write_text(text)
+    with pytest.raises(DataError, match=r"things: Bolt/1\.png has neither.*fill its `caption` column"):
+        train(index.parent, tmp_path)
+    index.write_text("path,noun\nBolt/1.png,bolt\nRing/0.png,ring\n")
+    assert wordings(chosen_items(read_raw(str(index)), "it"))[0] == ["a photo of a bolt", "a photo of a ring"]

@@ -9,8 +9,10 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from safetensors.torch import load_file, save_file
 
+from benchmarks import inputs
 from modules import config
 from modules.diffusion import pipeline as pipelines
+from modules.diffusion.checkpoints import EMBEDDED
 from modules.diffusion.prompts import placeholder, vector_names
 from modules.diffusion.tokens import Tokens, add_tokens
 from modules.errors import ConfigError, DataError
@@ -42,6 +44,14 @@ def test_sizes_come_from_the_files(tiny):
     assert (tiny.resolution, tiny.vae_factor, tiny.latent_size, tiny.num_tokens, tiny.text_width) == (32, 4, 8, 77, 32)
     assert tiny.prediction_type == "epsilon" and len(tiny.digest) == 64
     assert not any(p.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for p in part.parameters())
+
+
+def test_the_shipped_pipeline_is_small_enough_for_a_cpu():
+    """Operations are 2 x multiply-adds of one row: a UNet call and a decode of 64 px."""
+    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    assert len(files) > 5 and sum(path.stat().st_size for path in files) <= 16 * 2**20
+    work = inputs.count_work(load("embedded"))
+    assert 0 < work.unet <= 0.4e9 and 0 < work.decode <= 1e9
 
 
 def test_digest_names_the_weights(tiny):

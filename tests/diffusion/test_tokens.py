@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from modules.diffusion.tokens import (
     store_tokens,
     vocabulary_norms,
 )
-from modules.errors import ConfigError, DataError
+from modules.errors import ConfigError, DataError, StorageError
 from modules.runtime import stream
 from tests.tiny import pipeline_folder
 
@@ -229,3 +230,41 @@ def test_the_cache_returns_what_was_stored_and_keeps_the_first(pipeline, tmp_pat
     found = cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest)
     assert torch.equal(found.vectors_CKE, tokens.vectors_CKE)
     assert [p.name for p in (tmp_path / "tokens").iterdir()] == ["k" * 64], "a partial entry was left behind"
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "foreign"])
+def test_a_cache_entry_that_cannot_be_used_says_what_to_delete(pipeline, tmp_path, damage):
+    """To learn the tokens again is no way out: the same command finds the same entry."""
+    entry = store_tokens(
+        tmp_path, "k" * 64, make_tokens(pipeline, base_model="f" * 64 if damage == "foreign" else None)
+    )
+    if damage != "foreign":
+        path = next(entry.rglob(FILE))
+        path.write_bytes(path.read_bytes()[:-8])
+    if damage == "missing":
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"delete {entry} and start the same command again$") as error:
+            cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest)
+        assert "learn the" not in str(error.value)
+    shutil.rmtree(entry)
+    assert cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest) is None, "so the tokens are learned again"
+    store_tokens(tmp_path, "k" * 64, make_tokens(pipeline))
+    assert cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest).digest == make_tokens(pipeline).digest
+
+
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_tokens_that_cannot_be_stored_name_the_folder_and_the_setting(pipeline, tmp_path, monkeypatch, step):
+    def full(path, target):
+        raise OSError(28, "No space left on device")
+
+    if step == "write":
+        (tmp_path / "tokens").write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr("pathlib.Path.rename", full)
+    with pytest.raises(
+        StorageError, match=f"{tmp_path / 'tokens'}.*free some disk space or set run.cache_dir"
+    ) as error:
+        store_tokens(tmp_path, "k" * 64, make_tokens(pipeline))
+    assert "run.dir" not in str(error.value)
+    assert not list(tmp_path.rglob("*.partial"))

@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from modules.config import Pipeline, PipelineShape, PipelineTraining
 from modules.diffusion import train_pipeline as training
@@ -135,6 +137,47 @@ def test_unet_stage_resumes_bit_for_bit_and_trains_object_rows(pixels, tokenizer
     assert run(second, step, 4) == losses[2:]
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
     assert not torch.equal(before, whole.extra[0])
+
+
+class FakeGpu(FakeTensorMode):
+    """A GPU that computes nothing but places: an operation refuses tensors of two devices, as on a real one.
+
+    Tensors on the CPU stay real, so that draws have values.
+    """
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs or {}))
+        if any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type != "cpu") for x in leaves):
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", ["vae", "unet"])
+def test_a_step_is_wholly_on_the_device_of_its_stage(tokenizer, monkeypatch, name):
+    """Forward passes on a GPU that is not there: whatever is left on the CPU meets what is not, which is an error."""
+    losses = []
+    monkeypatch.setattr(training.Stage, "update", lambda stage, loss: losses.append(loss))
+    words, alphas = captions(tokenizer), training.alphas_cumprod(training.SCHEDULER)
+    with FakeGpu():
+        if name == "vae":
+            stage = training.vae_stage(training.build_vae(SHAPE, 0), 4, TRAINING, 0, "cuda")
+            pixels = torch.zeros(6, 16, 16, 3, dtype=torch.uint8, device="cuda")
+            step = vae_step(pixels)
+        else:
+            parts = training.build_text_and_unet(SHAPE, tokenizer, 0)
+            stage = training.unet_stage(*parts, TRAINING, words.num_objects, 0, "cuda")
+            moments = torch.zeros(12, 8, 8, 8, dtype=torch.float16, device="cuda")
+            step = lambda stage: training.unet_step(stage, moments, 1.0, words, alphas)  # noqa: E731
+        with pytest.raises(
+            RuntimeError, match="_local_scalar_dense"
+        ):  # the figure that a step returns has no value here
+            step(stage)
+    assert losses[0].device.type == stage.device.type == "cuda"
+    assert {weight.device.type for weight in weights(stage)} == {"cuda"}
 
 
 def test_alphas_are_those_of_diffusers():
