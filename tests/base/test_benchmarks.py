@@ -6,31 +6,17 @@ Figures are not judged here; a tiny pipeline of random weights proves the paths.
 import csv
 import json
 import sys
-import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import (
-    correctness,
-    generator,
-    grocery_pack,
-    harness,
-    inputs,
-    peers,
-    quality,
-    step,
-    stepper,
-    suite,
-    sweep,
-)
+from benchmarks import correctness, generator, harness, inputs, peers, quality, step, stepper, suite
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from benchmarks.session import session
 from benchmarks.stepper import Stepper
-from modules.runtime import environment
 from tests.base.tinyset import write_config
 from tests.tiny import pipeline_folder
 
@@ -405,53 +391,3 @@ def test_results_go_below_out_where_it_is_set(monkeypatch, tmp_path):
     assert inputs.results_file("step", "cpu") == harness.RESULTS / "step_cpu.csv"
     monkeypatch.setenv("OUT", str(tmp_path))
     assert inputs.results_file("step", "cuda") == tmp_path / "step_gpu.csv"
-
-
-def test_sweeps_run_under_the_rules_and_read_val_alone():
-    for arms, variants in sweep.SWEEPS.values():
-        for settings in variants.values():
-            assert len(sweep.plan("configs/parts.yaml", arms, [0], settings)) == len(arms)
-    assert not [metric for metric in sweep.METRICS if metric.startswith("test.")]
-
-
-def test_a_sweep_writes_a_row_a_val_metric_and_repeats_no_finished_trial(tmp_path, monkeypatch, capsys):
-    config, made = write_config(tmp_path), []
-
-    def trial(planned, log):
-        made.append(planned)
-        planned.path.mkdir(parents=True)
-        results = {"val.accuracy": 0.25, "test.accuracy": 0.5, "cost.seconds": 3.0, "learning.steps": 8}
-        (planned.path / "results.json").write_text(json.dumps(results))
-        (planned.path / "environment.json").write_text(json.dumps(environment()))
-        return 0
-
-    monkeypatch.setattr(sweep, "run_trial", trial)
-    monkeypatch.setattr(sweep, "SWEEPS", {"steps": (("supcon",), {"8 steps": ["learning.steps=8"]})})
-    asked = [str(config), "--seeds", "0,1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    for _ in range(2):
-        assert sweep.main(asked)["failed"] == []
-    rows = rows_of(tmp_path / "sweep.csv")
-    assert len(made) == 2 and len(rows) == 4 and {row["metric"] for row in rows} == {"val.accuracy"}
-    assert "25.0 %" in capsys.readouterr().out
-
-
-def test_a_pack_of_photographs_and_renders_holds_no_class_of_the_experiment(tmp_path):
-    columns = {"photographs": "path,label,role", "renders": "path,caption,noun,model"}
-    lines = {
-        "photographs": ["a.jpg,Red-Kiwi,pretrain", "b.jpg,Apple,id"],
-        "renders": ["r.jpg,a photo of a rusty buzzer,buzzer,m1", "s.jpg,a cone,cone,m2"],
-    }
-    for name, header in columns.items():
-        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as pack:
-            pack.writestr("index.csv", "\n".join([header, *lines[name]]) + "\n")
-            for line in lines[name]:
-                pack.writestr(line.split(",")[0], line)
-    flags = [word for name in columns for word in (f"--{name}", str(tmp_path / f"{name}.zip"))]
-    path = grocery_pack.main([*flags, "--renders-taken", "1", "--out", str(tmp_path / "pack.zip")])
-    with zipfile.ZipFile(path) as pack:
-        rows = list(csv.DictReader(pack.read("index.csv").decode().splitlines()))
-        assert [row["path"] for row in rows][0] == "photographs/a.jpg" and len(rows) == 2
-        assert (
-            rows[0]["caption"] == "a photo of a red kiwi"
-            and pack.read("photographs/a.jpg") == b"a.jpg,Red-Kiwi,pretrain"
-        )
