@@ -173,7 +173,8 @@ class Bench:
     def strength_curve(self, out: Path) -> dict[float, dict[str, float]]:
         """By strength: agreement, its share of the real one, distance to source as a share of the class's spread."""
         curve, columns = {}, []
-        for strength in STRENGTHS:
+        strengths = sorted({*STRENGTHS, *map(float, self.generation.strengths)})  # those of the config among them
+        for strength in strengths:
             images = self.generate(strength, lambda index: int(self.labels[index]))
             judged = self.judged(images)
             hits_N = self.hits(judged)
@@ -189,7 +190,7 @@ class Bench:
             print(strength, {name: round(value, 3) for name, value in curve[strength].items()}, flush=True)
         chosen = [(self.labels == c).nonzero()[0].item() for c in range(len(self.classes))]
         rows = [[self.val[i], *(images[i] for images in columns)] for i in chosen]
-        labels = [f"{self.classes[int(self.labels[i])]}: source, then strength {STRENGTHS}" for i in chosen]
+        labels = [f"{self.classes[int(self.labels[i])]}: source, then strength {', '.join(map(str, strengths))}" for i in chosen]
         (out / "embedded_strengths.png").write_bytes(sheet_png(rows, labels, scale=1))
         return curve
 
