@@ -190,7 +190,10 @@ class Bench:
             print(strength, {name: round(value, 3) for name, value in curve[strength].items()}, flush=True)
         chosen = [(self.labels == c).nonzero()[0].item() for c in range(len(self.classes))]
         rows = [[self.val[i], *(images[i] for images in columns)] for i in chosen]
-        labels = [f"{self.classes[int(self.labels[i])]}: source, then strength {', '.join(map(str, strengths))}" for i in chosen]
+        labels = [
+            f"{self.classes[int(self.labels[i])]}: source, then strength {', '.join(map(str, strengths))}"
+            for i in chosen
+        ]
         (out / "embedded_strengths.png").write_bytes(sheet_png(rows, labels, scale=1))
         return curve
 

@@ -21,6 +21,7 @@ from modules.config import Pipeline, PipelineConfig
 from modules.data.images import load_images
 from modules.data.index import Index, read_raw
 from modules.diffusion import train_pipeline as training
+from modules.diffusion.export_pipeline import export
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.errors import ConfigError, DataError, NonFinite, StorageError, Terminated
@@ -49,7 +50,7 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
         if workdir.results() is not None:
             console.line(f"{folder}: finished; delete {workdir.path} to train it again")
             return folder
-        results = _make(config, folder, f"{path} {' '.join(overrides)}".strip(), workdir, console)
+        results = _make(config, folder, " ".join([path, *_shown(overrides)]), workdir, console)
         workdir.write_json("results.json", results)
         shutil.rmtree(workdir.checkpoints, ignore_errors=True)
     finally:
@@ -59,6 +60,11 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
         shown.append(("VAE PSNR on training images, last interval", f"{results['train.vae_psnr_db']:.2f} dB"))
     console.result("pipeline", shown)
     return folder
+
+
+def _shown(overrides: list[str]) -> list[str]:
+    """What the record of a pipeline shows of its command: not where on a machine it ran."""
+    return [override for override in overrides if not override.startswith(("run.dir=", "run.name=", "training.out="))]
 
 
 def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir, console) -> dict:
@@ -94,7 +100,7 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     facts = training_facts(config, arguments, index, captions, images, tokenizer, start)
     parts = (vae, second.averages["text_encoder"].eval(), second.averages["unet"].eval())
     try:
-        digests = training.export(folder, *parts, tokenizer, scaling, facts)
+        digests = export(folder, *parts, tokenizer, scaling, facts)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{folder}: the pipeline could not be written ({error}); free some disk space or mend the folder, then start "

@@ -12,10 +12,8 @@ Shapes: B rows, T tokens, N images, h w the latent grid.
 """
 
 import copy
-import hashlib
 import json
 import math
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -360,41 +358,3 @@ def alphas_cumprod(scheduler: dict) -> torch.Tensor:
         dtype=torch.float32,
     )
     return torch.cumprod(1 - betas**2, 0)
-
-
-def export(folder: Path, vae, text, unet, tokenizer: CLIPTokenizer, scaling: float, facts: dict) -> dict[str, str]:
-    """Write a diffusers folder in fp16 safetensors with `training.json` (what it was made from) beside the parts.
-
-    The parts may be on any device.
-
-    Returns:
-        sha256 of each weight file, by its path in the folder.
-    """
-    folder = Path(folder)
-    vae.register_to_config(scaling_factor=scaling)
-    for name, part in (("vae", vae), ("text_encoder", text), ("unet", unet)):
-        copy.deepcopy(part).to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(
-            folder / name, safe_serialization=True
-        )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    digests = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
-    (folder / "training.json").write_text(json.dumps({**facts, "sha256": digests}, indent=1) + "\n")
-    return digests

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import trainer
 from modules import state
+from modules.commands import train_pipeline
 from modules.commands.train_pipeline import chosen_items, command, wordings
 from modules.console import Console
 from modules.data.index import read_raw
@@ -150,7 +151,7 @@ def test_a_disk_too_full_for_the_pipeline_costs_no_training(root, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left.*training is done and kept"):
-        patch.setattr(training, "export", full)
+        patch.setattr(train_pipeline, "export", full)
         train(root, tmp_path)
     assert state.load_newest(tmp_path / "tiny" / "checkpoints" / "unet")[0] == 4
     assert not (tmp_path / "tiny" / "results.json").exists()
@@ -166,6 +167,8 @@ def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, whole, t
     assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]
     before, after = (json.loads((folder / "training.json").read_text()) for folder in (first, further))
     assert after["started_from"]["sha256"] == before["sha256"]
+    texts = [path.read_text() for path in (*further.glob("*.json"), *further.glob("*/*.json"))]
+    assert not [text for text in texts if str(first) in text.replace(f"training.start={first}", "")], "no place of it"
     assert set(before["trained_words"]) <= set(after["trained_words"])
 
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from modules.config import Pipeline, PipelineShape, PipelineTraining
 from modules.diffusion import train_pipeline as training
+from modules.diffusion.export_pipeline import export
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill
 
@@ -189,7 +190,7 @@ def test_the_export_loads_in_diffusers_and_here_and_says_what_it_was_made_from(t
     text, unet = training.build_text_and_unet(SHAPE, tokenizer, 0)
     vae = training.build_vae(SHAPE, 0).to(memory_format=torch.channels_last)
     state = torch.random.get_rng_state()
-    digests = training.export(tmp_path, vae, text, unet, tokenizer, 1.7, {"trained_words": ["bolt"]})
+    digests = export(tmp_path, vae, text, unet, tokenizer, 1.7, {"trained_words": ["bolt"]})
     assert torch.equal(state, torch.random.get_rng_state())
     facts = json.loads((tmp_path / "training.json").read_text())
     assert facts["trained_words"] == ["bolt"]
