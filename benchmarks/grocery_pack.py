@@ -5,7 +5,7 @@ an object of its own by class, and captioned renders of other things: a pipeline
 no class of the experiment. Then
 
     python trainer.py train-pipeline configs/train_pipeline.yaml data.root=grocery_pretrain.zip run.name=grocery_pipeline \\
-        training.start=embedded training.further_vae_steps=1500 training.unet_steps=2500
+        training.start=embedded training.further_vae_steps=1200 training.unet_steps=2000
 
 makes the pipeline in runs/grocery_pipeline. Members are copied byte for byte; which renders are taken is drawn from a seed.
 """
