@@ -99,3 +99,7 @@ def test_state_goes_through_a_checkpoint(tmp_path):
         controller.update(20)
     assert second.offsets == first.offsets == {("positive", 1): 0.1, ("strength", 0): 0.1}
     assert second.statistics() == first.statistics()
+
+
+def test_the_loop_is_open_unless_it_is_asked_for():
+    assert config.Config().controller.enabled is False
