@@ -117,8 +117,8 @@ def _crop(source_b3HW, geometry_b6, size) -> torch.Tensor:
 def _blend(x_b3HW, blend_b3) -> None:
     factor_b111, mean_b111, grey_b111 = blend_b3[:, :, None, None, None].unbind(1)
     grey_b1HW = _grey(x_b3HW)
-    target_b1HW = torch.addcmul(grey_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111, grey_b1HW, grey_b111)
-    torch.addcmul(target_b1HW, x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 1)
+    mean_b111 = grey_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111
+    torch.addcmul(grey_b1HW.mul_(grey_b111).add_(mean_b111), x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 1)
 
 
 def _grey(x_b3HW) -> torch.Tensor:
