@@ -1,7 +1,8 @@
 """The demo beside runs on real images only: `python -m benchmarks.demo [--runs runs/demo_rows]`.
 
-Three runs of configs/demo.yaml with as many optimizer steps each: as it stands, without generated rows, and without them
-but filled up with further real rows to the same batch. Finished ones are read, not repeated. One seed each, so no claim:
+Four runs of configs/demo.yaml with as many optimizer steps each: as it stands, without generated rows, the same at the
+learning rate of the larger batch (rates follow the batch, so the second run's is .6 of the first's), and without generated
+rows but filled up with further real ones to the same batch. Finished ones are read, not repeated. One seed each, so no claim:
 the comparison of arms is `trainer.py compare`. Rows are appended to benchmarks/results/demo.csv.
 """
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # name in the rows -> what differs from configs/demo.yaml
     "demo": [],
     "real only, same real rows": ["generation.synthetic_fraction=0"],
+    "real only, same real rows, rate of 80": ["generation.synthetic_fraction=0", "learning.lr=5.333e-3"],
     "real only, further real rows": ["generation.synthetic_fraction=0", "learning.extra_real_rows=32"],
 }
 METRICS = ("test.accuracy", "test.knn_accuracy", "val.accuracy", "test.near_ood.knn.auroc", "test.near_ood.msp.auroc")
