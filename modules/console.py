@@ -20,6 +20,7 @@ from modules.phases import STEP_PHASES
 LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
 ACCURACY = "val.knn_accuracy"
 FILE_WIDTH = 160  # columns of a table off a terminal
+OF_VIEWS = ("augment", "encode", "loss", "backward")  # phases that every view of a batch goes through
 
 
 class Console:
@@ -152,20 +153,18 @@ def _numeric(cells: list[str]) -> bool:
 
 
 def _phase_table(row: dict) -> Table:
-    """Milliseconds and share of each phase; generated images a second of phase generate alone and of the whole step."""
+    """Milliseconds, share and images a second of each phase: generated ones where it generates, else views."""
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=_headline(row))
     table.add_column("phase")
-    generates = "images_per_s" in row
-    for name in ("ms", "share", *(("generated images/s",) if generates else ())):
+    for name in ("ms", "share", "images/s"):
         table.add_column(name, justify="right")
     for name in STEP_PHASES:
         if f"{name}_ms" in row:
-            ms, rate = row[f"{name}_ms"], ""
-            if name == "generate" and generates and ms > 0:
-                rate = f"{row['images_per_s'] * row['step_ms'] / ms:.1f}"
-            table.add_row(name, f"{ms:.1f}", f"{100 * ms / row['step_ms']:.0f} %", *((rate,) if generates else ()))
-    rates = (f"{row['images_per_s']:.1f}",) if generates else ()
-    table.add_row("step", f"{row['step_ms']:.1f}", "100 %", *rates, style="bold")
+            ms = row[f"{name}_ms"]
+            through = "images_per_s" if name == "generate" else "views_per_s" if name in OF_VIEWS else ""
+            rate = f"{row[through] * row['step_ms'] / ms:.0f}" if through in row and ms > 0 else ""
+            table.add_row(name, f"{ms:.1f}", f"{100 * ms / row['step_ms']:.0f} %", rate)
+    table.add_row("step", f"{row['step_ms']:.1f}", "100 %", f"{row['views_per_s']:.0f}", style="bold")
     return table
 
 

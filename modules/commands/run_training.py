@@ -52,9 +52,10 @@ def train(job: Job, state: State, step, progress) -> None:
         raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
 
 
-def _progress_of(state: State) -> tuple[int, int]:
-    """Optimizer steps taken and images generated so far."""
-    return state.step, 0 if state.generator is None else state.generator.slots.counts["finished"]
+def _progress_of(state: State) -> tuple[int, int, int]:
+    """Optimizer steps taken, views that went through the encoder and images generated so far."""
+    generated = 0 if state.generator is None else state.generator.slots.counts["finished"]
+    return state.step, state.forward_rows, generated
 
 
 def _save(job: Job, state: State) -> None:
@@ -78,8 +79,9 @@ def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
     """
     row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
     row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
-    steps, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
+    steps, views, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
     times = state.meter.interval(steps)
+    times["views_per_s"] = views / max(1e-9, times["step_ms"] * steps / 1e3)
     if state.generator is not None:
         row |= state.mixer.statistics() | state.generator.statistics()
         times["images_per_s"] = images / max(1e-9, times["step_ms"] * steps / 1e3)

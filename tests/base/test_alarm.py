@@ -26,7 +26,13 @@ def job():
 def state():
     optimizer = SimpleNamespace(inner=SimpleNamespace(param_groups=[{"lr": 0.1}]))
     return SimpleNamespace(
-        step=0, generator=None, optimizer=optimizer, meter=Meter(), alarm=CollapseAlarm(WARMUP, patience=3), logs={}
+        step=0,
+        forward_rows=0,
+        generator=None,
+        optimizer=optimizer,
+        meter=Meter(),
+        alarm=CollapseAlarm(WARMUP, patience=3),
+        logs={},
     )
 
 
@@ -38,9 +44,10 @@ def log(job, state, spread: float) -> str:
     state.logs = describe_embeddings(
         z_RE, labels_R, none_R, num_views=2, temperature=0.1, ood_columns="none", ood_weight=1.0
     )
-    begun = (state.step, 0)
-    state.step += 10
-    assert _metric_row(job, state, begun)["step"] == state.step
+    begun = (state.step, state.forward_rows, 0)
+    state.step, state.forward_rows = state.step + 10, state.forward_rows + 160
+    row = _metric_row(job, state, begun)
+    assert row["step"] == state.step and row["views_per_s"] > 0
     return job.console.rich.file.getvalue()
 
 

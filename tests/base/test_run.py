@@ -114,6 +114,7 @@ def test_metric_rows_are_of_every_interval():
             "age_mean",
             "step_ms",
             "images_per_s",
+            "views_per_s",
         } <= set(row)
         assert all(f"{phase}_ms" in row for phase in ("generate", "mix", "augment", "encode", "loss", "backward"))
     assert [row["step"] for row in rows if "val.knn_accuracy" in row] == [6, 10], "the rows after steps 5 and 10"
