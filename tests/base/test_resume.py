@@ -29,7 +29,7 @@ from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, share
 from tests.tiny import build_parts, pipeline_folder, save_parts
 
 ARM, STOP = "everything", 6  # the step in whose middle the run is stopped: between the checkpoints of 4 and 8
-TIMES = ("_ms", "images_per_s")  # endings of columns that measure time
+TIMES = ("_ms", "images_per_s", "views_per_s")  # endings of columns that measure time
 COSTS = ("seconds.", "cost.seconds", "run.peak_memory")
 
 
