@@ -7,7 +7,6 @@ the comparison of arms is `trainer.py compare`. Rows are appended to benchmarks/
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from datetime import date
 from pathlib import Path
 
 import yaml
+
+from benchmarks.harness import append_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # name in the rows -> what differs from configs/demo.yaml
@@ -38,13 +39,7 @@ def main() -> None:
         command = ["trainer.py", "run", "configs/demo.yaml", f"run.dir={options.runs}", f"run.name={slug}", *settings]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         rows += rows_of(name, ROOT / options.runs / slug)
-    path = Path(options.out) / "demo.csv"
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(Path(options.out) / "demo.csv", rows)
     print(json.dumps({row["run"]: row["value"] for row in rows if row["metric"] == "test.accuracy"}))
 
 

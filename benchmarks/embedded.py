@@ -9,7 +9,6 @@ line show the rest.
 """
 
 import argparse
-import csv
 import json
 import math
 from datetime import date
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pdist
 
+from benchmarks.harness import append_rows
 from kernels.pixels import pixels
 from modules.config import Inversion
 from modules.data.sets import load_sets
@@ -65,13 +65,8 @@ def main() -> None:
     rows += [(name, strength, row[name]) for strength, row in curve.items() for name in row]
     rows += [(name, TOKEN_STRENGTH, found[name]) for name in found if name.startswith("token_")]
     conditions = bench.conditions(arguments)
-    path = out / "embedded.csv"
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["metric", "strength", "value", *conditions])
-        writer.writerows([*row[:2], f"{row[2]:.4f}", *conditions.values()] for row in rows)
+    named = ({"metric": name, "strength": strength, "value": f"{value:.4f}"} for name, strength, value in rows)
+    append_rows(out / "embedded.csv", [row | conditions for row in named])
     print(json.dumps(found | conditions))
 
 

@@ -8,13 +8,13 @@ read, not repeated. Test figures are neither read nor written here. Rows are app
 """
 
 import argparse
-import csv
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
+from benchmarks.harness import append_rows
 from modules.commands.trials import Planned, plan, refuse_other_settings, run_trial
 
 SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> arms, {variant: overrides}
@@ -76,8 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = dict(zip(trials, pool.map(_bring_to_end, trials.values()), strict=True))
     rows = [row for key, trial in trials.items() if codes[key] == 0 for row in rows_of(key, trial)]
-    if rows:
-        _append(Path(options.out) / "sweep.csv", rows)
+    append_rows(Path(options.out) / "sweep.csv", rows)
     print(_table(rows))
     failed = [f"{trials[key].name} (exit code {code}, {_log(trials[key])})" for key, code in codes.items() if code]
     document = {"config": options.config, "trials": len(trials), "failed": failed}
@@ -137,15 +136,6 @@ def rows_of(key: tuple, trial: Planned) -> list[dict]:
         for metric in METRICS
         if metric in results
     ]
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _table(rows: list[dict]) -> str:

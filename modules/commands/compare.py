@@ -135,12 +135,14 @@ def equal_time_steps(finished: list[tuple[str, int, dict]]) -> list[tuple[str, s
     and read from the cache by the others; here each pays for them. The arm with generated rows is `positives_ood`, else
     the last one there is.
     """
+    from modules.evaluation.compare import seconds_with_tokens
+
     generating = [arm for arm, _, _ in finished if arm in GENERATING]
     if not generating:
         return []
     other = "positives_ood" if "positives_ood" in generating else generating[-1]
-    tokens = {seed: max(r["seconds.stage.tokens"] for _, s, r in finished if s == seed) for _, seed, _ in finished}
-    whole = [r["cost.seconds"] - r["seconds.stage.tokens"] + tokens[s] for arm, s, r in finished if arm == other]
+    beside = {seed: [results for _, other_seed, results in finished if other_seed == seed] for _, seed, _ in finished}
+    whole = [seconds_with_tokens(results, beside[seed]) for arm, seed, results in finished if arm == other]
     rows = []
     for arm in dict.fromkeys(arm for arm, _, _ in finished if arm in CLASSIC):
         mine = [results for name, _, results in finished if name == arm]

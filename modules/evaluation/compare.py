@@ -170,7 +170,9 @@ def compare(
         replicates[key] = metric_replicates(one.predictions, weights)
         compared = [*replicates[key], *WITHOUT_INTERVAL]
         values[key] = {metric: one.results[metric] for metric in compared if metric in one.results}
-        values[key]["cost.seconds"] = _seconds(one, finished)
+        if one.results.get("cost.images_generated") and not one.settings.get("inversion.class_agnostic"):
+            beside = [other.results for other in finished if other.trial.seed == one.trial.seed]
+            values[key]["cost.seconds"] = seconds_with_tokens(one.results, beside)
         if progress is not None:
             progress(index + 1, len(finished), "bootstrap")
 
@@ -233,19 +235,17 @@ def _seed(one: Finished) -> int:
     return one.trial.seed
 
 
-def _seconds(one: Finished, finished: Sequence[Finished]) -> float:
-    """Seconds of a trial as if it had found no class tokens in the cache.
+def seconds_with_tokens(results: dict, beside: Iterable[dict]) -> float:
+    """Seconds of a trial that uses class tokens as if it had found none in the cache.
 
     The first trial of a seed that needs tokens learns them and the others read them; charged to that one alone they
     would make one arm dearer than the others by an accident of order.
+
+    Args:
+        beside: the results of all finished trials of its seed, its own among them.
     """
-    seconds, own = one.results["cost.seconds"], one.results.get("seconds.stage.tokens", 0.0)
-    if not one.results.get("cost.images_generated") or one.settings.get("inversion.class_agnostic"):
-        return seconds
-    tokens = [
-        other.results.get("seconds.stage.tokens", 0.0) for other in finished if other.trial.seed == one.trial.seed
-    ]
-    return seconds - own + max(tokens)
+    longest = max(other.get("seconds.stage.tokens", 0.0) for other in beside)
+    return results["cost.seconds"] - results.get("seconds.stage.tokens", 0.0) + longest
 
 
 def _check_comparable(finished: Sequence[Finished]) -> None:
