@@ -125,7 +125,7 @@ def _generation_parts(job: Job) -> list[Part]:
     prompt = pipeline.num_tokens * costs.key_value_columns(pipeline) * pipeline.dtype.itemsize
     prompts = len(sets.index.classes) * len(generation.templates) * len(generation.conditions) + 1
     cached = min(prompts * prompt, int(generation.kv_cache_gib * 2**30))
-    return [
+    parts = [
         Part("UNet weights", costs.weight_bytes(pipeline.unet), "pipeline.dtype", loaded=True),
         Part("VAE weights", costs.weight_bytes(pipeline.vae), "pipeline.dtype, pipeline.vae", loaded=True),
         Part("text encoder weights", costs.weight_bytes(pipeline.text_encoder), "pipeline.dtype", loaded=True),
@@ -143,6 +143,12 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
              "generation.decode_batch, pipeline.resolution, pipeline.vae", WORKING),
     ]  # fmt: skip
+    if job.device.type == "cpu" and pipeline.resolution != size:
+        val = len(sets.at_generation["val"].items)
+        parts.append(
+            Part("val images to be judged", _pixels(val, pipeline.resolution), "pipeline.resolution", loaded=True)
+        )
+    return parts
 
 
 def _state_bytes(learning) -> int:

@@ -7,7 +7,6 @@ import torch
 
 from modules.commands.job import Job, State
 from modules.commands.run_report import export, write_run_report
-from modules.data.images import load_images
 from modules.diffusion.roundtrip import roundtrip
 from modules.evaluation.artifact import artifact_light, artifact_warning
 from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
@@ -70,19 +69,15 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
 
 def _artifact_light(job: Job, state: State, val: FeatureSet, outcome: Outcome) -> dict:
     """How well the features tell val images from the same ones after encode and decode (see evaluation/artifact.py)."""
-    sets, resolution, size = job.sets, job.pipeline.resolution, job.config.data.image_size
-    sides = sets.images["val"].sides
-    rows = [row for row, side in enumerate(sides) if side >= resolution]  # a smaller one would have to be enlarged
-    rows = rows[:: -(-len(rows) // LIGHT_IMAGES)] if rows else []
-    if not rows:
+    stored, large = job.sets.judged()
+    large = large[:: -(-len(large) // LIGHT_IMAGES)] if large else []
+    if not large:
         return {}
-    if resolution == size:
-        pixels_DHWC = sets.images["val"].pixels_DHWC[rows]
-    else:
-        items = [sets.images["val"].items[row] for row in rows]
-        pixels_DHWC = load_images(sets.index, items, resolution, job.config.data, masks=False).pixels_DHWC
-    decoded_DHWC = roundtrip(job.pipeline, pixels_DHWC, size, job.config.generation.decode_batch)
+    size = job.config.data.image_size
+    decoded_DHWC = roundtrip(job.pipeline, stored.pixels_DHWC[large], size, job.config.generation.decode_batch)
     decoded_DF = embed_images(state.embed, decoded_DHWC, job.config.evaluation.batch_size)
+    row_of = {item.path: row for row, item in enumerate(job.sets.images["val"].items)}
+    rows = [row_of[stored.items[row].path] for row in large]
     groups = [val.groups[row] for row in rows]
     return artifact_light(val.features_DF[rows], decoded_DF, groups, outcome.detector, job.config.run.seed)
 

@@ -31,6 +31,9 @@ def train(job: Job, state: State, step, progress) -> None:
             with termination.whole():
                 with named_memory(state):
                     step(state)
+                if state.step == total and state.generator is not None:
+                    state.overlap.join()
+                    state.generator.finish()
                 logs = state.step % config.run.log_every == 0 or state.step == total
                 saves = state.step % config.run.checkpoint_every == 0 or state.step == total
                 if logs or saves:
@@ -45,7 +48,6 @@ def train(job: Job, state: State, step, progress) -> None:
                 if logs or saves:
                     state.meter.restart_interval()
                     begun = _progress_of(state)
-        state.overlap.join()
     except Terminated:
         state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
         _save(job, state)

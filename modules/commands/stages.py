@@ -15,17 +15,16 @@ from modules.commands.job import Job, State
 from modules.commands.machine import build_generator
 from modules.data.cache import digest_tensor
 from modules.data.duplicates import describe_duplicates, near_duplicates
-from modules.data.images import load_images
 from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
-from modules.data.sets import load_sets, load_sources
+from modules.data.sets import JUDGED_PER_CLASS, load_sets
 from modules.diffusion import tokens as token_files
 from modules.diffusion.conditioning import tokens_digest
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
-from modules.diffusion.pipeline import load_pipeline
-from modules.diffusion.presets import plan
+from modules.diffusion.pipeline import load_pipeline, own_resolution
+from modules.diffusion.presets import plan, preset_resolution
 from modules.diffusion.prompts import KEYWORDS, check_keywords, check_prompts, class_initializers, trained_words
 from modules.diffusion.recipes import Recipes
 from modules.diffusion.roundtrip import decode_means
@@ -44,14 +43,17 @@ from modules.rules import generated_rows, generates, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
-REPORTED_IMAGES = 8  # val images a class that the report of the tokens measures
+REPORTED_IMAGES = JUDGED_PER_CLASS  # val images a class that the report of the tokens measures
 VAE_CHECK_IMAGES = 2  # train images whose latents and pixels must be finite before anything is learned from them
 
 
 def load_data(job: Job, progress) -> None:
-    """Stage data: every image decoded once and checked; data.json."""
+    """Stage data: every image decoded once, at the sizes of learning and of generation, and checked; data.json."""
     config = job.config
-    job.sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
+    size = generation_size(config) if generates(config) else None
+    job.sets = load_sets(
+        config.data, config.run.seed, masks=needs_masks(config), generation_size=size, progress=progress
+    )
     job.hold_to("data.root", config.data.root, job.sets.digest)
     if job.sets.train.masks_DHW is not None:
         job.hold_to("masks of data.root", config.data.root, digest_tensor(job.sets.train.masks_DHW))
@@ -69,23 +71,36 @@ def load_data(job: Job, progress) -> None:
         job.console.warn(describe_duplicates(pairs))
 
 
+def generation_size(config) -> int:
+    """Pixels a side at which images are generated; no weights are read.
+
+    Raises:
+        DataError, ConfigError: as `own_resolution`.
+    """
+    return preset_resolution(config.pipeline.preset, own_resolution(config.pipeline), bool(config.pipeline.resolution))
+
+
 def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
     """Stage tokens: the pipeline, VAE moments of every train image, a token for each class if `learn`, the judge."""
     config, sets = job.config, job.sets
     if not generates(config):
         job.console.line("  no generated rows: nothing to learn")
         return
+    stored = sets.sources()
     job.pipeline = pipeline = load_pipeline(config.pipeline, job.device, job.runtime.pipeline_dtype.value)
     job.hold_to("pipeline.path", config.pipeline.path, pipeline.digest)
     job.plan = plan(config.pipeline.preset, config.generation, pipeline, bool(config.pipeline.resolution))
     pipeline.resolution = job.plan.resolution
+    if pipeline.resolution != sets.generation_size:
+        raise RuntimeError(
+            f"images were decoded at {sets.generation_size} px for a pipeline of {pipeline.resolution} px"
+        )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         freeze_linears(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
     words = trained_words(pipeline.source)
     check_prompts(config.generation.templates, config.generation.conditions, words)
     if config.generation.conditions.get(KEYWORDS, 0) > 0:
         check_keywords(sets.index.keywords(), words)
-    stored = load_sources(sets, config.data, pipeline.resolution, masks=sets.train.masks_DHW is not None)
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
     moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))
@@ -113,20 +128,15 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
 
 def _token_report(job: Job) -> list[dict]:
     """What each class token is worth on val images, which inversion was not handed; some of each class."""
-    sets, resolution, data = job.sets, job.pipeline.resolution, job.config.data
-    val, labels_D = sets.images["val"], sets.labels("val")
-    large = [row for row, side in enumerate(val.sides) if side >= resolution]  # a smaller one would have to be enlarged
-    if len(large) < len(labels_D):
-        job.console.line(f"  token report: {len(labels_D) - len(large)} val images under {resolution} px are left out")
+    sets, (val, large) = job.sets, job.sets.judged()
+    labels_D = torch.tensor(sets.index.label_ids(val.items))
+    if small := len(labels_D) - len(large):
+        job.console.line(f"  token report: {small} val images under {sets.generation_size} px are left out")
     by_class = [[row for row in large if labels_D[row] == c][:REPORTED_IMAGES] for c in range(len(sets.index.classes))]
     rows = sum(by_class, [])
     moments = job.sources.moments_D8hw[:0]
     if rows:
-        pixels_DHWC = val.pixels_DHWC[rows]
-        if resolution != data.image_size:
-            items = [val.items[row] for row in rows]
-            pixels_DHWC = load_images(sets.index, items, resolution, data, masks=False, learning=False).pixels_DHWC
-        moments = job.pipeline.encode_moments(pixels_DHWC.to(job.device))
+        moments = job.pipeline.encode_moments(val.pixels_DHWC[rows].to(job.device))
     return token_report(job.pipeline, job.tokens, moments, labels_D[rows], draws=REPORTED_IMAGES)
 
 

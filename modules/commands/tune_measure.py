@@ -132,6 +132,8 @@ def _candidates(
     try:
         own = variant(job, changes)
         if preset != job.config.pipeline.preset:
+            if stages.generation_size(own.config) != own.sets.generation_size:
+                stages.load_data(own, _silent)
             load_generation(own, _silent, learn=quality > 0)
         job.console.line(f"  preset {preset}: {'; '.join(own.plan.reasons)}")
         state = stages.build(own, _silent)

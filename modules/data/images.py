@@ -9,7 +9,7 @@ Shapes: D images, H W C pixels.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -44,15 +44,15 @@ class Images:
 def load_images(
     index: Index,
     items: tuple[Item, ...] | list[Item],
-    size: int | tuple[int, ...],
+    size: int,
     data: Data,
     progress: Callable[[int, int, str], None] | None = None,
     *,
     masks: bool | None = None,
     min_size: int = 0,
     learning: bool = True,
-) -> Images | tuple[Images, ...]:
-    """The pixels of `items` at `size`, uint8 [D, size, size, 3]; for several sizes a tuple of Images, in their order.
+) -> Images:
+    """The pixels of `items` at `size`, uint8 [D, size, size, 3].
 
     `masks`: True reads the object masks (for masked recipes), False none that cropping does not need, None reads them
     where every item has one. A file that cannot be used is an error or is left out, as data.on_bad_image says. An image
@@ -69,14 +69,32 @@ def load_images(
         ConfigError: cropping, background or `masks` ask for masks and the set has none.
         DataError: no items; bad files under on_bad_image fail; a class, or a set, of which no image is left.
     """
+    sizes = {size: range(len(items))}
+    return load_at_sizes(index, items, sizes, data, progress, masks=masks, min_size=min_size, learning=learning)[0]
+
+
+def load_at_sizes(
+    index: Index,
+    items: tuple[Item, ...] | list[Item],
+    sizes: dict[int, Sequence[int]],
+    data: Data,
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    masks: bool | None = None,
+    min_size: int = 0,
+    learning: bool = True,
+) -> tuple[Images, ...]:
+    """One Images for each size, in their order, of one decode: `sizes` names the positions in `items` that each keeps.
+
+    Notes are about the first size. For the rest see `load_images`.
+    """
     if not items:
         raise DataError(f"{index.root}: no image to load, because this role and split are empty; add images to it")
-    sizes = (size,) if isinstance(size, int) else tuple(size)
     needs_masks = data.crop_to_mask or data.background != "keep" or masks is True
     _check_masks(items, needs_masks, data, index.root)
     reads_masks = needs_masks or (masks is None and all(item.mask for item in items))
     with Files(index.root) as files:
-        job = _Job(files, index.kind, data, sizes, reads_masks, needs_masks, min_size, len(items))
+        job = _Job(files, index.kind, data, sizes, reads_masks, needs_masks, min_size)
         with ThreadPoolExecutor(THREADS) as pool:
             results = []
             for result in pool.map(job.load, range(len(items)), items):
@@ -84,22 +102,23 @@ def load_images(
                 if progress is not None:
                     progress(len(results), len(items), "")
     kept, skipped = _sort_out(index, items, results, data, learning)
-    notes = _notes(results, kept, skipped, max(sizes), index.root)
-    rows = torch.tensor(kept)
-    whole = len(kept) == len(items)
-    images = tuple(
-        Images(
-            items=tuple(items[i] for i in kept),
-            pixels_DHWC=pixels if whole else pixels[rows],
-            masks_DHW=None if not reads_masks else mask if whole else mask[rows],
-            skipped=skipped,
-            digests=tuple(results[i].digest for i in kept),
-            notes=notes,
-            sides=tuple(results[i].side for i in kept),
+    notes = _notes(results, kept, skipped, next(iter(sizes)), index.root)
+    found = []
+    for place, pixels, mask in zip(job.places, job.pixels, job.masks, strict=True):
+        here = [i for i in kept if i in place]
+        rows = slice(None) if len(here) == len(place) else torch.tensor([place[i] for i in here], dtype=torch.int64)
+        found.append(
+            Images(
+                items=tuple(items[i] for i in here),
+                pixels_DHWC=pixels[rows],
+                masks_DHW=mask[rows] if reads_masks else None,
+                skipped=skipped,
+                digests=tuple(results[i].digest for i in here),
+                notes=notes,
+                sides=tuple(results[i].side for i in here),
+            )
         )
-        for pixels, mask in zip(job.pixels, job.masks, strict=True)
-    )
-    return images[0] if isinstance(size, int) else images
+    return tuple(found)
 
 
 @dataclass
@@ -116,33 +135,35 @@ class _Result:
 
 @dataclass
 class _Job:
-    """Decode items into preallocated rows; threads share it, each writes its own rows."""
+    """Decode items into preallocated rows, at each size those it keeps; threads share it, each writes its own rows."""
 
     files: Files
     kind: str
     data: Data
-    sizes: tuple[int, ...]
+    sizes: dict[int, Sequence[int]]
     reads_masks: bool
     needs_masks: bool
     min_size: int
-    count: int
+    places: list[dict[int, int]] = field(init=False)  # of each size: position in the items -> row
     pixels: list[torch.Tensor] = field(init=False)
     masks: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self):
-        self.pixels = [torch.empty(self.count, s, s, 3, dtype=torch.uint8) for s in self.sizes]
-        self.masks = [torch.empty(self.count if self.reads_masks else 0, s, s, dtype=torch.uint8) for s in self.sizes]
+        self.places = [{position: row for row, position in enumerate(kept)} for kept in self.sizes.values()]
+        counts = {size: len(kept) for size, kept in self.sizes.items()}
+        self.pixels = [torch.empty(n, s, s, 3, dtype=torch.uint8) for s, n in counts.items()]
+        self.masks = [torch.empty(n if self.reads_masks else 0, s, s, dtype=torch.uint8) for s, n in counts.items()]
 
-    def load(self, row: int, item: Item) -> _Result:
+    def load(self, position: int, item: Item) -> _Result:
         result = _Result()
         try:
-            self._load(row, item, result)
+            self._load(position, item, result)
         except (BadImage, DataError) as error:
             result.reason = str(error)
             result.may_skip = isinstance(error, NoObject) and self.kind == "mvip"
         return result
 
-    def _load(self, row: int, item: Item, result: _Result) -> None:
+    def _load(self, position: int, item: Item, result: _Result) -> None:
         max_bytes = 8 * self.data.max_pixels + 2**20  # four channels of 16 bits, uncompressed
         content = self.files.read(item.path, max_bytes)
         result.digest = hashlib.sha256(content).hexdigest()
@@ -160,10 +181,13 @@ class _Job:
             raise BadImage(f"is {square.side} px a side after cropping, less than the {self.min_size} px wanted")
         image = cut(image, square, (GREY, GREY, GREY))
         mask = None if mask_HW is None else cut(Image.fromarray(mask_HW.astype(np.uint8) * 255), square, 0)
-        for i, size in enumerate(self.sizes):
-            self.pixels[i][row] = torch.from_numpy(resize(image, size))
+        for size, place, pixels, masks in zip(self.sizes, self.places, self.pixels, self.masks, strict=True):
+            if position not in place:
+                continue
+            row = place[position]
+            pixels[row] = torch.from_numpy(resize(image, size))
             if mask is not None:
-                self.masks[i][row] = torch.from_numpy(shrink(np.asarray(mask), size, resize(mask, size)))
+                masks[row] = torch.from_numpy(shrink(np.asarray(mask), size, resize(mask, size)))
 
     def _mask(self, item: Item, image: Image.Image, orientation: int, max_bytes: int, result: _Result) -> np.ndarray:
         mask_HW = np.zeros((image.height, image.width), dtype=bool)

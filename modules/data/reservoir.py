@@ -46,7 +46,7 @@ class Reservoir:
         self._uses = [0] * rows
         self._next = [0] * (num_classes * 2)  # the oldest position of each ring, written next
         self._step = 0  # newest step seen, for ages in statistics
-        self._totals = {"put": 0, "taken": 0, "evicted_unused": 0}
+        self._totals = {"put": 0, "prefilled": 0, "taken": 0, "evicted_unused": 0}
 
     def put(
         self,
@@ -93,6 +93,10 @@ class Reservoir:
         if positions != list(range(len(entries))):
             pixels_NHWC = pixels_NHWC.index_select(0, upload(positions, pixels_NHWC.device))
         self.pixels_SHWC.index_copy_(0, upload(list(written), self.device), pixels_NHWC)
+
+    def end_prefill(self) -> None:
+        """All images put in so far were the prefill: reuse, the quotient of the two ratios, is of those that follow."""
+        self._totals["prefilled"] = self._totals["put"]
 
     def take(
         self,
@@ -150,17 +154,23 @@ class Reservoir:
         return len(self.held(label, is_ood))
 
     def statistics(self) -> dict[str, float]:
-        """Fill, ages (in steps) and uses of what is held now; reuse = uses so far / images put in so far."""
+        """Fill, ages (in steps) and uses of what is held now; counts so far.
+
+        reuse = uses / images put in since the prefill, which over a run is generated rows / images_per_step where none
+        is rejected; uses_per_image = uses / all images put in.
+        """
         held = [row for row, entry in enumerate(self._entries) if entry is not None]
         ages = [self._step - self._entries[row].born for row in held]
         return {
             "fill": len(held) / len(self._entries),
             "images": len(held),
             "images_put": self._totals["put"],
+            "images_prefilled": self._totals["prefilled"],
             "age_mean": sum(ages) / max(len(held), 1),
             "age_max": max(ages, default=0),
             "uses_mean": sum(self._uses[row] for row in held) / max(len(held), 1),
-            "reuse": self._totals["taken"] / max(self._totals["put"], 1),
+            "reuse": self._totals["taken"] / max(self._totals["put"] - self._totals["prefilled"], 1),
+            "uses_per_image": self._totals["taken"] / max(self._totals["put"], 1),
             "evicted_unused": self._totals["evicted_unused"],
         }
 
@@ -193,7 +203,7 @@ class Reservoir:
         for row, entry, uses in zip(rows, state["entries"], state["uses"], strict=True):
             self._entries[row], self._uses[row] = Entry(**entry), uses
         self._next = list(state["next"])
-        self._step, self._totals = state["step"], dict(state["totals"])
+        self._step, self._totals = state["step"], self._totals | state["totals"]
         if rows:
             self.pixels_SHWC.index_copy_(0, upload(rows, self.device), pixels_NHWC.to(self.device))
 

@@ -3,14 +3,16 @@
 Training, inversion and generation are handed `train` alone; val chooses settings; test is read once, at the end.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from modules.config import Data
 from modules.data.cache import digest_of
-from modules.data.images import Images, load_images
+from modules.data.images import Images, load_at_sizes
 from modules.data.index import Index, read_far_ood, read_index
+from modules.data.items import Item
 from modules.errors import DataError
 
 SPLITS = (  # name -> (role, split)
@@ -23,14 +25,26 @@ SPLITS = (  # name -> (role, split)
 )
 
 
+JUDGED_IMAGES = (
+    256  # val images kept at the size of generation, about; the token report and the warning light read them
+)
+JUDGED_PER_CLASS = 8  # at least, where a class has them
+
+
 @dataclass(frozen=True)
 class ImageSets:
-    """Decoded images by name: train, val, test, near_ood_val, near_ood_test, far_ood_test; those that exist."""
+    """Decoded images by name: train, val, test, near_ood_val, near_ood_test, far_ood_test; those that exist.
+
+    At the size of generation there are the train images, row for row, and some val images of each class; where that is
+    the stored size, the very same objects.
+    """
 
     index: Index
     far_index: Index | None
     images: dict[str, Images]
     labels_D: torch.Tensor  # int64, class of each train image
+    generation_size: int | None = None  # pixels a side
+    at_generation: dict[str, Images] = field(default_factory=dict)  # train and val, where something is generated
 
     @property
     def train(self) -> Images:
@@ -49,6 +63,28 @@ class ImageSets:
     def labels(self, name: str) -> torch.Tensor:
         """Class ids (int64) of an ID set."""
         return torch.tensor(self.index.label_ids(self.images[name].items))
+
+    def sources(self) -> Images:
+        """The train images at the size of generation.
+
+        Raises:
+            DataError: one of them is smaller; generating from it would enlarge it first.
+        """
+        train, size = self.at_generation["train"], self.generation_size
+        small = [(side, item.path) for side, item in zip(train.sides, train.items, strict=True) if side < size]
+        if small:
+            side, path = min(small)
+            raise DataError(
+                f"{self.index.root}: {len(small)} of {len(train.items)} train images are smaller than the {size} px at "
+                f"which the pipeline generates, the smallest {path} with {side} px; remove them, or set "
+                "pipeline.resolution or pipeline.path to a smaller one"
+            )
+        return train
+
+    def judged(self) -> tuple[Images, list[int]]:
+        """The val images kept at the size of generation, and the rows of those that need not be enlarged to it."""
+        val = self.at_generation["val"]
+        return val, [row for row, side in enumerate(val.sides) if side >= self.generation_size]
 
     def summary(self) -> dict:
         """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""
@@ -70,11 +106,12 @@ class ImageSets:
         }
 
 
-def load_sets(data: Data, seed: int, *, masks: bool, progress=None) -> ImageSets:
+def load_sets(data: Data, seed: int, *, masks: bool, generation_size: int | None = None, progress=None) -> ImageSets:
     """Every image of a run at `data.image_size`, uint8; far-OOD are those of `data.far_ood_root`, else the set's own.
 
     Args:
         masks: object masks are needed of every train image.
+        generation_size: pixels a side at which images are generated, if they are.
 
     Raises:
         ConfigError, DataError: as `read_index` and `load_images`; an ID split without images.
@@ -93,35 +130,33 @@ def load_sets(data: Data, seed: int, *, masks: bool, progress=None) -> ImageSets
     sources = [(name, index, items) for name, items in chosen.items() if items]
     if far_index is not None:
         sources.append(("far_ood_test", far_index, far_index.items))
-    total, before, images = sum(len(items) for _, _, items in sources), 0, {}
+    kept = {}  # name -> positions of the images that are also wanted at the size of generation
+    if generation_size is not None and generation_size != data.image_size:
+        kept = {"train": range(len(chosen["train"])), "val": _some_of_each_class(chosen["val"], len(index.classes))}
+    total, before, images, at_generation = sum(len(items) for _, _, items in sources), 0, {}, {}
     for name, source, items in sources:
-        images[name] = load_images(
-            source, items, data.image_size, data, _offset(progress, before, total, name),
+        sizes = {data.image_size: range(len(items))}
+        if name in kept:
+            sizes[generation_size] = kept[name]
+        images[name], *larger = load_at_sizes(
+            source, items, sizes, data, _offset(progress, before, total, name),
             masks=(name == "train") if masks else False,
         )  # fmt: skip
+        if generation_size is not None and name in ("train", "val"):
+            at_generation[name] = larger[0] if larger else images[name]
         before += len(items)
-    return ImageSets(index, far_index, images, torch.tensor(index.label_ids(images["train"].items)))
+    labels_D = torch.tensor(index.label_ids(images["train"].items))
+    return ImageSets(index, far_index, images, labels_D, generation_size, at_generation)
 
 
-def load_sources(sets: ImageSets, data: Data, resolution: int, *, masks: bool, progress=None) -> Images:
-    """The train images at the resolution of generation; the same object where that is `data.image_size`.
-
-    Raises:
-        DataError: an image smaller than the pipeline's resolution.
-    """
-    train = sets.train
-    small = [(side, item.path) for side, item in zip(train.sides, train.items, strict=True) if side < resolution]
-    if small:
-        side, path = min(small)
-        raise DataError(
-            f"{sets.index.root}: {len(small)} of {len(train.items)} train images are smaller than the {resolution} px at "
-            f"which the pipeline generates, the smallest {path} with {side} px; remove them, or set pipeline.resolution "
-            "or pipeline.path to a smaller one"
-        )
-    if resolution == data.image_size:
-        return train
-    whole = replace(data, on_bad_image="fail")  # a row left out here would shift every later one against its label
-    return load_images(sets.index, train.items, resolution, whole, progress, masks=masks)
+def _some_of_each_class(items: tuple[Item, ...], num_classes: int) -> list[int]:
+    """Positions of the first images of each class, of all together about JUDGED_IMAGES."""
+    most, seen, positions = max(JUDGED_PER_CLASS, -(-JUDGED_IMAGES // num_classes)), Counter(), []
+    for position, item in enumerate(items):
+        seen[item.label] += 1
+        if seen[item.label] <= most:
+            positions.append(position)
+    return positions
 
 
 def _offset(progress, before: int, total: int, name: str):

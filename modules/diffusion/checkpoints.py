@@ -5,6 +5,7 @@ and a preset whose weights are absent are errors before anything is generated.
 """
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
@@ -57,6 +58,41 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
     return assemble(parts, cfg, device, dtype, str(source))
+
+
+def own_resolution(cfg) -> int:
+    """Pixels a side at which the pipeline of config section `pipeline` generates, read without its weights.
+
+    Raises:
+        DataError, ConfigError: as `load`, for what the configurations and the header of a single file show.
+    """
+    if cfg.resolution:
+        return cfg.resolution
+    if cfg.weights == "random":
+        from modules.diffusion.shapes import shapes_of
+
+        unet, vae = map(shapes_of("sd2" if cfg.family == "sd2" else "sd1").get, ("unet", "vae"))
+    else:
+        unet, vae = _configurations(locate(cfg), cfg)
+        vae = vae_config(Path(cfg.vae).expanduser()) if cfg.vae else vae
+    widths = "block_out_channels" if vae.get("_class_name") != "AutoencoderTiny" else "decoder_block_out_channels"
+    kind = AutoencoderKL if widths == "block_out_channels" else AutoencoderTiny
+    return _setting(UNet2DConditionModel, unet, "sample_size") * 2 ** (len(_setting(kind, vae, widths)) - 1)
+
+
+def _configurations(source: Path, cfg) -> tuple[dict, dict]:
+    """What unet/config.json and vae/config.json of a folder say, or the same of a single file."""
+    if source.is_dir():
+        _check_parts(source)
+        return read_json(source / "unet" / "config.json"), vae_config(source / "vae")
+    from modules.diffusion.single_file import configurations
+
+    return configurations(source, cfg)
+
+
+def _setting(kind, config: dict, name: str):
+    """A setting of a diffusers model's config; the class's default where the config leaves it out."""
+    return config.get(name, inspect.signature(kind.__init__).parameters[name].default)
 
 
 def locate(cfg) -> Path:
@@ -190,9 +226,7 @@ def read_folder(folder: Path, dtype: torch.dtype) -> dict:
     Raises:
         DataError: a part is missing, pickled, broken or lacks weights.
     """
-    for name in PARTS:
-        if not (folder / name).is_dir():
-            raise DataError(f"pipeline.path: {folder} lacks the part {name}/; a diffusers folder holds all five parts")
+    _check_parts(folder)
     files = {name: weight_files(folder / name, stem) for name, stem in WEIGHTS.items()}
     return {
         "tokenizer": read_tokenizer(folder / "tokenizer"),
@@ -204,18 +238,34 @@ def read_folder(folder: Path, dtype: torch.dtype) -> dict:
     }
 
 
+def _check_parts(folder: Path) -> None:
+    for name in PARTS:
+        if not (folder / name).is_dir():
+            raise DataError(f"pipeline.path: {folder} lacks the part {name}/; a diffusers folder holds all five parts")
+
+
 def read_vae(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
     """An AutoencoderKL or AutoencoderTiny (TAESD) from its folder, and its digest."""
+    kind = AutoencoderTiny if vae_config(folder)["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    files = weight_files(folder, WEIGHTS["vae"])
+    return read_model(kind, folder, files, dtype), digest(files, folder)
+
+
+def vae_config(folder: Path) -> dict:
+    """What the config.json of an AutoencoderKL or AutoencoderTiny says.
+
+    Raises:
+        DataError: the folder or the file is missing, or names another class.
+    """
     if not folder.is_dir():
         raise DataError(
             f"pipeline.vae: {folder} does not exist; give the folder of an AutoencoderKL or AutoencoderTiny"
         )
-    kind = read_json(folder / "config.json").get("_class_name")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise DataError(f"{folder}: its config names {kind}; an AutoencoderKL or AutoencoderTiny is needed")
-    files = weight_files(folder, WEIGHTS["vae"])
-    vae = read_model(AutoencoderTiny if kind == "AutoencoderTiny" else AutoencoderKL, folder, files, dtype)
-    return vae, digest(files, folder)
+    return config
 
 
 def fuse_lora(parts: dict, path: Path) -> None:

@@ -133,8 +133,13 @@ class Generator:
                     f"{sum(wanted.values())} of {total} places are still empty, because nearly all were rejected; "
                     f"verdicts: {self.gate.statistics()}; choose a milder strength, or look with preview"
                 )
+        self.reservoir.end_prefill()
         if progress is not None and total:
             progress(total, total, "images in the reservoir")
+
+    def finish(self) -> None:
+        """After the last step: act on the verdicts still out, so that every image made is counted and kept or not."""
+        self.gate.settle(everything=True)
 
     def examples(self) -> list[tuple[torch.Tensor, Request]]:
         """Every image the reservoir holds now with its provenance, by class and role."""

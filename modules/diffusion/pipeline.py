@@ -179,6 +179,16 @@ class StableDiffusion:
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id, *padding]
 
 
+def own_resolution(cfg) -> int:
+    """Pixels a side of the pipeline that config section `pipeline` names, read from its configurations alone.
+
+    Raises: as `load_pipeline`, for what these show.
+    """
+    from modules.diffusion import checkpoints
+
+    return checkpoints.own_resolution(cfg)
+
+
 def load_pipeline(cfg, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """The pipeline that config section `pipeline` names, on a device, frozen.
 

@@ -68,7 +68,7 @@ def plan(preset: str, generation, pipeline: StableDiffusion, resolution_is_set: 
         f"dpmpp_2m in {count} steps for {generation.solver} in {steps}",
         f"guidance on the first {guided} of {count} steps",
     ]
-    resolution = own
+    resolution = preset_resolution(preset, own, resolution_is_set)
     if preset == "faster":
         if type(pipeline.vae).__name__ != "AutoencoderTiny":
             raise ConfigError(
@@ -76,10 +76,16 @@ def plan(preset: str, generation, pipeline: StableDiffusion, resolution_is_set: 
                 "pipeline.vae to its folder or pipeline.preset to fast"
             )
         if not resolution_is_set:
-            resolution = int(own * FASTER_SHARE) // 64 * 64 or own
             reasons.append(f"{resolution} px for {own}" if resolution != own else f"{own} px, small enough")
         reasons.append("AutoencoderTiny")
     return Plan(preset, "dpmpp_2m", count, guided, scale, resolution, tuple(reasons))
+
+
+def preset_resolution(preset: str, own: int, resolution_is_set: bool) -> int:
+    """Pixels a side at which a pipeline of `own` pixels generates under a preset."""
+    if preset != "faster" or resolution_is_set:
+        return own
+    return int(own * FASTER_SHARE) // 64 * 64 or own
 
 
 def _turbo(generation, pipeline: StableDiffusion) -> Plan:

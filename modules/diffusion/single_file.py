@@ -37,30 +37,10 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
         DataError: not safetensors, not a Stable Diffusion 1.x or 2.x, or weights are missing.
         ConfigError: a Stable Diffusion 2 file that does not say what its UNet predicts, undeclared.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, keys = file.metadata() or {}, set(file.keys())
-            width = file.get_slice(CROSS_ATTENTION).get_shape()[-1] if CROSS_ATTENTION in keys else 0
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"pipeline.path: {path} is not a readable safetensors file ({first_line(error)})") from error
-    if not width or any(key.startswith("conditioner.") for key in keys):
-        raise DataError(
-            f"pipeline.path: {path} is no Stable Diffusion 1.x or 2.x checkpoint in CompVis layout (no {CROSS_ATTENTION}); "
-            "a model of another kind cannot be used"
-        )
+    metadata, width = _header(path)
     beside = _configs_beside(path)
     with tempfile.TemporaryDirectory() as scratch:
-        if beside is None:
-            family = WIDTHS.get(width)
-            if family is None:
-                raise DataError(
-                    f"pipeline.path: {path} attends to texts {width} wide, neither 768 (1.x) nor 1024 (2.x); put a folder "
-                    f"{path.with_suffix('')}/ with its diffusers configurations beside it"
-                )
-            predicts = _declared(metadata, cfg, path, family)
-            configs = shapes.write_configs(shapes.shapes_of(family, predicts), Path(scratch) / "configs")
-        else:
-            configs = beside
+        configs = beside or shapes.write_configs(_shapes(path, metadata, width, cfg), Path(scratch) / "configs")
         weights = load_file(path)
         parts = {
             "unet": _read(
@@ -79,6 +59,46 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
     second = parts["text_encoder"].config.hidden_act == "gelu"
     parts["tokenizer"] = _tokenizer(path, beside, "!" if second else None, cfg.allow_download)
     return parts | {"digest": digest([path], path.parent)}
+
+
+def configurations(path: Path, cfg) -> tuple[dict, dict]:
+    """The settings of unet and vae of a single file, of which the header alone is read.
+
+    Raises:
+        DataError, ConfigError: as `read_single_file`, for what the header shows.
+    """
+    metadata, width = _header(path)
+    if (beside := _configs_beside(path)) is not None:
+        return read_json(beside / "unet" / "config.json"), read_json(beside / "vae" / "config.json")
+    found = _shapes(path, metadata, width, cfg)
+    return found["unet"], found["vae"]
+
+
+def _header(path: Path) -> tuple[dict[str, str], int]:
+    """A file's metadata, and the width of the texts that its UNet attends to."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, keys = file.metadata() or {}, set(file.keys())
+            width = file.get_slice(CROSS_ATTENTION).get_shape()[-1] if CROSS_ATTENTION in keys else 0
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"pipeline.path: {path} is not a readable safetensors file ({first_line(error)})") from error
+    if not width or any(key.startswith("conditioner.") for key in keys):
+        raise DataError(
+            f"pipeline.path: {path} is no Stable Diffusion 1.x or 2.x checkpoint in CompVis layout (no {CROSS_ATTENTION}); "
+            "a model of another kind cannot be used"
+        )
+    return metadata, width
+
+
+def _shapes(path: Path, metadata: dict, width: int, cfg) -> dict[str, dict]:
+    """The configurations of the family to which a file without any belongs."""
+    family = WIDTHS.get(width)
+    if family is None:
+        raise DataError(
+            f"pipeline.path: {path} attends to texts {width} wide, neither 768 (1.x) nor 1024 (2.x); put a folder "
+            f"{path.with_suffix('')}/ with its diffusers configurations beside it"
+        )
+    return shapes.shapes_of(family, _declared(metadata, cfg, path, family))
 
 
 def _configs_beside(path: Path) -> Path | None:

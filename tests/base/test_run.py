@@ -12,6 +12,7 @@ import torch
 import trainer
 from modules.commands import stages
 from modules.console import Console
+from modules.data.decode import decode_image
 from modules.data.index import read_index
 from modules.diffusion.roundtrip import decode_means
 from modules.evaluation.metrics import OOD_METRICS
@@ -19,6 +20,7 @@ from modules.evaluation.ood import SCORES
 from modules.evaluation.stored import load_predictions
 from modules.settings import load_config
 from tests.base.tinyset import (
+    ARMS,
     COLORS,
     NEAR_OOD_MODELS,
     SETTINGS,
@@ -83,13 +85,17 @@ def test_realized_fractions_are_exact(arm):
     assert results["cost.forward_passes"] == 2 * STEPS * (BALANCED + GENERATED_A_STEP)
 
 
-def test_generation_costs_what_was_asked():
+def test_generation_costs_and_reuses_what_was_asked():
     run = finished_run("supcon")
-    generation = run.config.generation
-    prefilled = 2 * len(COLORS) * round(generation.prefill * generation.ring_size)
+    generation, prefilled = run.config.generation, run.results["generation.images_prefilled"]
+    wanted = 2 * len(COLORS) * round(generation.prefill * generation.ring_size)
+    assert wanted <= prefilled < wanted + generation.decode_batch + generation.slots
     made = run.results["generation.images_finished"] - prefilled
     in_flight = generation.slots + generation.decode_batch
-    assert abs(made - STEPS * generation.images_per_step) <= in_flight + generation.slots
+    assert abs(made - STEPS * generation.images_per_step) <= in_flight
+    stored = run.results["generation.images_put"] - prefilled
+    assert stored == made, "none was rejected and none awaits its verdict"
+    assert run.results["cost.reuse"] == STEPS * GENERATED_A_STEP / stored, "of images made since the prefill"
 
 
 def test_real_rows_only_where_nothing_is_generated():
@@ -226,6 +232,20 @@ def test_nothing_is_written_outside_the_run_and_its_cache():
     home = str(shared_folder() / "runs")
     outside = {path for path in run.opened if not path.startswith((home, "/dev/", "/proc/"))}
     assert not {path for path in outside if "__pycache__" not in path and "matplotlib" not in path}
+
+
+@pytest.mark.parametrize("arm", ["supcon", "outliers"])
+def test_every_file_is_decoded_once_also_where_generation_is_of_another_size(arm, tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        "modules.data.images.decode_image", lambda *args: decoded.append(args[0]) or decode_image(*args)
+    )
+    sections = ARMS[arm] | {"learning": ARMS[arm].get("learning", {}) | {"steps": 1, "warmup_steps": 0}}
+    results = trainer.run(*load_config(write_config(tmp_path, **sections)), Console(io.StringIO()))
+    files = json.loads((tmp_path / "runs/tiny/data.json").read_text())["files"]
+    assert len(decoded) == len(files)
+    assert json.loads((tmp_path / "runs/tiny/tokens/report.json").read_text())[0]["images"] > 0
+    assert results["artifact.probe_auroc"] >= 0, "val images were generated from at that size too"
 
 
 def test_a_finished_run_shows_its_result_and_changes_nothing(capsys):

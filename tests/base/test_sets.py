@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modules.config import Data
-from modules.data.sets import load_sets, load_sources
+from modules.data.sets import JUDGED_PER_CLASS, load_sets
 from modules.errors import DataError
 from tests.base.tinyset import COLORS, NEAR_OOD_MODELS, SIZE, VIEWS, write_pack
 from tests.data.trees import class_folders, csv_set, declared_rows, picture, put
@@ -102,10 +102,23 @@ def test_no_train_split_is_an_error(tmp_path):
 
 
 def test_generation_starts_from_the_train_images_row_for_row(sets, pack):
-    same = load_sources(sets, settings(pack), SIZE, masks=False)
-    assert same is sets.train
-    smaller = load_sources(sets, settings(pack), 16, masks=False)
-    assert smaller.items == sets.train.items and smaller.pixels_DHWC.shape == (24, 16, 16, 3)
+    assert sets.at_generation == {} and sets.generation_size is None
+    same = load_sets(settings(pack), 0, masks=False, generation_size=SIZE)
+    assert same.sources() is same.train and same.judged()[0] is same.images["val"]
+    smaller = load_sets(settings(pack), 0, masks=False, generation_size=16)
+    assert torch.equal(smaller.train.pixels_DHWC, sets.train.pixels_DHWC) and smaller.digest == sets.digest
+    assert smaller.sources().items == sets.train.items and smaller.sources().pixels_DHWC.shape == (24, 16, 16, 3)
+
+
+def test_some_val_images_of_each_class_are_kept_at_the_size_of_generation(tmp_path, monkeypatch):
+    monkeypatch.setattr("modules.data.sets.JUDGED_IMAGES", 1)
+    class_folders(tmp_path, {"bolt": 80, "nut": 80})
+    sets = load_sets(settings(tmp_path, val_fraction=0.2), 0, masks=False, generation_size=8)
+    val, rows = sets.judged()
+    labels = [item.label for item in val.items]
+    assert min(len(sets.images["val"].items) // 2, JUDGED_PER_CLASS) == JUDGED_PER_CLASS
+    assert labels.count("bolt") == labels.count("nut") == JUDGED_PER_CLASS and len(rows) == len(labels)
+    assert val.pixels_DHWC.shape == (len(labels), 8, 8, 3)
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -115,7 +128,7 @@ def test_images_smaller_than_the_pipeline_are_refused_whatever_is_stored(size, t
     index = load_sets(settings(tmp_path), 0, masks=False).train
     put(tmp_path / index.items[3].path, picture(5, 20, 20))
     given = dataclasses.replace(settings(tmp_path, on_bad_image="skip"), image_size=size)
-    sets = load_sets(given, 0, masks=False)
+    sets = load_sets(given, 0, masks=False, generation_size=32)
     assert len(sets.train.items) == len(index.items), "it is large enough to be stored"
     with pytest.raises(DataError, match=r"1 of \d+ train images are smaller than the 32 px .* with 20 px"):
-        load_sources(sets, given, 32, masks=False)
+        sets.sources()

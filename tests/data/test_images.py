@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from modules.config import Data
 from modules.data.decode import TURNS, BadImage, decode_image, decode_mask
-from modules.data.images import load_images
+from modules.data.images import load_at_sizes, load_images
 from modules.data.items import Index, Item
 from modules.errors import ConfigError, DataError
 from tests.data.trees import disc, encoded, pack, picture, put
@@ -195,10 +195,21 @@ def test_several_sizes_come_from_one_decode_each_resized_once(tmp_path, monkeypa
     index = one_set(tmp_path, {f"{i}.png": picture(i, 50, 50) for i in range(3)})
     calls = []
     monkeypatch.setattr("modules.data.images.decode_image", lambda *args: calls.append(args) or decode_image(*args))
-    small, large = loaded(index, (16, 32))
+    small, large = load_at_sizes(index, index.items, {16: range(3), 32: [0, 2]}, Data())
     assert len(calls) == 3
     assert torch.equal(small.pixels_DHWC, loaded(index, 16).pixels_DHWC)
-    assert torch.equal(large.pixels_DHWC, loaded(index, 32).pixels_DHWC)
+    assert torch.equal(large.pixels_DHWC, loaded(index, 32).pixels_DHWC[[0, 2]])
+    assert [item.path for item in large.items] == ["0.png", "2.png"] and len(large.digests) == len(large.sides) == 2
+
+
+def test_an_image_left_out_is_left_out_at_every_size(tmp_path):
+    index = one_set(tmp_path, {f"{i}.png": picture(i, 50, 50) for i in range(4)})
+    (tmp_path / "1.png").write_bytes(b"no image")
+    sizes = {16: range(4), 32: [1, 3]}
+    small, large = load_at_sizes(index, index.items, sizes, replace(Data(), on_bad_image="skip"))
+    assert [item.path for item in small.items] == ["0.png", "2.png", "3.png"]
+    assert [item.path for item in large.items] == ["3.png"]
+    assert torch.equal(large.pixels_DHWC, loaded(index, 32, on_bad_image="skip").pixels_DHWC[2:])
 
 
 def test_a_zip_pack_loads_as_its_folder(tmp_path):
@@ -237,7 +248,8 @@ def test_crop_to_mask_takes_image_and_mask_through_the_same_square(tmp_path):
 
 def test_masks_follow_their_image_through_every_resize(tmp_path):
     index = one_set(tmp_path, {"a.png": picture(9, 64, 64)}, {"a.png": disc(64, 64, 20)})
-    for size, images in zip((64, 32, 16), loaded(index, (64, 32, 16)), strict=True):
+    sizes = {size: [0] for size in (64, 32, 16)}
+    for size, images in zip(sizes, load_at_sizes(index, index.items, sizes, Data()), strict=True):
         wanted = np.asarray(disc(size, size, 20 * size / 64)) > 0
         assert images.masks_DHW.shape == (1, size, size)
         assert (images.masks_DHW[0].numpy().astype(bool) != wanted).mean() < 0.02

@@ -137,8 +137,22 @@ def test_statistics_by_hand():
     assert statistics["fill"] == 0.5
     assert statistics["images_put"] == 3
     assert statistics["age_mean"] == (4 + 0) / 2 and statistics["age_max"] == 4
-    assert statistics["reuse"] == 3 / 3
+    assert statistics["reuse"] == statistics["uses_per_image"] == 3 / 3
     assert statistics["evicted_unused"] == 0
+
+
+def test_reuse_is_of_the_images_made_after_the_prefill_and_survives_a_checkpoint():
+    reservoir = make(num_classes=1, ring_size=2)
+    put(reservoir, 0)
+    put(reservoir, 1)
+    reservoir.end_prefill()
+    reservoir.take(0, False, 0, 2, stream(0, "a"))
+    put(reservoir, 2)
+    again = make(num_classes=1, ring_size=2)
+    again.load_state_dict(reservoir.state_dict())
+    for statistics in (reservoir.statistics(), again.statistics()):
+        assert statistics["images_put"] == 3 and statistics["images_prefilled"] == 2
+        assert statistics["reuse"] == 2 / 1 and statistics["uses_per_image"] == 2 / 3
 
 
 def test_an_image_nobody_used_is_counted_when_it_leaves():
