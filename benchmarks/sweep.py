@@ -22,6 +22,17 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         ("ce", "supcon", "positives"),
         {f"{steps} steps": [f"learning.steps={steps}"] for steps in (300, 900, 1800)},
     ),
+    "views": (
+        ("supcon",),
+        {
+            "as configured": [],
+            "no grey, no hue": ["learning.grey_p=0.0", "learning.jitter=[0.4, 0.4, 0.4, 0.0]"],
+            "weak color": ["learning.grey_p=0.0", "learning.jitter=[0.2, 0.2, 0.2, 0.0]"],
+            "crop from .15": ["learning.crop_scale=[0.15, 1.0]"],
+            "crop from .6": ["learning.crop_scale=[0.6, 1.0]"],
+            "strong": ["learning.augment=strong"],
+        },
+    ),
     "strength": (
         ("positives",),
         {f"strength {s}": [f"generation.strengths={{{s}: 1.0}}"] for s in (0.2, 0.35, 0.5, 0.75)}
