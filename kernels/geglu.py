@@ -123,28 +123,30 @@ def _normal(b):
 
 
 @jit
-def _forward_kernel(x_ptr, y_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_N rows by BLOCK_D columns of y."""
+def _halves(x_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """a and b of BLOCK_N rows by BLOCK_D columns in fp32; where they, and the same place of y, stand; which exist."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     inside = (n < N) & (d < D)
     at = n * (2 * D) + d
     a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + at + D, mask=inside, other=0.0).to(tl.float32)
+    return a, b, at, n * D + d, inside
+
+
+@jit
+def _forward_kernel(x_ptr, y_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_N rows by BLOCK_D columns of y."""
+    a, b, _, at_y, inside = _halves(x_ptr, N, D, BLOCK_N, BLOCK_D)
     below, _ = _normal(b)
-    tl.store(y_ptr + n * D + d, (a * (b * below)).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + at_y, (a * (b * below)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
 def _backward_kernel(x_ptr, dy_ptr, dx_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Both halves of dx of BLOCK_N rows by BLOCK_D columns of dy."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    inside = (n < N) & (d < D)
-    at = n * (2 * D) + d
-    a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + at + D, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + n * D + d, mask=inside, other=0.0).to(tl.float32)
+    a, b, at, at_y, inside = _halves(x_ptr, N, D, BLOCK_N, BLOCK_D)
+    dy = tl.load(dy_ptr + at_y, mask=inside, other=0.0).to(tl.float32)
     below, density = _normal(b)
     tl.store(dx_ptr + at, (dy * (b * below)).to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(dx_ptr + at + D, (dy * a * (below + b * density)).to(dx_ptr.dtype.element_ty), mask=inside)

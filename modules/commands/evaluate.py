@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modules.commands.evaluate_folder import judge_folder
+from modules.commands.flags import check_finished, check_run
 from modules.config import Config
 from modules.data.sets import ImageSets, load_sets
 from modules.data.views import plain_view
@@ -28,7 +29,6 @@ from modules.runtime import resolve_runtime
 from modules.settings import load_config, to_yaml
 from modules.state import write_atomic
 
-EXPORTED = ("export/encoder.safetensors", "export/ood.safetensors")
 ANYWHERE = {"data.on_bad_image", "data.max_pixels", "evaluation.batch_size"}
 ANYWHERE |= {f"run.{key}" for key in ("device", "precision", "threads", "kernels")}
 
@@ -41,6 +41,7 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
         ConfigError: a setting that would make it another encoder or that is not used.
     """
     folder = Path(path)
+    check_run(folder)
     check_finished(folder)
     config, origins = load_config(folder / "config.yaml", overrides)
     given = {name for name, origin in origins.items() if origin == "command line"}
@@ -50,24 +51,6 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     if "data.root" in given:
         return judge_folder(folder, config, detector, embed, console)
     return evaluate_again(folder, config, origins, detector, embed, console)
-
-
-def check_finished(folder: Path) -> None:
-    """Raise DataError where `folder` is not the directory of a finished run, saying what it is instead."""
-    if not (folder / "config.yaml").is_file():
-        trials = sorted(found.parent.name for found in folder.glob("*/config.yaml"))
-        hint = f"; it holds the runs {', '.join(trials)}: name one of them" if trials else "; name one, as runs/demo"
-        raise DataError(f"{folder}: is no run directory, because it has no config.yaml{hint}")
-    if not (folder / "results.json").is_file():
-        raise DataError(
-            f"{folder}: this run is not finished; start its `trainer.py run` command again to go on with it"
-        )
-    for name in EXPORTED:
-        if not (folder / name).is_file():
-            raise DataError(
-                f"{folder}: has no {name}; only what `trainer.py run` wrote can be evaluated, and a run whose export was "
-                "removed must be made again"
-            )
 
 
 def check_overrides(given: set[str]) -> None:

@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 
 from modules.config import Config, PipelineConfig
-from modules.errors import ConfigError
+from modules.errors import ConfigError, DataError
 from modules.settings import load_config
 
 FLAGS = {  # verb -> flag without dashes -> what it does
@@ -33,11 +33,17 @@ FLAGS = {  # verb -> flag without dashes -> what it does
     "check": {"untimed": "skip the timed steps"},
     "doctor": {"device": "cpu or cuda"},
 }
+EXPORTED = ("export/encoder.safetensors", "export/ood.safetensors")  # what `evaluate` reads of a run
 SWITCH = ""  # the value of a flag that stands alone
 
 
 def check_arguments(verb: str, path: str, arguments: list[str]) -> None:
-    """Raise ConfigError for a mistake in what stands behind `verb` on the command line, as far as no image is needed."""
+    """Whether what stands behind `verb` on the command line can be right, as far as no image is needed to tell.
+
+    Raises:
+        ConfigError: an unknown flag or setting, a value out of its range.
+        DataError: `evaluate` is not given a finished run.
+    """
     if verb == "doctor":
         split_flags([path, *arguments], FLAGS[verb])
         return
@@ -45,10 +51,33 @@ def check_arguments(verb: str, path: str, arguments: list[str]) -> None:
     if verb == "compare":
         return  # it imports torch in its trials only, and a config may lack what an arm brings
     if verb == "evaluate":  # its CONFIG is a run, whose settings stand in it
-        path = Path(path) / "config.yaml"
-        if not path.is_file():
-            return  # the verb says what the folder is instead
+        check_run(Path(path))
+        load_config(Path(path) / "config.yaml", overrides)
+        check_finished(Path(path))
+        return
     load_config(path, overrides, schema=PipelineConfig if verb == "train-pipeline" else Config)
+
+
+def check_run(folder: Path) -> None:
+    """Raise DataError where `folder` is not the directory of a run, saying what it is instead."""
+    if not (folder / "config.yaml").is_file():
+        trials = sorted(found.parent.name for found in folder.glob("*/config.yaml"))
+        hint = f"; it holds the runs {', '.join(trials)}: name one of them" if trials else "; name one, as runs/demo"
+        raise DataError(f"{folder}: is no run directory, because it has no config.yaml{hint}")
+
+
+def check_finished(folder: Path) -> None:
+    """Raise DataError where the run of a directory is not finished, or not all that it wrote is there."""
+    if not (folder / "results.json").is_file():
+        raise DataError(
+            f"{folder}: this run is not finished; start its `trainer.py run` command again to go on with it"
+        )
+    for name in EXPORTED:
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{folder}: has no {name}; only what `trainer.py run` wrote can be evaluated, and a run whose export was "
+                "removed must be made again"
+            )
 
 
 def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:

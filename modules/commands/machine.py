@@ -55,7 +55,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
         OutOfMemory: not even one slot fits beside the learner, or fewer than the run had when it was stopped.
         ConfigError: a recipe or an attention backend that cannot be used here.
     """
-    kept, masks = _read(job), job.sources.masks_DHW
+    kept = _read(job)
     _swap_layers(job)
     asked = {name: kept[name][0] for name in ("slots", "decode_batch") if name in kept}
     with _room_for_learner(job, state, train_DHWC):
@@ -70,7 +70,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
             len(job.sets.index.classes),
             reservoir,
             embed=state.embed,
-            has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+            has_mask=job.sources.has_mask(),
             keywords=job.sets.index.keywords(),
         )
     sizes = dict(zip(("slots", "decode_batch"), generator.sizes, strict=True))

@@ -190,9 +190,8 @@ def _images(job: Job, requests: list[Request]) -> list[torch.Tensor]:
 
 def _sources(job: Job, labels: list[int], variants: list[Variant], columns: int) -> dict[int, list[int]]:
     """Train rows of each class, `columns` of them or all; only such with an object mask where a variant needs one."""
-    masks_DHW = job.sources.masks_DHW
     masked = job.config.generation.mask_edit != "none" or any(variant.recipe == "mask_split" for variant in variants)
-    usable_D = masks_DHW.flatten(1).any(1).tolist() if masked else [True] * len(job.sets.train.items)
+    usable_D = job.sources.has_mask() if masked else [True] * len(job.sets.train.items)
     of_class: dict[int, list[int]] = {label: [] for label in labels}
     for row, (label, usable) in enumerate(zip(job.sets.labels_D.tolist(), usable_D, strict=True)):
         if usable and len(of_class.get(label, range(columns))) < columns:

@@ -146,7 +146,7 @@ def job_recipes(job: Job) -> Recipes:
     Raises:
         ConfigError: as `Recipes`.
     """
-    masks, pipeline, tokens = job.sources.masks_DHW, job.pipeline, ""
+    pipeline, tokens = job.pipeline, ""
     if not job.config.inversion.class_agnostic:
         tokens = "to be learned" if job.tokens is None else tokens_digest(job.tokens.vectors_CKE.float())
     return Recipes(
@@ -160,7 +160,7 @@ def job_recipes(job: Job) -> Recipes:
         preset=job.plan.preset,
         pipeline=pipeline.digest,
         tokens=tokens,
-        has_mask=None if masks is None else masks.flatten(1).any(1).tolist(),
+        has_mask=job.sources.has_mask(),
         keywords=job.sets.index.keywords(),
     )
 

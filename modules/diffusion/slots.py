@@ -38,6 +38,10 @@ class Sources:
     pixels_DHWC: torch.Tensor | None = None  # uint8 at the pipeline's resolution, for recipes without diffusion
     masks_DHW: torch.Tensor | None = None  # uint8 0/1 object masks at that resolution, for masked edits
 
+    def has_mask(self) -> list[bool] | None:
+        """Whether each image has an object in its mask; None where there are no masks."""
+        return None if self.masks_DHW is None else self.masks_DHW.flatten(1).any(1).tolist()
+
 
 class Slots:
     """When and how images are made; what they are comes from `request`, where they go from `finish`."""

@@ -233,20 +233,23 @@ def test_every_verb_is_a_module_with_a_command():
 
 def test_help_and_mistakes_answer_without_importing_torch(tmp_path):
     """One process for every verb: what it imports is what the user waits for."""
-    put(tmp_path / "run" / "config.yaml", "learning: {steps: 3}\n")
+    put(tmp_path / "run" / "config.yaml", "learning: {steps: 30}\n")
     config, mistake = ["configs/demo.yaml"], "learning.stepz=1"
     calls = [["--help"], ["doctor", "--devise=cpu"], ["evaluate", str(tmp_path / "run"), mistake]]
     calls += [["train-pipeline", "configs/train_pipeline.yaml", "training.vae_stepz=1"]]
+    missing = [
+        ["evaluate", str(tmp_path / name)] for name in ("nothing", "run")
+    ]  # no run, and one that is not finished
     for verb in ("run", "compare", "tune", "profile", "preview", "check"):
         calls += [[verb, *config, mistake], [verb, *config, "--stepz=1"]]
     assert {call[0] for call in calls} == {"--help", *trainer.VERBS}
     script = (
         "import sys, trainer\n"
-        f"codes = [trainer.main(call) for call in {calls!r}]\n"
+        f"codes = [trainer.main(call) for call in {calls + missing!r}]\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
         "print(codes, sorted(heavy))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == f"{[0] + [2] * (len(calls) - 1)} []", done.stderr
+    assert done.stdout.splitlines()[-1] == f"{[0] + [2] * (len(calls) - 1) + [3, 3]} []", done.stderr
     assert done.stderr.count("did you mean `learning.steps`?") == 7
     assert "did you mean `training.vae_steps`?" in done.stderr and "did you mean --device?" in done.stderr
