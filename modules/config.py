@@ -267,7 +267,7 @@ class PipelineTraining:
     object_word: float = 0.1  # share of rows whose noun becomes "object"
     min_snr_gamma: float = 5.0  # cap of the loss weight by signal-to-noise ratio
     ema_decay: float = 0.999
-    bf16: bool = True  # autocast of the VAE
+    bf16: bool = True  # autocast of the VAE, where the device has bf16
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,11 @@ def resolve_runtime(run, pipeline) -> Runtime:
     if run.precision == "auto":
         precision = Choice(torch.bfloat16 if on_gpu else torch.float32, "auto: bf16 on a GPU, fp32 on a CPU")
     else:
-        precision = Choice(DTYPES[run.precision], "run.precision")
+        precision = Choice(DTYPES[run.precision], f"run.precision{_slow(run.precision, device.value)}")
     if pipeline.dtype == "auto":
         pipeline_dtype = Choice(torch.float16 if on_gpu else torch.float32, "auto: fp16 on a GPU, fp32 on a CPU")
     else:
-        pipeline_dtype = Choice(DTYPES[pipeline.dtype], "pipeline.dtype")
+        pipeline_dtype = Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device.value)}")
     backend.set_default(run.kernels)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -88,6 +88,17 @@ def resolve_runtime(run, pipeline) -> Runtime:
         torch.get_num_threads(), "run.threads" if run.threads else f"torch's choice, {os.cpu_count()} cores"
     )
     return Runtime(device, precision, pipeline_dtype, threads)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16; a processor without them convolves in it ten times as slowly as in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _slow(precision: str, device: torch.device) -> str:
+    return "; slow, for this device has no bf16" if precision == "bf16" and not has_bf16(device) else ""
 
 
 def quiet_libraries() -> None:

@@ -4,6 +4,7 @@ Stages: read the pack, train the VAE, encode every image once, train text encode
 training stage resumes exactly from its newest checkpoint; the finished pipeline stands in `<run>/pipeline`.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.errors import ConfigError, DataError, NonFinite, StorageError, Terminated
 from modules.evaluation.sheets import curves_png, sheet_png
-from modules.runtime import environment, resolve_runtime, stream
+from modules.runtime import environment, has_bf16, resolve_runtime, stream
 from modules.settings import load_config
 from modules.termination import termination
 from modules.workdir import Workdir
@@ -71,6 +72,9 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     """Read the images, train both stages, write `folder`, curves and sheets; returns the figures of the training."""
     workdir.write_json("environment.json", environment())
     device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
+    if config.training.bf16 and not has_bf16(device):
+        console.line("training.bf16: this device has no bf16, so the VAE is trained in fp32")
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, bf16=False))
     with console.stage("data") as progress:
         index = read_raw(config.data.root)
         items = chosen_items(index, config.data.root)

@@ -38,7 +38,12 @@ HARDWARE = {
     *(f"torch.cuda.{name}" for name in ("is_available", "device_count", "get_device_name", "get_device_capability")),
     *(f"torch.cuda.{name}" for name in ("get_device_properties", "is_bf16_supported", "get_arch_list")),
     *("torch.backends.mps.is_available", "torch.version.cuda", "torch.version.hip", "os.cpu_count", "platform.system"),
-    *("importlib.util.find_spec", "importlib.metadata.version", "shutil.which"),
+    *(
+        "importlib.util.find_spec",
+        "importlib.metadata.version",
+        "shutil.which",
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported",
+    ),
 }
 ASKS_HARDWARE = ("kernels.backend", "modules.runtime", "modules.probes")
 DRAWS = {f"torch.{name}" for name in ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial")}

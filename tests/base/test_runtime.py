@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from modules import config
+from modules import config, runtime
 from modules.errors import ConfigError
 from modules.runtime import commit, environment, resolve_runtime, stream, stream_seed
 
@@ -80,3 +80,11 @@ def test_the_environment_says_what_results_depend_on():
     assert {"python", "platform", "cpu", "cores", "gpu", "cuda", "packages", "commit"} <= found.keys()
     assert torch.__version__.startswith(found["packages"]["torch"]) and found["packages"]["numpy"]
     assert found["commit"] == commit()
+
+
+@pytest.mark.parametrize(("available", "said"), [(True, ""), (False, "; slow, for this device has no bf16")])
+def test_a_choice_that_the_device_is_slow_at_says_so(available, said, monkeypatch):
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: available)
+    found = resolved(device="cpu", precision="bf16", dtype="bf16")
+    assert (found.precision.reason, found.pipeline_dtype.reason) == (f"run.precision{said}", f"pipeline.dtype{said}")
+    assert resolved(device="cpu").precision.reason == "auto: bf16 on a GPU, fp32 on a CPU"

@@ -217,3 +217,14 @@ def test_an_image_without_any_wording_is_refused(root, tmp_path, text):
         train(index.parent, tmp_path)
     index.write_text("path,noun\nBolt/1.png,bolt\nRing/0.png,ring\n")
     assert wordings(chosen_items(read_raw(str(index)), "it"))[0] == ["a photo of a bolt", "a photo of a ring"]
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_bf16_is_used_where_the_device_has_it_and_it_is_said_where_not(available, root, tmp_path, monkeypatch):
+    seen, step = [], training.vae_step
+    monkeypatch.setattr(train_pipeline, "has_bf16", lambda device: available)
+    monkeypatch.setattr(training, "vae_step", lambda stage, *rest: seen.append(stage.recipe.bf16) or step(stage, *rest))
+    said = io.StringIO()
+    command(str(written_config(root, tmp_path)), [*SETTINGS, "training.unet_steps=1"], Console(said), None, None)
+    assert set(seen) == {available}
+    assert ("this device has no bf16" in said.getvalue()) is not available
