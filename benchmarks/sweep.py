@@ -35,7 +35,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
     ),
     "strength": (
         ("positives",),
-        {f"strength {s}": [f"generation.strengths={{{s}: 1.0}}"] for s in (0.2, 0.35, 0.5, 0.75)}
+        {f"strength {s}": [f"generation.strengths={{{s}: 1.0}}"] for s in (0.16, 0.35, 0.5, 0.75)}
         | {"strengths .2 .5 .75": ["generation.strengths={0.2: 1.0, 0.5: 1.0, 0.75: 1.0}"]},
     ),
     "fraction": (
