@@ -40,7 +40,7 @@ CURVES = {  # key of a metric row -> title of its panel, in the order in which p
     "ood_share": "near-OOD share of the denominator",
     "id_cosine": "mean cosine of ID rows",
     "realized_fraction": "generated share of the batch",
-    "reuse": "uses of a generated image",
+    "reuse": "reuse: rows taken for one image made since the prefill",
     "age_mean": "age of generated images, steps",
     "id_confidence": "confidence on ID rows",
     "ood_confidence": "confidence on near-OOD rows",
