@@ -22,6 +22,14 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         ("ce", "supcon", "positives"),
         {f"{steps} steps": [f"learning.steps={steps}"] for steps in (300, 900, 1800)},
     ),
+    "ceiling": (  # what further real images would be worth: no generator of as many can be worth more
+        ("supcon",),
+        {
+            f"{shots or 'all'} shots, {steps} steps": [f"data.shots_per_class={shots}", f"learning.steps={steps}"]
+            for steps in (300, 900)
+            for shots in (8, 16, 0)
+        },
+    ),
     "views": (
         ("supcon",),
         {

@@ -170,9 +170,7 @@ def compare(
         replicates[key] = metric_replicates(one.predictions, weights)
         compared = [*replicates[key], *WITHOUT_INTERVAL]
         values[key] = {metric: one.results[metric] for metric in compared if metric in one.results}
-        if one.results.get("cost.images_generated") and not one.settings.get("inversion.class_agnostic"):
-            beside = [other.results for other in finished if other.trial.seed == one.trial.seed]
-            values[key]["cost.seconds"] = seconds_with_tokens(one.results, beside)
+        values[key]["cost.seconds"] = fair_seconds(one, finished)
         if progress is not None:
             progress(index + 1, len(finished), "bootstrap")
 
@@ -233,6 +231,14 @@ def _arm(one: Finished) -> str:
 
 def _seed(one: Finished) -> int:
     return one.trial.seed
+
+
+def fair_seconds(one: Finished, finished: Iterable[Finished]) -> float:
+    """Seconds of a trial, those of its class tokens included wherever they were learned, if it uses any."""
+    if not one.results.get("cost.images_generated") or one.settings.get("inversion.class_agnostic"):
+        return one.results["cost.seconds"]
+    beside = [other.results for other in finished if other.trial.seed == one.trial.seed]
+    return seconds_with_tokens(one.results, beside)
 
 
 def seconds_with_tokens(results: dict, beside: Iterable[dict]) -> float:

@@ -6,7 +6,7 @@ import io
 import json
 
 from modules.evaluation import figures, page
-from modules.evaluation.compare import COSTS, REPRESENTATION, Comparison, Finished, Summary, Trial
+from modules.evaluation.compare import COSTS, REPRESENTATION, Comparison, Finished, Summary, Trial, fair_seconds
 from modules.evaluation.metrics import OOD_METRICS
 from modules.evaluation.ood import SCORES
 
@@ -144,6 +144,8 @@ def as_rows(comparison: Comparison) -> list[dict]:
         for metric in comparison.summaries[one.trial.arm]:
             if metric in one.results:
                 rows.append(condition | {"metric": metric, "value": one.results[metric]} | place)
+        with_tokens = {"metric": "cost.seconds_with_tokens", "value": fair_seconds(one, comparison.finished)}
+        rows.append(condition | with_tokens | place)
     return rows
 
 

@@ -12,7 +12,7 @@ from modules import config
 from modules.errors import DataError
 from modules.evaluation.compare import Trial, compare, find_trials, read_trials
 from modules.evaluation.compare_page import as_html, write_comparison
-from modules.evaluation.compare_text import ROW_COLUMNS, as_csv, as_json, as_long_text, as_text, verdict
+from modules.evaluation.compare_text import ROW_COLUMNS, as_csv, as_json, as_long_text, as_rows, as_text, verdict
 from modules.evaluation.evaluate import evaluate
 from modules.evaluation.intervals import metric_replicates, percentile_interval, role_weights
 from modules.evaluation.metrics import OOD_METRICS
@@ -223,7 +223,7 @@ def test_long_rows_hold_every_trial_and_metric(comparison):
     rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
     assert tuple(rows[0]) == ROW_COLUMNS
     metrics = len(comparison.summaries["supcon"])
-    assert len(rows) == 6 * metrics and metrics > 80
+    assert len(rows) == 6 * (metrics + 1) and metrics > 80
     one = next(row for row in rows if (row["arm"], row["seed"], row["metric"]) == ("supcon", "2", "test.accuracy"))
     assert one["seconds"] == "102.0" and one["commit"] == "abc123" and one["device"] == "Reference CPU"
     assert one["data"] == "embedded:parts64" and one["shots"] == "0" and one["steps"] == "300"
@@ -252,12 +252,12 @@ def test_every_arm_with_tokens_pays_for_them_whichever_learned_them(folder):
         )
         for arm, generated in (("supcon", 0), ("positives", 450), ("positives_ood", 450))
     ]
-    found = compare(trials, resamples=10).summaries
-    assert {arm: found[arm]["cost.seconds"].mean for arm in found} == {
-        "supcon": 50.0,
-        "positives": 80.0,
-        "positives_ood": 80.0,
-    }
+    found = compare(trials, resamples=10)
+    fair = {"supcon": 50.0, "positives": 80.0, "positives_ood": 80.0}
+    assert {arm: summary["cost.seconds"].mean for arm, summary in found.summaries.items()} == fair
+    rows = [row for row in as_rows(found) if row["metric"] == "cost.seconds_with_tokens"]
+    assert {row["arm"]: row["value"] for row in rows} == fair
+    assert {row["arm"]: row["seconds"] for row in rows} == seconds
 
 
 def test_a_binary_head_of_other_examples_is_said_not_to_compare(folder):
