@@ -18,17 +18,36 @@ from benchmarks.harness import append_rows
 from modules.commands.trials import Planned, plan, refuse_other_settings, run_trial
 
 SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> arms, {variant: overrides}
-    "steps": (
+    "steps": (  # as many images however long the schedule: each serves more often
         ("ce", "supcon", "positives"),
-        {f"{steps} steps": [f"learning.steps={steps}"] for steps in (300, 900, 1800)},
+        {
+            f"{steps} steps": [
+                f"learning.steps={steps}",
+                f"generation.images_per_step={450 / steps:g}",
+                f"generation.max_uses={24 * steps // 300}",
+            ]
+            for steps in (300, 900, 1800)
+        },
+    ),
+    "long_strength": (  # where real images begin to run out
+        ("positives",),
+        {
+            f"900 steps, strength {name}": [
+                "learning.steps=900", "generation.images_per_step=0.5", "generation.max_uses=72", f"generation.strengths={mix}"
+            ]
+            for name, mix in ((".35", "{0.35: 1.0}"), (".5", "{0.5: 1.0}"), (".16 .35 .5", "{0.16: 1.0, 0.35: 1.0, 0.5: 1.0}"))
+        },
     ),
     "ceiling": (  # what further real images would be worth: no generator of as many can be worth more
         ("supcon",),
         {
             f"{shots or 'all'} shots, {steps} steps": [f"data.shots_per_class={shots}", f"learning.steps={steps}"]
-            for steps in (300, 900)
-            for shots in (8, 16, 0)
+            for shots, steps in ((8, 300), (16, 300), (0, 300), (16, 900), (0, 900))
         },
+    ),
+    "shots": (
+        ("supcon", "positives"),
+        {f"{shots} shots": [f"data.shots_per_class={shots}"] for shots in (4, 8)},
     ),
     "views": (
         ("supcon",),
