@@ -310,7 +310,7 @@ def sheets(folder: Path, pixels_NHWC, captions: list[str], seed: int) -> dict[st
     """
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     pipe.to(pixels_NHWC.device).set_progress_bar_config(disable=True)
     draw = torch.randperm(len(pixels_NHWC), generator=stream(seed, "sheets"))[: SHEET_ROWS * SHEET_COLUMNS]
     chosen = pixels_NHWC[draw]

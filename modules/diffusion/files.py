@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from modules.errors import DataError
 
@@ -51,7 +51,7 @@ def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **{"dtype" if kind is CLIPTextModel else "torch_dtype": dtype},
+            dtype=dtype,
         )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise DataError(
