@@ -130,15 +130,21 @@ def main(argv: list[str] | None = None) -> dict:
     quiet_libraries()
     device = torch.device(options.device)
     checks: list[Check] = []
+    conditions, lost = harness.conditions(device), False
     source = options.pipeline or inputs.default_pipeline(device)
     for found in (engine_checks(device, source), kernel_checks(device)):  # a kernel may take the device with it
         for check in found:
             checks.append(check)
             print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.found}", flush=True)
+            if lost := not check.passed and harness.is_lost(device):
+                break  # what would follow fails for that alone: it is untested, not wrong
+        if lost:
+            break
     document = {
         "benchmark": "correctness",
-        **harness.conditions(device),
+        **conditions,
         "passed": all(check.passed for check in checks),
+        "device_lost": lost,
         "wrong": sorted({check.of for check in checks if not check.passed}),
         "checks": [dataclasses.asdict(check) for check in checks],
     }

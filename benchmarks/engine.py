@@ -14,7 +14,7 @@ from kernels import backend
 from kernels.geglu import swap_geglu
 from kernels.group_norm import swap_group_norm
 from kernels.pixels import pixels
-from modules.data.staging import upload
+from kernels.staging import upload
 from modules.diffusion import attention
 from modules.diffusion.capture import accelerate
 from modules.diffusion.pipeline import StableDiffusion

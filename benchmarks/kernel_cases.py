@@ -81,8 +81,6 @@ def metric_learning(labels_R: torch.Tensor):
 
 def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
     """Guidance and one DDIM-like update of S slots at their own steps; the peer is a diffusers call per slot."""
-    from diffusers import DDIMScheduler
-
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     c, u, z, x0 = (torch.randn(S, 4, side, side, generator=g).to(device) for _ in range(4))
@@ -104,11 +102,16 @@ def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
         clean = (z.double() - sigma * (u.double() + 7.5 * (c.double() - u.double()))) / alpha
         return a * z.double() + b * clean + k * x0.double(), clean
 
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(50)
-    times = [scheduler.timesteps[i] for i in row.tolist()]
+    @functools.cache
+    def peer():
+        from diffusers import DDIMScheduler  # where it is not installed, the peer's row says so
+
+        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(50)
+        return scheduler, [scheduler.timesteps[i] for i in row.tolist()]
 
     def per_slot():
+        scheduler, times = peer()
         e = (u + 7.5 * (c - u)).float()
         return (torch.stack([scheduler.step(e[s], t, z[s]).prev_sample for s, t in enumerate(times)]),)
 
@@ -150,29 +153,36 @@ def norm_case(device: torch.device, compiled: bool, N: int, C: int, side: int, b
         ),
         bytes_moved=(5 if backward else 2) * x.numel() * dtype.itemsize,
         judged=lambda outputs: tuple(t[:2] for t in outputs),
-        truth=lambda: run(group_norm_silu, x[:2].double(), weight.double(), bias.double()),
+        truth=lambda: run(
+            functools.partial(group_norm_silu, implementation="torch"), x[:2].double(), weight.double(), bias.double()
+        ),
         captured=not backward,
     )
 
 
 def gated_case(device: torch.device, compiled: bool, rows: int, D: int) -> Case:
     """The gated linear unit behind a projection of SD's feed-forward layers; the peer is diffusers' own module."""
-    from diffusers.models.activations import GEGLU
-
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     x = torch.randn(rows, 2 * D, generator=g).to(device, dtype)
-    unit = GEGLU(1, 1)
-    unit.proj = torch.nn.Identity()
+
+    @functools.cache
+    def unit():
+        from diffusers.models.activations import GEGLU  # where it is not installed, the peer's row says so
+
+        gated = GEGLU(1, 1)
+        gated.proj = torch.nn.Identity()
+        return gated
+
     return Case(
         op="geglu",
         shape=f"N={rows} D={D}",
         dtype=str(dtype).removeprefix("torch."),
         candidates=implementations(lambda name: (geglu(x, implementation=name),), device, compiled)
-        | {"diffusers GEGLU": lambda: (unit(x),)},
+        | {"diffusers GEGLU": lambda: (unit()(x),)},
         bytes_moved=3 * rows * D * dtype.itemsize,
         judged=lambda outputs: (outputs[0][:1024],),
-        truth=lambda: (geglu(x[:1024].double()),),
+        truth=lambda: (geglu(x[:1024].double(), implementation="torch"),),
         captured=True,
     )
 
@@ -202,13 +212,16 @@ def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: in
 def pillow_rows(x_N3HW: torch.Tensor, size: int) -> Callable[[], tuple[torch.Tensor]]:
     """The route of a pipeline that answers in PIL images."""
     import numpy as np
-    from diffusers.image_processor import VaeImageProcessor
     from PIL import Image
 
-    processor = VaeImageProcessor()
+    @functools.cache
+    def processor():
+        from diffusers.image_processor import VaeImageProcessor  # where it is not installed, the peer's row says so
+
+        return VaeImageProcessor()
 
     def call():
-        images = processor.postprocess(x_N3HW.float(), output_type="pil")
+        images = processor().postprocess(x_N3HW.float(), output_type="pil")
         resized = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
         return (torch.from_numpy(np.stack(resized)),)
 

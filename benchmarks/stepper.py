@@ -14,6 +14,8 @@ from modules.commands.timing import time_steps, window
 from modules.diffusion.overlap import Overlap
 from modules.phases import STEP_PHASES
 
+SYNC = "called a synchronizing CUDA operation"  # torch's words for each; switching the mode on warns in other words
+
 
 class Stepper:
     """Blocks of joint steps, of training alone (ratio 0) and of generation alone.
@@ -46,6 +48,7 @@ class Stepper:
             self._set(images)
             for _ in range(count):
                 trainer.step(self.state)
+            self.state.overlap.join()  # what the last step launched belongs to the block
 
         return call
 
@@ -88,7 +91,7 @@ class Stepper:
         with warnings.catch_warnings(record=True) as caught, _syncs_reported():
             warnings.simplefilter("always")
             call()
-        found = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+        found = [str(warning.message) for warning in caught if SYNC in str(warning.message)]
         for message in sorted(set(found))[:3]:
             print(f"  sync: {message.splitlines()[0]}", flush=True)
         return len(found)

@@ -73,10 +73,12 @@ def has_onednn() -> bool:
     return _ONEDNN
 
 
-def choose(op: str, implementation: str = "auto", device: torch.device | str = "cpu") -> Choice:
+def choose(op: str, implementation: str = "auto", device: torch.device | str = "cpu", *, unable: str = "") -> Choice:
     """The implementation of `op` on `device`, with the reason.
 
-    Raises ValueError for an unknown op or implementation, and where Triton is demanded but cannot run.
+    unable: why the kernel cannot take these very arguments, "" if it can.
+
+    Raises ValueError for an unknown op or implementation, and where Triton is demanded of the op but cannot run.
     """
     _check(implementation)
     if op not in OPS:
@@ -86,7 +88,9 @@ def choose(op: str, implementation: str = "auto", device: torch.device | str = "
     kind = torch.device(device).type
     if asked == "torch":
         return Choice("torch", by)
-    obstacle = _obstacle(kind)
+    obstacle = _obstacle(kind) or unable
+    if asked == "triton" and unable and implementation == "auto":  # run.kernels speaks of all ops, not of this input
+        return Choice("torch", unable)
     if asked == "triton":
         if obstacle:
             raise ValueError(f"implementation='triton' of {op}: {obstacle}; use 'auto' or 'torch'")
@@ -119,8 +123,21 @@ _ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile cann
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def too_wide(name: str, tensor: torch.Tensor, columns: int = 0) -> str:
+    """Why a kernel cannot take a tensor: it is float64, or has more than `columns` (0: no bound); "" if it can."""
+    if tensor.dtype == torch.float64 or (columns and tensor.shape[-1] > columns):
+        bound = f"[any, <= {columns}]" if columns else ""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"{name} is {dtype}{list(tensor.shape)}; the kernel takes float32, float16 or bfloat16{bound}"
+    return ""
+
+
+def obstacle(device: torch.device | str) -> str:
+    """Why Triton cannot run on a device; empty if it can."""
+    return _obstacle(torch.device(device).type)
+
+
 def _obstacle(kind: str) -> str:
-    """Why Triton cannot run on a device of this kind; empty if it can."""
     if triton is None:
         return "Triton is not installed"
     if interpreted():

@@ -30,7 +30,8 @@ def geglu(x_N2D: torch.Tensor, *, implementation: str = "auto") -> torch.Tensor:
     check_tensor("x_N2D", x_N2D, dtypes=FLOATS)
     if x_N2D.ndim < 1 or x_N2D.shape[-1] % 2 or x_N2D.numel() == 0:
         raise ValueError(f"x_N2D is {describe(x_N2D)}; expected [..., 2 D], not empty")
-    if backend.choose("geglu", implementation, x_N2D.device).name == "triton":
+    unable = backend.too_wide("x_N2D", x_N2D)
+    if backend.choose("geglu", implementation, x_N2D.device, unable=unable).name == "triton":
         return geglu_triton(x_N2D)
     return geglu_reference(x_N2D)
 
@@ -70,10 +71,6 @@ def _is_geglu(unit: nn.Module) -> bool:
 
 def geglu_triton(x_N2D: torch.Tensor) -> torch.Tensor:
     """The unit of `geglu` by the kernels."""
-    if x_N2D.dtype == torch.float64:
-        raise ValueError(
-            f"x_N2D is {describe(x_N2D)}; the Triton kernel takes float32, float16 or bfloat16; use 'auto' or 'torch'"
-        )
     if torch.is_grad_enabled() and x_N2D.requires_grad:
         return _GEGLU.apply(x_N2D)
     return _forward(x_N2D.contiguous())

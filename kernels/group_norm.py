@@ -49,7 +49,8 @@ def group_norm_silu(
     C = x_NCHW.shape[1]
     check_tensor("weight_C", weight_C, shape=(C,), dtypes=FLOATS, device=x_NCHW.device)
     check_tensor("bias_C", bias_C, shape=(C,), dtypes=FLOATS, device=x_NCHW.device)
-    if backend.choose("group_norm", implementation, x_NCHW.device).name == "triton":
+    unable = backend.too_wide("x_NCHW", x_NCHW)
+    if backend.choose("group_norm", implementation, x_NCHW.device, unable=unable).name == "triton":
         return group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu)
     return group_norm_silu_reference(x_NCHW, groups, weight_C, bias_C, eps, silu)
 
@@ -113,10 +114,7 @@ def _silu_before(_module: nn.Module, arguments: tuple) -> tuple:
 
 def group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch.Tensor:
     """The normalization of `group_norm_silu` by the kernels."""
-    if x_NCHW.dtype == torch.float64:
-        raise ValueError(
-            "x_NCHW is float64; the Triton kernel takes float32, float16 or bfloat16; use 'auto' or 'torch'"
-        )
+    weight_C, bias_C = weight_C.contiguous(), bias_C.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_NCHW, weight_C, bias_C)):
         return _GroupNormSiLU.apply(x_NCHW, groups, weight_C, bias_C, eps, silu)
     return _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)[0]

@@ -205,7 +205,9 @@ def _check(conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, 
             raise ValueError(f"{missing[0]} is None; expected a tensor, as for {', '.join(set(group) - set(missing))}")
     if "unconditional_row_S" in present and "unconditional_Uchw" not in present:
         raise ValueError("unconditional_Uchw is None; expected a tensor, as for unconditional_row_S")
-    for name, part in (present | {"z_Schw": z_Schw, "x0_prev_Schw": x0_prev_Schw, "table_K8": table_K8}).items():
+    always = {"z_Schw": z_Schw, "x0_prev_Schw": x0_prev_Schw, "table_K8": table_K8}
+    always |= {"row_S": row_S, "guidance_S": guidance_S}
+    for name, part in (present | always).items():
         if not part.is_contiguous() and name != "unconditional_Uchw":
             raise ValueError(f"{name} {list(part.shape)} has strides {part.stride()}; expected contiguous")
     for name, part in (("conditional_Schw", conditional_Schw), ("unconditional_Uchw", parts["unconditional_Uchw"])):

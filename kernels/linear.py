@@ -27,6 +27,7 @@ def frozen_linear(
     if weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad):
         raise ValueError("weight_OI and bias_O must be frozen: this op has no gradient for them")
     able = x_NI.device.type == "cpu" and x_NI.dtype == weight_OI.dtype == torch.float32 and backend.has_onednn()
+    able = able and not torch.is_autocast_enabled("cpu")  # autocast would have answered in its own dtype
     if implementation == "onednn" and not able:
         raise ValueError(
             f"implementation='onednn' needs float32 on a CPU and a torch with oneDNN; x_NI is {x_NI.dtype} on "
@@ -53,6 +54,7 @@ class _OneDNNLinear(torch.autograd.Function):
         return _product(x_NI, weight_OI, bias_O)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy_NO):
         return _product(dy_NO.contiguous(), ctx.weight_OI.t().contiguous(), None), None, None
 

@@ -10,7 +10,7 @@ import torch
 
 from kernels import backend
 from kernels.backend import jit, tl
-from kernels.checks import check_choice, check_number, check_tensor, describe
+from kernels.checks import check_choice, check_number, check_tensor
 
 OOD_COLUMNS = ("none", "global", "own_class", "foreign_class")
 MAX_WIDTH = 256  # E up to which a block of rows fits in a program
@@ -63,7 +63,8 @@ def supcon(
     seen = ood_columns if ood_weight > 0 else "none"
     settings = (num_views, float(temperature), seen, float(ood_weight), float(hardness), ood_anchors)
     with torch.autocast(z_RE.device.type, enabled=False):  # autocast would round the similarities to half precision
-        if backend.choose("supcon", implementation, z_RE.device).name == "triton":
+        unable = backend.too_wide("z_RE", z_RE, MAX_WIDTH)
+        if backend.choose("supcon", implementation, z_RE.device, unable=unable).name == "triton":
             return supcon_triton(z_RE, labels_R, is_ood_R, *settings)
         return supcon_reference(z_RE, labels_R, is_ood_R, *settings)
 
@@ -162,11 +163,6 @@ def _check_values(z_RE, labels_R, is_ood_R, num_views):
 
 def supcon_triton(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness, ood_anchors):
     """The loss of `supcon` by the kernels: fp32 sums, O(R) memory, differentiable once."""
-    if z_RE.dtype == torch.float64 or z_RE.shape[1] > MAX_WIDTH:
-        raise ValueError(
-            f"z_RE is {describe(z_RE)}; the Triton kernel takes float32, float16 or bfloat16[any, <= {MAX_WIDTH}]; "
-            "use implementation 'auto' or 'torch'"
-        )
     key_R = (labels_R * 2 + is_ood_R).to(torch.int32)
     images = z_RE.shape[0] // num_views
     return _SupCon.apply(z_RE.contiguous(), key_R, images, temperature, ood_columns, ood_weight, hardness, ood_anchors)

@@ -1,8 +1,8 @@
 """Random views of a batch of images: crop, flip, jitter, grey and normalize, each row with its own parameters.
 
 torchvision draws one set of parameters for a whole batch, and row by row it is a hundred small calls an image. Here the
-geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel reads
-each source image once for all its views. Legend: B images, V views, R = V*B rows view-major, H W source, S output side.
+geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel makes a
+view in one launch of its own program, which samples the source once, or twice where contrast needs its mean. Legend: B images, V views, R = V*B rows view-major, H W source, S output side.
 """
 
 import math
@@ -14,6 +14,7 @@ from kernels import backend
 from kernels.backend import jit, tl
 from kernels.checks import check_number, check_tensor
 from kernels.resample import crop_centers, resample_matrix
+from kernels.staging import upload
 from kernels.view_parameters import CONTRAST, HUE, SATURATION, UNIFORMS, ViewParameters, draw_view_parameters
 
 __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views_reference"]
@@ -60,11 +61,12 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
     turned_R4, grey_R = (op_R4 == HUE) & (factor_R4 != 0), geometry_R6[:, 5] != 0
-    geometry_R6, blend_R43, factor_R4 = (
-        table.to(device, non_blocking=True) for table in (geometry_R6, _blend_table(op_R4, factor_R4), factor_R4)
+    scale_3 = 1 / torch.tensor(std, dtype=torch.float32)
+    normalize_23 = torch.stack([scale_3, -torch.tensor(mean, dtype=torch.float32) * scale_3])
+    geometry_R6, blend_R43, factor_R4, normalize_23 = (
+        upload(table, device) for table in (geometry_R6, _blend_table(op_R4, factor_R4), factor_R4, normalize_23)
     )
-    scale_3 = 1 / torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
-    shift_3 = -torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1) * scale_3
+    scale_311, shift_311 = normalize_23[:, :, None, None].unbind(0)
     out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     block = B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
     for start in range(0, B, block):
@@ -75,13 +77,13 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
             x_b3HW = _crop(source_b3HW, geometry_R6[r], size)
             for position in range(4):
                 _blend(x_b3HW, blend_R43[r, position])
-                rows = turned_R4[r, position].nonzero().squeeze(1).to(device, non_blocking=True)
+                rows = upload(turned_R4[r, position].nonzero().squeeze(1), device)
                 if len(rows):
                     x_b3HW[rows] = _turn_hue(x_b3HW[rows], factor_R4[r, position][rows])
-            rows = grey_R[r].nonzero().squeeze(1).to(device, non_blocking=True)
+            rows = upload(grey_R[r].nonzero().squeeze(1), device)
             if len(rows):
                 x_b3HW[rows] = _grey(x_b3HW[rows]).expand(-1, 3, -1, -1)
-            out_RHWC[r].copy_(x_b3HW.mul_(scale_3).add_(shift_3).permute(0, 2, 3, 1))
+            out_RHWC[r].copy_(x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1))
     return out_RHWC.permute(0, 3, 1, 2)
 
 
@@ -150,14 +152,14 @@ def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
 
 
 def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of `views` in one launch, a program a row; programs of one image follow each other and share its pixels."""
+    """The views of `views` in one launch, a program a row; programs of one image follow each other and share its cache."""
     B, H, W, _ = images_BHWC.shape
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
     out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     _views_kernel[(V * B,)](
         images_BHWC,
-        *(t.contiguous().to(device, non_blocking=True) for t in (geometry_R6, op_R4.int(), factor_R4)),
+        *(upload(t.contiguous(), device) for t in (geometry_R6, op_R4.int(), factor_R4)),
         out_RHWC,
         B,
         V,

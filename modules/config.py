@@ -109,7 +109,7 @@ class NearOOD:
     """What near-OOD images are made of."""
 
     recipes: dict = field(default_factory=lambda: {"strength": 1.0, "token_mix": 1.0})  # recipe -> weight
-    strength: float = 0.75  # of every diffusion recipe
+    strength: float = 0.75  # of every diffusion recipe but mask_split, which destroys the object: 1
     mix: tuple[float, float] = (0.35, 0.65)  # token_mix: range of the partner's weight
     noise: float = 1.0  # token_noise: sigma in units of the token's norm / sqrt(width)
     negative_guidance: float = -1.0  # negative_guidance: w <= 0

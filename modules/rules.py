@@ -314,6 +314,12 @@ def _check_learning(config) -> None:
             f"learning.warmup_steps {learning.warmup_steps} does not end before learning.steps {learning.steps}; "
             "lower it"
         )
+    for section in ("gate", "controller"):
+        if generates(config) and getattr(config, section).enabled and config.gate.start_step >= learning.steps:
+            raise ConfigError(
+                f"{section}.enabled is true, but gate.start_step is {config.gate.start_step} of learning.steps "
+                f"{learning.steps}: no image would be judged; lower gate.start_step"
+            )
     if learning.method == "simclr" and learning.ood_columns in ("own_class", "foreign_class"):
         raise ConfigError(
             f"learning.ood_columns is {learning.ood_columns!r}, but learning.method simclr knows no classes; use none "

@@ -81,6 +81,8 @@ def resolve_runtime(run, pipeline) -> Runtime:
         pipeline_dtype = Choice(torch.float16 if on_gpu else torch.float32, "auto: fp16 on a GPU, fp32 on a CPU")
     else:
         pipeline_dtype = Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device.value)}")
+    if run.kernels == "triton" and (obstacle := backend.obstacle(device.value)):
+        raise ConfigError(f"run.kernels is triton, but {obstacle}; set it to auto or torch")
     backend.set_default(run.kernels)
     if run.threads:
         torch.set_num_threads(run.threads)

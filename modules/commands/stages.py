@@ -13,7 +13,7 @@ from kernels import backend
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.commands.machine import build_generator
-from modules.data.cache import digest_tensor
+from modules.data.cache import digest_tensor, locked
 from modules.data.duplicates import describe_duplicates, near_duplicates
 from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
@@ -173,18 +173,41 @@ def initializers(job: Job) -> tuple[str, ...]:
 
 
 def _tokens(job: Job, pixels, moments, progress):
-    """Class tokens from the cache, or learned now and kept there; resumable."""
+    """Class tokens: the run's own where it has steps behind it, else from the cache, else learned now and kept there.
+
+    Of several processes that want the same tokens one learns them and the others wait, so all go on with the same.
+    """
     config, sets, pipeline = job.config, job.sets, job.pipeline
-    settings, seed, classes = config.inversion, config.run.seed, sets.index.classes
+    classes, own = sets.index.classes, job.workdir.path / "tokens"
+    if own.is_dir() and any((job.workdir.checkpoints / "contrastive").rglob("manifest.json")):
+        job.console.line("  class tokens: those that this run began with")
+        return token_files.load_tokens(own, classes, pipeline.digest, "set run.name to begin another run")
     names = [sets.train.items[row].label for row in range(len(sets.train.items))]
     words = initializers(job)
-    key = token_cache_key(pipeline, pixels, names, settings, seed, words)
-    found = token_files.cached_tokens(job.cache_dir, key, classes, pipeline.digest)
-    if found is not None:
-        job.console.line(f"  class tokens: read from the cache ({key[:16]})")
+    key = token_cache_key(pipeline, pixels, names, config.inversion, config.run.seed, words)
+
+    def cached():
+        found = token_files.cached_tokens(job.cache_dir, key, classes, pipeline.digest)
+        if found is not None:
+            job.console.line(f"  class tokens: read from the cache ({key[:16]})")
         return found
+
+    if (found := cached()) is not None:
+        return found
+    with locked(Path(job.cache_dir) / "tokens" / key, lambda text: job.console.line(f"  class tokens {text}")):
+        if (found := cached()) is None:
+            found = _learn(job, moments, pixels, words, progress)
+            token_files.store_tokens(job.cache_dir, key, found)
+    shutil.rmtree(job.workdir.checkpoints / "tokens", ignore_errors=True)
+    return found
+
+
+def _learn(job: Job, moments, pixels, words: tuple[str, ...], progress):
+    """Class tokens by textual inversion; resumable."""
+    settings, seed, sets, pipeline = job.config.inversion, job.config.run.seed, job.sets, job.pipeline
     planes = [moments] if settings.flip == 0 else [moments, pipeline.encode_moments(pixels.flip(2))]
     moments_FD8hw = torch.stack(planes)
+    classes = sets.index.classes
     inversion = Inversion(pipeline, moments_FD8hw, sets.labels_D, classes, settings, seed, initializers=words)
     folder = job.workdir.checkpoints / "tokens"
     _load(folder, inversion, job.console)
@@ -200,10 +223,7 @@ def _tokens(job: Job, pixels, moments, progress):
     except Terminated:
         checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
         raise Terminated(f"SIGTERM in stage tokens: checkpointed at step {inversion.done}") from None
-    learned = inversion.tokens()
-    token_files.store_tokens(job.cache_dir, key, learned)
-    shutil.rmtree(folder, ignore_errors=True)
-    return learned
+    return inversion.tokens()
 
 
 def build(job: Job, progress) -> State:

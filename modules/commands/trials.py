@@ -23,6 +23,7 @@ from modules.settings import load_config
 
 TRAINER = Path(__file__).resolve().parents[2] / "trainer.py"
 CRASHED = 1  # exit code of a traceback
+IN_USE = StorageError.code  # of a trial that finds its directory locked, too
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,20 @@ def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str
         console.line(f"{trial.name:<24} finished before  {headline(results)}")
         return True
     with meter.stage(trial.name):
-        code = run_trial(trial, log)
+        begin, code = _size(log), run_trial(trial, log)
+        while code == IN_USE and not _results(trial) and (owner := holder(trial)):  # it was started a moment before
+            console.line(f"{trial.name:<24} in use by process {owner}: waiting for it")
+            wait_for(trial)
+            if not _results(trial):
+                begin, code = _size(log), run_trial(trial, log)
     seconds = f"{meter.seconds[f'stage.{trial.name}']:>7.0f} s"
     results = _results(trial)
-    if code == 0 and results:
+    if code in (0, IN_USE) and results:
         console.line(f"{trial.name:<24} {seconds}  {headline(results)}")
         return True
-    failures[trial.name] = (code or CRASHED, _last_line(log))
-    console.warn(f"{trial.name:<15} {seconds}  exit code {code}: {_last_line(log)} ({log})")
+    last = _last_line(log, begin)
+    failures[trial.name] = (code or CRASHED, last)
+    console.warn(f"{trial.name:<15} {seconds}  exit code {code}: {last} ({log})")
     return False
 
 
@@ -197,9 +204,13 @@ def _results(trial: Planned) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _last_line(log: Path) -> str:
-    """The last line that says something: the message of a UserError, or that of a traceback."""
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def _last_line(log: Path, begin: int = 0) -> str:
+    """The last line beyond byte `begin` that says something: the message of a UserError, or that of a traceback."""
     with open(log, "rb") as file:
-        file.seek(max(0, os.path.getsize(log) - 4096))
+        file.seek(max(begin, os.path.getsize(log) - 4096))
         lines = file.read().decode(errors="replace").splitlines()
     return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "no output")

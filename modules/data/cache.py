@@ -63,7 +63,7 @@ def cached_tensors(
         TypeError: as `digest_of`.
     """
     path = Path(folder) / f"{name}-{digest_of(key)[:32]}.safetensors"
-    with _locked(path):
+    with locked(path, say):
         tensors, reason = _read(path, key)
         if tensors is not None:
             say(f"{name}: read from {path}")
@@ -119,8 +119,12 @@ def _plain(value):
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
-    """Hold the lock file beside `path`; the system lets go of it when its holder dies."""
+def locked(path: Path, say: Callable[[str], None]):
+    """Hold the lock file beside `path`; the system lets go of it when its holder dies. `say` is told of a wait.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o644)
@@ -129,7 +133,11 @@ def _locked(path: Path):
             f"{path.parent}: cannot be written ({error}); set run.cache_dir to another folder"
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{path.name}: another process is making it; waiting")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

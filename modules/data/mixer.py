@@ -17,9 +17,9 @@ from fractions import Fraction
 
 import torch
 
+from kernels.staging import upload
 from modules.config import Generation, Learning
 from modules.data.reservoir import Reservoir
-from modules.data.staging import upload
 from modules.errors import ConfigError, DataError
 from modules.runtime import stream
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from modules.data.staging import upload
+from kernels.staging import upload
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as vision
 
-from modules.data.staging import upload
+from kernels.staging import upload
 
 BINS = 31  # magnitudes of each operation
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")

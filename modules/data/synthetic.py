@@ -8,7 +8,7 @@ Legend: N images, G patches a side, H W C pixels, h w pixels of a patch.
 
 import torch
 
-from modules.data.staging import upload
+from kernels.staging import upload
 
 
 def jigsaw(images_NHWC: torch.Tensor, grid: int, generators: torch.Generator | list[torch.Generator]) -> torch.Tensor:

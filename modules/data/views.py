@@ -9,10 +9,10 @@ Legend: B rows, V = 2 views, R = V B, K uniforms of a view, H W pixels.
 
 import torch
 
+from kernels.staging import upload
 from kernels.views import UNIFORMS, draw_view_parameters, views
 from modules.config import Learning
 from modules.data import strong
-from modules.data.staging import upload
 from modules.runtime import stream
 
 VIEWS = 2

@@ -98,6 +98,7 @@ def install(unet: torch.nn.Module, fuse: bool = False) -> int:
             layer.set_processor(SlotAttention(columns))
         if fuse and not layer.is_cross_attention and not layer.fused_projections:
             layer.fuse_projections()
+            layer.to_qkv.requires_grad_(False)  # a parameter of its own: it forgets that its parts are frozen
     return width
 
 
@@ -223,4 +224,14 @@ def _time(shape, backend: str, qkv, timer) -> Timing:
             return Timing(shape, backend, None, "its output is not finite")
         return Timing(shape, backend, timer(lambda: attend(backend, *qkv)), "")
     except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
-        return Timing(shape, backend, None, (str(error).strip().splitlines() or [type(error).__name__])[0])
+        return Timing(shape, backend, None, _refusal(error))
+
+
+def _refusal(error: Exception) -> str:
+    """Why a backend refused, in one line: xformers repeats the shapes first, its operators' reasons come after."""
+    text = str(error).strip()
+    _, found, refusals = text.partition("is not supported because:")
+    reasons = dict.fromkeys(line.strip() for line in refusals.splitlines() if line.startswith("    "))
+    if found and reasons:
+        return "no operator takes these tensors: " + "; ".join(reasons)
+    return (text.splitlines() or [type(error).__name__])[0]

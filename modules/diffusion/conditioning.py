@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-from modules.data.staging import upload
+from kernels.staging import upload
 from modules.diffusion.requests import Prompt, Request
 from modules.diffusion.tokens import PromptBank
 from modules.errors import DataError

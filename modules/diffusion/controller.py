@@ -15,6 +15,7 @@ from modules.rules import FREE_RECIPES
 
 MAX_OFFSET = 0.4  # bound on the change of a strength, either way
 MEMORY = 0.9  # weight of the old value in averages of confusion and rejection
+PRIOR_IMAGES = 8.0  # images that the mean of all classes counts for beside a class's own few
 LEAST_WEIGHT = 0.25  # of a recipe whose negatives are all rejected
 FAR = ("accepted", "too_far")  # verdicts on a near-OOD image that the learner keeps apart from every class
 
@@ -58,16 +59,22 @@ class Controller:
         """At every `update_every`-th step, move each strength whose mean likeness left its band by `gain`.
 
         Positives: the band is [target_low, target_high]. Near-OOD images: the band of equal width below it,
-        [2 target_low - target_high, target_low]. Above the band the strength rises, below it falls.
+        [2 target_low - target_high, target_low]. Above the band the strength rises, below it falls. A class has few
+        images between two updates, so its mean is drawn towards that of all classes, as if PRIOR_IMAGES had shown it.
         """
         if step == 0 or step % self.cfg.update_every:
             return
         low, high = self.cfg.target_low, self.cfg.target_high
+        pooled: dict[str, list[float]] = {}
+        for (recipe, _), (likeness, images) in self.sums.items():
+            total = pooled.setdefault(recipe, [0.0, 0.0])
+            total[0], total[1] = total[0] + likeness, total[1] + images
         for (recipe, label), (likeness, images) in self.sums.items():
             if recipe in FREE_RECIPES:
                 continue
             bottom, top = (low, high) if recipe == "positive" else (2 * low - high, low)
-            mean = likeness / images
+            of_all = pooled[recipe][0] / pooled[recipe][1]
+            mean = (likeness + PRIOR_IMAGES * of_all) / (images + PRIOR_IMAGES)
             move = self.cfg.gain * ((mean > top) - (mean < bottom))
             offset = self.offsets.get((recipe, label), 0.0) + move
             self.offsets[recipe, label] = min(MAX_OFFSET, max(-MAX_OFFSET, offset))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from modules.data.staging import upload
+from kernels.staging import upload
 from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.tick import embed_guidance
 

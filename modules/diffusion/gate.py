@@ -21,14 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.staging import upload
 from modules.config import Gate as GateConfig
-from modules.data.staging import upload
 from modules.diffusion.requests import Request
 
 ACCEPTED = "accepted"
 BROKEN = ("non_finite", "black", "constant", "copy")
 JUDGED = ("other_class", "unlike_class", "too_close", "too_far")
-REASONS = (ACCEPTED, *BROKEN, *JUDGED)
+UNJUDGED = "unjudged"  # finished while no learner judged: before `start_step`, or gate and controller are off
+REASONS = (ACCEPTED, *BROKEN, *JUDGED, UNJUDGED)
 BLACK_LEVEL = 8  # of 255: an image without a brighter value is black
 CONSTANT_SPREAD = 1.0  # of 255: standard deviation below which an image shows nothing
 COPY_DISTANCE = 1.0  # of 255: mean difference to the source below which nothing was made
@@ -194,7 +195,9 @@ class Gate:
             is_ood_N = upload([r.is_ood for r in requests], device)
             features_NE = self.embed(stored_NHWC)
             judged_N, likeness_N, is_nearest_N = judge(features_NE, labels_N, is_ood_N, self.known, self.cfg.far_floor)
-            code_N = torch.where(code_N > 0, code_N, judged_N)
+        else:
+            judged_N = torch.full_like(code_N, REASONS.index(UNJUDGED))
+        code_N = torch.where(code_N > 0, code_N, judged_N)
         verdict_N3 = torch.stack([code_N.float(), likeness_N, is_nearest_N.float()], 1)
         self.waiting.append(Waiting(self.turn, stored_NHWC, list(requests), *to_host(verdict_N3)))
 
@@ -214,10 +217,11 @@ class Gate:
             reason = REASONS[int(code)]
             of_class = self.counts.setdefault(request.recipe, {}).setdefault(request.label, {})
             of_class[reason] = of_class.get(reason, 0) + 1
-            if self.observe is not None and self.known is not None and reason not in BROKEN:
+            if self.observe is not None and reason not in (*BROKEN, UNJUDGED):
                 self.observe(request, reason, likeness, bool(is_nearest))
-            passes = reason == ACCEPTED or (reason in JUDGED and not self.rejects)
-            self.recent[request.is_ood].append(int(passes))
+            passes = reason in (ACCEPTED, UNJUDGED) or (reason in JUDGED and not self.rejects)
+            if reason != UNJUDGED:
+                self.recent[request.is_ood].append(int(passes))
             if passes:
                 kept.append(row)
             elif request.attempt < self.cfg.retries:
@@ -231,13 +235,18 @@ class Gate:
             self.accept(item.stored_NHWC[rows], [item.requests[row] for row in kept])
 
     def statistics(self) -> dict[str, float]:
-        """Share of each verdict by recipe, acceptance by role over the last verdicts, and images given up."""
+        """Share of each verdict by recipe, acceptance by role over the last verdicts, and images given up.
+
+        Shares are of the judged images; of all finished ones only that of the unjudged.
+        """
         rows = {"gate.given_up": self.given_up}
         for recipe, classes in self.counts.items():
             totals = {reason: sum(c.get(reason, 0) for c in classes.values()) for reason in REASONS}
+            finished, unjudged = sum(totals.values()), totals[UNJUDGED]
             for reason, count in totals.items():
                 if count:
-                    rows[f"gate.{recipe}.{reason}"] = count / sum(totals.values())
+                    of = finished if reason == UNJUDGED else finished - unjudged
+                    rows[f"gate.{recipe}.{reason}"] = count / of
         for is_ood, verdicts in self.recent.items():
             if verdicts:
                 rows[f"gate.{'near_ood' if is_ood else 'positive'}.passed"] = sum(verdicts) / len(verdicts)

@@ -24,9 +24,9 @@ from dataclasses import asdict
 
 import torch
 
+from kernels.staging import upload
 from modules.config import Inversion as Settings
 from modules.data.cache import digest_tensor
-from modules.data.staging import upload
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, trained_words

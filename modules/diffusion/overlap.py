@@ -1,4 +1,4 @@
-"""How generation and training share one GPU: one after the other, or generation on a low-priority side stream.
+"""How generation and training share one GPU: one after the other, or generation on a side stream.
 
 A training step of a small encoder leaves most of a GPU idle, a UNet call of few rows does too; side by side both finish
 sooner, unless each fills the GPU alone. Which holds is measured: a short calibration times a step in either mode on
@@ -27,8 +27,7 @@ class Overlap:
         self.pending: Callable[[], None] | None = None
         self.side = self.done = None
         if mode == "stream":
-            lowest, _ = torch.cuda.Stream.priority_range()
-            self.side = torch.cuda.Stream(device, priority=lowest)
+            self.side = torch.cuda.Stream(device)  # of the default priority, which is the lowest there is
             self.done = torch.cuda.Event()
 
     def generate(self, advance: Callable[[], None]) -> None:

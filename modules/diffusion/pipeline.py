@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kernels.staging import upload
 from modules.errors import ConfigError, DataError
 
 NO_VARIANCE = -1e4  # log-variance of an encoder that has none: exp(-5000) is exactly 0
@@ -122,7 +123,7 @@ class StableDiffusion:
         Raises:
             ConfigError: a prompt is longer than the text encoder reads; a truncated prompt would be a silent change.
         """
-        return torch.tensor([self._pad(self._ids(text), text) for text in prompts], device=self.device)
+        return upload([self._pad(self._ids(text), text) for text in prompts], self.device)
 
     def embed(self, prompts: list[str]) -> torch.Tensor:
         """Prompt embeddings [N, T, E] in the pipeline's dtype, as diffusers makes them (last hidden state, no mask)."""
@@ -153,8 +154,8 @@ class StableDiffusion:
             before, after = (self._ids(part) for part in text.split(SLOT))
             starts.append(1 + len(before))
             rows.append(self._pad(before + [self.tokenizer.eos_token_id] * num_vectors + after, text))
-        ids_NT = torch.tensor(rows, device=self.device)
-        columns = torch.tensor(starts, device=self.device)[:, None] + torch.arange(num_vectors, device=self.device)
+        ids_NT = upload(rows, self.device)
+        columns = upload(starts, self.device)[:, None] + torch.arange(num_vectors, device=self.device)
         here = (torch.arange(len(rows), device=self.device)[:, None], columns)
 
         def splice(module, inputs, embedded_NTE):

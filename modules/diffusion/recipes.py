@@ -102,9 +102,11 @@ class Recipes:
         }
         if recipe in FREE_RECIPES:
             return Request(**request, jigsaw_grid=self.near_ood.jigsaw_grid)
-        strength = self._strength(
-            recipe, label, pick(self.strengths, u) if recipe == POSITIVE else self.near_ood.strength
-        )
+        if recipe == "mask_split":
+            strength = 1.0  # the object is destroyed, whatever strength the other recipes have
+        else:
+            base = pick(self.strengths, u) if recipe == POSITIVE else self.near_ood.strength
+            strength = self._strength(recipe, label, base)
         start = self.grid.start(strength)
         return Request(
             **request,

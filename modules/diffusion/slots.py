@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.staging import upload
 from modules.data.masks import latent_edit_mask
-from modules.data.staging import upload
 from modules.data.synthetic import jigsaw
 from modules.diffusion.attention import KeyValueCache
 from modules.diffusion.pipeline import StableDiffusion

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from kernels.guided_step import guided_step
-from modules.data.staging import upload
+from kernels.staging import upload
 from modules.diffusion.attention import install, text_key_values
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.pipeline import StableDiffusion

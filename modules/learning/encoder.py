@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.staging import upload
 from modules import config
-from modules.data.staging import upload
 from modules.learning.backbones import RowSplit, build_backbone
 from modules.runtime import Choice, stream_seed
 

@@ -328,6 +328,40 @@ def test_a_trial_another_process_is_at_is_left_to_it_and_waited_for(grid, tmp_pa
     assert len(json.loads((tmp_path / "runs/tiny/compare.json").read_text())["finished"]) == 2
 
 
+def test_a_trial_that_another_process_began_a_moment_before_is_waited_for(grid, tmp_path, capsys, monkeypatch):
+    """It had not locked its directory yet when this compare looked: the second start finds it in use."""
+    call, folder = grid
+    path = tmp_path / "runs/tiny/ce-s0"
+    lock_taken, made = threading.Event(), threading.Event()
+
+    def other():
+        path.mkdir(parents=True)
+        with open(path / ".lock", "w") as lock:
+            lock.write("4321")
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_taken.set()
+            made.wait()
+            for name in ("config.yaml", "predictions.safetensors", "results.json"):
+                (path / name).write_bytes((folder / "made/ce-s0" / name).read_bytes())
+
+    def refused(trial, log):
+        worker.start()
+        lock_taken.wait()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("error: in use by process 4321\n")
+        threading.Timer(0.2, made.set).start()
+        return trials.IN_USE
+
+    worker = threading.Thread(target=other)
+    monkeypatch.setattr(trials, "run_trial", refused)
+    call("--arms", "ce", "--seeds", "0")
+    worker.join()
+    text = capsys.readouterr().out
+    assert "in use by process 4321: waiting for it" in text and "exit code" not in text
+    assert len(json.loads((tmp_path / "runs/tiny/compare.json").read_text())["finished"]) == 1
+
+
 def test_the_lock_of_a_killed_process_is_nobodys(grid, tmp_path):
     call, folder = grid
     (tmp_path / "runs/tiny/ce-s0").mkdir(parents=True)
@@ -382,8 +416,9 @@ def test_printed_trials_run_in_parallel_as_separate_processes(tmp_path, capsys):
     ]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    cached = [entry for entry in (tmp_path / "runs/cache/tokens").iterdir()]
-    assert len(cached) == 1 and cached[0].is_dir()
+    assert len([entry for entry in (tmp_path / "runs/cache/tokens").iterdir() if entry.is_dir()]) == 1
+    assert sum("class tokens, denoising loss" in output for output in outputs) == 1, "one learned, the other waited"
+    assert sum("class tokens: read from the cache" in output for output in outputs) == 1
     assert trainer.main(["compare", *arguments]) == 0
     assert capsys.readouterr().out.count("finished before") == 2
     found = json.loads((tmp_path / "runs/tiny/compare.json").read_text())

@@ -166,11 +166,23 @@ def test_stopped_after_training_no_step_is_taken_again(capsys):
     assert_equal_to_never_having_stopped("trained", finished_run(ARM))
 
 
+def test_it_goes_on_with_its_own_tokens_whatever_became_of_the_cache(capsys, monkeypatch):
+    """Learned again elsewhere they would differ in rounding, and no image in flight would be one of them."""
+    with in_the_middle_of(STOP, terminate):
+        assert go("own-tokens") == 143
+    monkeypatch.delattr(stages, "_learn")
+    capsys.readouterr()
+    assert go("own-tokens", f"run.cache_dir={shared_folder() / 'empty-cache'}") == 0
+    assert "class tokens: those that this run began with" in capsys.readouterr().out
+    assert_equal_to_never_having_stopped("own-tokens", finished_run(ARM))
+
+
 @pytest.mark.parametrize(("interrupt", "code", "checkpoint"), [(press_ctrl_c, 130, 2), (terminate, 143, 4)])
 def test_stopped_while_learning_tokens(interrupt, code, checkpoint, capsys, monkeypatch):
     """In the middle of the fourth of four steps; the cache of the reference is out of reach."""
     name = f"tokens-{code}"
     own = [f"run.cache_dir={shared_folder() / name}", "learning.steps=1", "learning.warmup_steps=0"]
+    own.append("gate.start_step=0")
     monkeypatch.setattr(stages, "TOKEN_CHECKPOINT_STEPS", 2)
     update = Inversion._update
 

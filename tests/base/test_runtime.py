@@ -41,6 +41,8 @@ def test_a_gpu_that_is_there(monkeypatch):
 
 def test_asked_for_formats():
     assert resolved(device="cpu", precision="bf16", dtype="bf16").precision.value == torch.bfloat16
+    with pytest.raises(ConfigError, match="run.kernels is triton, but .*; set it to auto or torch"):
+        resolved(device="cpu", kernels="triton")
     with pytest.raises(ConfigError, match="fp16 trains on a GPU only"):
         resolved(device="cpu", precision="fp16")
 

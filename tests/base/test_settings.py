@@ -118,6 +118,15 @@ def test_a_fraction_that_cannot_be_fed_can_be_fed_as_advised(overrides):
         assert getattr(config.generation, name) == float(value)
 
 
+@pytest.mark.parametrize("section", ["gate", "controller"])
+def test_a_gate_that_would_judge_nothing_is_refused(section):
+    settings = [f"{section}.enabled=true", "learning.steps=60", "gate.start_step=60"]
+    with pytest.raises(ConfigError, match=f"{section}.enabled is true, but gate.start_step is 60 of learning.steps 60"):
+        load_config(CONFIGS / "demo.yaml", settings)
+    load_config(CONFIGS / "demo.yaml", [*settings, "gate.start_step=59"])
+    load_config(CONFIGS / "demo.yaml", settings[1:])
+
+
 def test_a_grid_that_no_recipe_uses_does_no_harm(file):
     assert load_config(file, ["near_ood.jigsaw_grid=5"])[0].near_ood.jigsaw_grid == 5
     for recipe in ("jigsaw", "jigsaw_roundtrip"):

@@ -143,8 +143,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from modules.data.cache import _locked, digest_of\n"
-        f"with _locked(Path({str(tmp_path)!r}) / 'moments-{digest_of(KEY)[:32]}.safetensors'):\n"
+        "from modules.data.cache import digest_of, locked\n"
+        f"with locked(Path({str(tmp_path)!r}) / 'moments-{digest_of(KEY)[:32]}.safetensors', print):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     root = Path(__file__).parents[2]

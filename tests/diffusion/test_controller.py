@@ -46,6 +46,19 @@ def test_offsets_are_bounded_and_still_inside_the_band():
     assert still.strength("positive", 0, 0.5) == 0.5
 
 
+def test_one_image_of_a_class_moves_nothing_that_the_other_classes_do_not_show():
+    """Some twenty positives reach twenty classes between two updates: one each, scattered about the band's middle."""
+    controller = Controller(CFG, 20)
+    for label in range(20):
+        show(controller, 0.7 + (0.3 if label % 2 else -0.3), label=label)
+    controller.update(10)
+    assert not any(controller.offsets.values())
+    for label in range(20):
+        show(controller, 0.99, label=label)
+    controller.update(20)
+    assert set(controller.offsets.values()) == {0.05}
+
+
 def test_it_moves_at_its_own_steps_only():
     controller = Controller(CFG, 1)
     show(controller, 0.99)

@@ -208,6 +208,22 @@ def test_alarms_stand_at_both_ends():
     assert "0% of positives" in low and "100% of near-OOD" in high
 
 
+def test_images_that_no_learner_judged_are_counted_apart_and_ring_no_alarm():
+    loop = Loop(enabled=True, retries=0)
+    for _ in range(ALARM_WINDOW):
+        loop.finish(([0, 1, 0], request(0)))
+    loop.gate.settle(everything=True)
+    loop.know()
+    assert len(loop.accepted) == ALARM_WINDOW and not loop.gate.alarms() and not loop.observed
+    assert loop.gate.statistics()["gate.positive.unjudged"] == 1.0
+    for _ in range(ALARM_WINDOW):
+        loop.finish(([0, 1, 0], request(0)))
+    loop.gate.settle(everything=True)
+    rows = loop.gate.statistics()
+    assert rows["gate.positive.unjudged"] == 0.5 and rows["gate.positive.other_class"] == 1.0
+    assert rows["gate.positive.passed"] == 0.0 and "0% of positives" in loop.gate.alarms()[0]
+
+
 def test_state_goes_through_a_checkpoint(tmp_path):
     first, second = Loop(enabled=True), Loop(enabled=True)
     first.know()

@@ -45,6 +45,19 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
     assert backend.choose("views", "auto", "cuda") == ("torch", "Triton is not installed")
 
 
+def test_arguments_that_a_kernel_cannot_take_go_to_the_definition_unless_the_call_demands_it(monkeypatch):
+    monkeypatch.setattr(backend, "_obstacle", lambda kind: "")
+    monkeypatch.setitem(backend.JUDGED, "supcon", "judged")
+    wide = backend.too_wide("z_RE", torch.zeros(2, 300), columns=256)
+    assert wide == "z_RE is float32[2, 300]; the kernel takes float32, float16 or bfloat16[any, <= 256]"
+    assert backend.choose("supcon", "auto", "cuda", unable=wide) == ("torch", wide)
+    backend.set_default("triton")
+    assert backend.choose("supcon", "auto", "cuda", unable=wide) == ("torch", wide)
+    with pytest.raises(ValueError, match="of supcon: z_RE is float32"):
+        backend.choose("supcon", "triton", "cuda", unable=wide)
+    assert backend.too_wide("x", torch.zeros(2, dtype=torch.float64)) and not backend.too_wide("x", torch.zeros(2, 300))
+
+
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="implementation='cuda'"):
         backend.choose("views", "cuda")

@@ -151,6 +151,11 @@ def test_a_second_order_step_is_that_of_dpm_solver():
             dict(conditional_Schw=normal(S).transpose(2, 3).contiguous().transpose(2, 3)),
             r"contiguous or channels_last",
         ),
+        (
+            dict(row_S=torch.zeros(2 * S, dtype=torch.int64)[::2]),
+            r"row_S \[3\] has strides \(2,\); expected contiguous",
+        ),
+        (dict(guidance_S=torch.tensor(7.5).expand(S)), r"guidance_S \[3\] has strides \(0,\); expected contiguous"),
     ],
 )
 def test_bad_input_is_named(changes, message):

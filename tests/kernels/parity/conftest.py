@@ -1,5 +1,9 @@
 """The idiom of every parity test: a kernel may err as much as the eager op errs at that dtype, plus a little."""
 
+import importlib
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 
@@ -18,6 +22,32 @@ SLACK = {
 @pytest.fixture
 def device():
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def runs(monkeypatch):
+    """op -> calls of its kernel in this test; a test fails where the kernel was chosen and the definition ran, or not."""
+    chosen, run = Counter(), Counter()
+    choose = backend.choose
+
+    def counted_choose(op, *args, **settings):
+        choice = choose(op, *args, **settings)
+        chosen[op] += choice.name == "triton"
+        return choice
+
+    monkeypatch.setattr(backend, "choose", counted_choose)
+    for op in backend.OPS:
+        module = importlib.import_module(f"kernels.{op}")
+        name = "group_norm_silu_triton" if op == "group_norm" else f"{op}_triton"
+        monkeypatch.setattr(module, name, partial(_counted, run, op, getattr(module, name)))
+    torch.backends.cudnn.allow_tf32 = False  # both sides of a comparison convolve in full float32
+    yield run
+    assert run == chosen
+
+
+def _counted(run, op, kernel, *args, **settings):
+    run[op] += 1
+    return kernel(*args, **settings)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 
 from kernels.group_norm import group_norm_silu, swap_group_norm
 
@@ -73,8 +72,16 @@ def test_answers_in_channels_last_whatever_it_was_given(device, as_good_as_eager
     assert kernel[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_weight_and_bias_may_be_strided(device):
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    weight, bias = torch.arange(8.0, device=device)[::2], torch.tensor(0.5, device=device).expand(4)
+    ours, eager = (group_norm_silu(x, 2, weight, bias, implementation=name) for name in ("triton", "torch"))
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
 def test_a_diffusers_resnet_trains_the_same_with_the_kernel(device):
     """Swapped into a resnet with a time embedding: five steps of both take the same course."""
+    ResnetBlock2D = pytest.importorskip("diffusers.models.resnet").ResnetBlock2D
     torch.manual_seed(0)
     blocks = {"torch": ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=6, groups=4, groups_out=4).to(device)}
     blocks["triton"] = copy.deepcopy(blocks["torch"])

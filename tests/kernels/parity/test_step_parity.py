@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from kernels import guided_step as guided_step_module
 from kernels.guided_step import guided_step
 from kernels.pixels import pixels
 from kernels.views import UNIFORMS, draw_view_parameters, views
@@ -43,6 +44,22 @@ def test_guided_step(prediction, parts, device):
     for kernel, eager, before in zip(*outcomes, (z, x0_prev), strict=True):
         torch.testing.assert_close(kernel, eager, rtol=1e-5, atol=1e-5)
         assert (kernel != before).any(dim=(1, 2, 3)).all()
+
+
+def test_a_guided_step_is_one_launch(device, monkeypatch):
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    kernel = guided_step_module._guided_step_kernel
+    monkeypatch.setattr(guided_step_module, "_guided_step_kernel", Counted())
+    c, u, z, x0 = torch.randn(4, 2, 4, 3, 3, device=device).unbind()
+    row, guidance = torch.tensor([0, 1], device=device), torch.tensor([7.5, 1.0], device=device)
+    guided_step(c, u, z, x0, torch.rand(2, 8, device=device) + 0.1, row, guidance, implementation="triton")
+    assert len(launches) == 1
 
 
 def truth_of_a_step(conditional, unconditional, z, x0_prev, table, row, guidance, mask, source, eps):
