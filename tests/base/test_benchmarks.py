@@ -237,6 +237,9 @@ class Side:
         self.calls.append("launch")
         self.pending()
 
+    def join(self):
+        self.calls.append("join")
+
 
 def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tiny, monkeypatch):
     overlaps = []
@@ -245,7 +248,9 @@ def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tiny, monkeypa
         own = Stepper(state, 1, "stream")
         before = state.generator.slots.counts["ticks"]
         own.at(2.0)()
-        assert overlaps[0].calls == ["generate", "launch"] * own.steps(2.0)
+        assert overlaps[0].calls == [*["generate", "launch"] * own.steps(2.0), "join"], (
+            "nothing is left beside the block"
+        )
         assert state.generator.slots.counts["ticks"] > before
 
 

@@ -2,10 +2,7 @@
 
 import fcntl
 import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -21,13 +18,11 @@ from modules.commands.arms import ARMS, DEFAULT_ARMS, GENERATING, LONG, SMALL_BA
 from modules.console import Console
 from modules.data.mixer import Mixer
 from modules.data.reservoir import Reservoir
-from modules.errors import ConfigError, StorageError, Terminated
+from modules.errors import ConfigError, StorageError
 from modules.evaluation.evaluate import evaluate
 from modules.evaluation.stored import save_predictions
 from modules.rules import generated_rows
 from modules.settings import load_config, to_yaml
-from modules.termination import termination
-from tests.base.tinyset import write_config
 from tests.evaluation.examples import sets
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -55,7 +50,7 @@ def file(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(
         "learning: {classes_per_batch: 3, rows_per_class: 2, steps: 30}\n"
-        "generation: {synthetic_fraction: 0.4, ring_size: 2}\ndata: {image_size: 16}\n"
+        "generation: {synthetic_fraction: 0.4, ring_size: 2}\ndata: {image_size: 16}\ngate: {start_step: 10}\n"
     )
     return path
 
@@ -376,55 +371,6 @@ def test_logs_that_cannot_be_written_are_an_error_of_storage(grid, tmp_path):
     (tmp_path / "runs/tiny/logs").write_text("in the way")
     with pytest.raises(StorageError, match=r"logs/ce-s0.log: cannot be written .*set run.dir"):
         call("--arms", "ce", "--seeds", "0")
-
-
-def test_sigterm_reaches_the_trial_under_way_and_waits_for_its_checkpoint(tmp_path):
-    script = (
-        "import signal, sys, time\nfrom pathlib import Path\n"
-        f"def checkpoint(*_):\n    time.sleep(0.1)\n    Path({str(tmp_path / 'saved')!r}).touch()\n    sys.exit(143)\n"
-        f"signal.signal(signal.SIGTERM, checkpoint)\nPath({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)\n"
-    )
-    trial = trials.Planned("ce", 0, config.Config(), tmp_path / "ce-s0", [sys.executable, "-c", script])
-
-    def stop_when_ready():
-        while not (tmp_path / "ready").exists():
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    termination.listen()
-    try:
-        threading.Thread(target=stop_when_ready).start()
-        with pytest.raises(Terminated):
-            trials.run_trial(trial, tmp_path / "logs/ce-s0.log")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (tmp_path / "saved").exists()
-
-
-def test_printed_trials_run_in_parallel_as_separate_processes(tmp_path, capsys):
-    """Two generating arms of one seed meet in the token cache, as on a cluster; `compare` then finds them finished."""
-    path = write_config(
-        tmp_path, learning={"steps": 4, "warmup_steps": 1}, evaluation={"judge_steps": 1, "bootstrap": 10}
-    )
-    arguments = [str(path), "--arms", "positives,jigsaw_roundtrip", "--seeds", "0"]
-    assert trainer.main(["compare", *arguments, "--print-trials"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    processes = [
-        subprocess.Popen(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in lines
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert len([entry for entry in (tmp_path / "runs/cache/tokens").iterdir() if entry.is_dir()]) == 1
-    assert sum("class tokens, denoising loss" in output for output in outputs) == 1, "one learned, the other waited"
-    assert sum("class tokens: read from the cache" in output for output in outputs) == 1
-    assert trainer.main(["compare", *arguments]) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
-    found = json.loads((tmp_path / "runs/tiny/compare.json").read_text())
-    assert len(found["finished"]) == 2 and not found["unfinished"]
-    assert found["arms"]["positives"]["cost.images_generated"]["mean"] > 0
-    assert (tmp_path / "runs/tiny/compare.html").exists()
 
 
 def test_arm_settings_follow_the_config_in_further_rows(file):
