@@ -13,3 +13,13 @@ def upload(values: torch.Tensor | list, device: torch.device, dtype: torch.dtype
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def in_use(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, whose memory is not handed out again before the present stream is done with what it was given to do.
+
+    For tensors that one stream made and another reads: freed on the host, they could be overwritten while they are read.
+    """
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor

@@ -37,7 +37,7 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
     for the device at each parameter.
 
     Raises:
-        ConfigError: an 8-bit optimizer without a bitsandbytes that imports.
+        ConfigError: an 8-bit optimizer without a bitsandbytes that works on the module's device.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -54,10 +54,14 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
         return torch.optim.AdamW(groups, lr=learning.lr, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit, SGD8bit
-    except ImportError as error:
+
+        trial = nn.Parameter(torch.zeros(4096, device=parameters[0].device))  # its native library fails at a step only
+        trial.grad = torch.zeros_like(trial)
+        AdamW8bit([trial], lr=0.0).step()
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise ConfigError(
-            f"learning.optimizer is {learning.optimizer!r}, but bitsandbytes does not import ({error}); install it, "
-            "or use sgd or adamw"
+            f"learning.optimizer is {learning.optimizer!r}, but bitsandbytes does not work here "
+            f"({str(error).strip().splitlines()[0]}); install a build for this machine, or use sgd or adamw"
         ) from error
     for parameter in parameters:  # its first step would do so, and a resumed run would then round as a new one does
         parameter.data = parameter.data.contiguous()

@@ -48,7 +48,7 @@ def read_index(data: Data, seed: int) -> Index:
     _check_id_classes(id_items)
     _check_ood_classes(others)
     _check_groups([*id_items, *others])
-    notes = [*source.notes, *held_out_notes, *split_notes]
+    notes = [*source.notes, *held_out_notes, *split_notes, *_unjudged_classes(id_items)]
     if data.shots_per_class:
         id_items, line = splits.few_shot(id_items, data.shots_per_class, seed)
         notes.append(line)
@@ -167,6 +167,18 @@ def _check_id_classes(items: list[Item]) -> None:
             raise DataError(f"class {label!r} is in {held} only; add train images or leave the class out")
         if by_split["train"] == 1:
             raise DataError(f"class {label!r} has one train image; two are needed for a positive pair: add images")
+
+
+def _unjudged_classes(items: list[Item]) -> list[str]:
+    """A note for each of val and test that lacks some ID class: its figures then say nothing of that class."""
+    labels = {item.label for item in items}
+    notes = []
+    for split in ("val", "test"):
+        if lacking := sorted(labels - {item.label for item in items if item.split == split}):
+            notes.append(
+                f"{len(lacking)} ID classes have no {split} image, so {split} figures are of the others: {', '.join(lacking)}"
+            )
+    return notes
 
 
 def _check_ood_classes(items: list[Item]) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.staging import in_use
 from modules.errors import ConfigError
 
 SDPA = {
@@ -122,7 +123,7 @@ class KeyValueCache:
         if key in self.kept:
             self.hits += 1
             self.kept.move_to_end(key)
-            return self.kept[key]
+            return in_use(self.kept[key])
         self.misses += 1
         kv_TX = text_key_values(self.unet, context()[None])[0]
         size = kv_TX.nbytes

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 
 from modules.diffusion.attention import install
+from modules.diffusion.files import first_line
 from modules.diffusion.slots import Slots
+from modules.errors import ConfigError, OutOfMemory
 from modules.runtime import Choice
 
 WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
@@ -29,6 +31,8 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
 
     Raises:
         ValueError: slots are in flight, which a warm-up would advance.
+        ConfigError: `on`, and compiling fails here; under auto the engine then stays eager and says why.
+        OutOfMemory: it does not fit beside what else the device holds.
     """
     on_gpu = slots.pipeline.device.type == "cuda"
     if compile_setting == "off" or (compile_setting == "auto" and not on_gpu):
@@ -36,6 +40,26 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
         return Choice("eager", why)
     if slots.busy or slots.ready:
         raise ValueError(f"slots has {slots.busy} images in flight; expected an engine whose slots are all idle")
+    tick = slots.in_flight
+    eager = tick.unet, tick.step, slots.decode
+    try:
+        return _compiled(slots, on_gpu)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"compiling and capturing a tick of {len(slots.occupants)} slots does not fit ({first_line(error)}); lower "
+            "generation.slots or generation.decode_batch, or set pipeline.compile=off"
+        ) from error
+    except (RuntimeError, OSError, ImportError) as error:  # no C compiler, an old GPU, a capture that is refused
+        tick.unet, tick.step, slots.decode = eager
+        if compile_setting == "on":
+            raise ConfigError(
+                f"pipeline.compile is on, but that fails here ({first_line(error)}); set it to auto or off"
+            ) from error
+        return Choice("eager", f"auto: compiling fails here ({first_line(error)})")
+
+
+def _compiled(slots: Slots, on_gpu: bool) -> Choice:
+    """Replace an engine's tick, and on a GPU its decoder, by compiled forms; each has run once."""
     tick = slots.in_flight
     if on_gpu:
         install(slots.pipeline.unet, fuse=True)

@@ -40,6 +40,11 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     if cfg.weights == "random":
         from modules.diffusion.shapes import random_parts
 
+        for name in ("vae", "lora"):
+            if getattr(cfg, name):
+                raise ConfigError(
+                    f"pipeline.{name} is set, but pipeline.weights is random, which has its own: leave one out"
+                )
         family = "sd2" if cfg.family == "sd2" else "sd1"
         parts = random_parts(family, device, dtype) | {"digest": f"random-{family}"}
         return assemble(parts, cfg, device, dtype, f"random weights of the {family} shape")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.staging import upload
+from kernels.staging import in_use, upload
 from modules.config import Gate as GateConfig
 from modules.diffusion.requests import Request
 
@@ -210,6 +210,7 @@ class Gate:
     def _act(self, item: Waiting) -> None:
         if item.arrived is not None:
             item.arrived.synchronize()
+        in_use(item.stored_NHWC)
         kept = []
         for row, (request, (code, likeness, is_nearest)) in enumerate(
             zip(item.requests, item.verdict_N3.tolist(), strict=True)

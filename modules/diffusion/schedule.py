@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from modules.errors import ConfigError
+from modules.errors import ConfigError, DataError
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d", "alpha_next", "sigma_next")
 IDLE = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -79,13 +79,21 @@ def time_grid(scheduler: dict, solver: str, num_inference_steps: int, guided_ste
 
     Raises:
         ConfigError: an unknown solver, or more steps than the training schedule has.
+        DataError: a scheduler config that diffusers does not know.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"generation.solver is {solver!r}; choose one of {', '.join(SOLVERS)}")
     total = scheduler.get("num_train_timesteps", 1000)
+    if not isinstance(total, int):
+        raise DataError(f"scheduler_config.json has num_train_timesteps {total!r}; expected a whole number")
     if not 1 <= num_inference_steps <= total:
         raise ConfigError(f"generation.num_inference_steps is {num_inference_steps}; this model has 1 to {total}")
-    timesteps, levels, steps, starts = _BUILDERS[solver](scheduler, num_inference_steps)
+    try:
+        timesteps, levels, steps, starts = _BUILDERS[solver](scheduler, num_inference_steps)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise DataError(
+            f"scheduler_config.json cannot be used with generation.solver {solver} ({error}); fetch the scheduler part again"
+        ) from error
     following = np.append(levels[1:, 0], 1.0), np.append(levels[1:, 1], 0.0)
     tables = [
         torch.from_numpy(np.column_stack([levels, rows, *following])).float().contiguous() for rows in (steps, starts)

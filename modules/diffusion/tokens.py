@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernels.staging import in_use
 from modules.diffusion.prompts import KEYWORDS, fill, placeholder, refuse_untrained, trained_words, vector_names
 from modules.errors import ConfigError, DataError, StorageError
 from modules.state import safetensors_bytes, write_atomic
@@ -261,7 +262,7 @@ class PromptBank:
     def _keep(self, key: tuple[str, str, int]) -> torch.Tensor:
         if key in self.kept:
             self.kept.move_to_end(key)
-            return self.kept[key]
+            return in_use(self.kept[key])
         template, condition, label = key
         if label >= 0:
             context_TE = self.mixed(template, condition, self.vectors_CKE[label])

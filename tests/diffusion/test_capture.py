@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modules.diffusion.capture import accelerate, graph
+from modules.errors import ConfigError
 from tests.diffusion.engine import Engine
 
 
@@ -31,6 +32,22 @@ def test_warming_up_idle_slots_changes_nothing():
         engine.make(5)
     for i in range(5):
         assert torch.equal(warm.finished[i], cold.finished[i])
+
+
+def test_where_compiling_fails_the_engine_stays_as_it_was_and_the_setting_is_named(monkeypatch):
+    def refuse(*_inputs, **_settings):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    engine, plain = Engine(), Engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *_, **__: refuse)
+        with pytest.raises(
+            ConfigError, match=r"compile is on, .* \(Failed to find C compiler.\); set it to auto or off"
+        ):
+            accelerate(engine.slots, "on")
+    for one in (engine, plain):
+        one.make(3)
+    assert all((engine.finished[i] - plain.finished[i]).abs().max() <= 1e-4 for i in range(3))
 
 
 @pytest.mark.slow
