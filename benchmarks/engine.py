@@ -7,6 +7,8 @@ calls of one, and no call is part empty as long as N is a multiple of the slots.
 Shapes: N images, P prompts, T tokens, E text width, H W pixels, h w latent grid.
 """
 
+import math
+
 import torch
 
 from benchmarks.inputs import Setting
@@ -78,6 +80,7 @@ class SlotEngine:
             slots=slots,
             decode_batch=self.decode_batch,
             empty_TE=self.context[""] if guided else None,
+            unconditional_rows=None if guided in (0, calls) else min(slots, math.ceil(slots * guided / calls) + 1),
         )
         self.attention = self._tune_attention() if tune_attention else "sdpa"
         with backend.using(kernels):

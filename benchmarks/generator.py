@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, inputs, peers
-from benchmarks.techniques import COMPILED, DA_FUSION, DIFFUSERS, SLOTS, XFORMERS, Bench, Candidate
+from benchmarks.techniques import COMPILED, DA_FUSION, DIFFUSERS, SLOTS, SLOTS_FAST, XFORMERS, Bench, Candidate
 from kernels.linear import frozen_linear
 from modules.runtime import quiet_libraries
 
@@ -154,8 +154,11 @@ def alternate(
 def _row(bench: Bench, candidate: Candidate, images: int, comparison, peak: float, floor: float) -> dict[str, object]:
     timing, made = comparison.timings[candidate.name], min(images, candidate.at_most)
     rate = {q: 1e3 * made / timing.quantile_ms(1 - q) for q in (0.1, 0.5, 0.9)}
-    calls, guided = bench.setting.calls(bench.pipeline.scheduler)
-    operations = bench.work.of_image(bench.setting, bench.pipeline.scheduler, peer=candidate.peer)
+    setting = candidate.setting or bench.setting
+    calls, guided = setting.calls(bench.pipeline.scheduler)
+    operations = bench.work.of_image(setting, bench.pipeline.scheduler, peer=candidate.peer)
+    if candidate.setting:
+        floor = peak * 1e12 / bench.work.of_image(setting, bench.pipeline.scheduler, peer=False)
     return {
         "technique": candidate.name,
         "images_per_s": round(rate[0.5], 4),
@@ -205,6 +208,7 @@ def _document(
         "ratios": ratios(own),
         "ratios_of": own,
         "ratios_without_compile": ratios(SLOTS),
+        "fast_over_exact": round(per_s[SLOTS_FAST] / per_s[own], 3) if own and SLOTS_FAST in per_s else None,
         "written": str(bench.options.out or ""),
     }
 

@@ -5,6 +5,7 @@ layout, compilation) it changes on a UNet and a VAE of its own.
 """
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from PIL import Image
 from benchmarks import harness, inputs, peers
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
+from modules.config import Generation
 from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.presets import plan
 
 DA_FUSION, DIFFUSERS = "DA-Fusion's loop", "diffusers"
 XFORMERS, COMPILED = "diffusers, xformers", "diffusers, compiled + channels_last"
 SLOTS, SLOTS_TUNED, SLOTS_COMPILED = "slots", "slots, attention tuned", "slots, compiled"
-SLOTS_KERNELS = "slots, compiled, Triton kernels"
+SLOTS_KERNELS, SLOTS_FAST = "slots, compiled, Triton kernels", "slots, compiled, preset fast"
 BATCHES = {"cuda": (8, 16, 32, 64), "cpu": (4, 8, 16, 32)}
+BATCH_TOLERANCE = 0.02  # a smaller batch that costs at most this much more an image is as good, and blocks are shorter
 QUALITY_IMAGES = 4
 
 
@@ -36,6 +40,7 @@ class Candidate:
     peer: bool
     switches: str
     quality: str
+    setting: Setting | None = None  # where it is not that of all others
     at_most: int = 1 << 30  # images a call makes at most: enough for a rate where one image at a time is made
     ready_s: float = 0.0  # compilation, where there is any, and the first batch
     batch_s: float = 0.0  # the second batch
@@ -69,10 +74,11 @@ class Bench:
             DIFFUSERS: self.diffusers,
             DA_FUSION: self.da_fusion,
             XFORMERS: self.xformers,
-            SLOTS_COMPILED: self.slots_compiled,
             COMPILED: self.diffusers_compiled,
-            SLOTS_TUNED: self.slots_tuned,
+            SLOTS_COMPILED: self.slots_compiled,
+            SLOTS_FAST: self.slots_fast,
             SLOTS_KERNELS: self.slots_kernels,
+            SLOTS_TUNED: self.slots_tuned,
         }
 
     def slots(self) -> Candidate:
@@ -90,6 +96,19 @@ class Bench:
         self._need_compiler(SLOTS_COMPILED)
         on_gpu = self.device.type == "cuda"
         return self._engine(SLOTS_COMPILED, compile_setting="on", tune_attention=on_gpu)
+
+    def slots_fast(self) -> Candidate:
+        """The compiled engine under preset fast: fewer steps of another solver; benchmarks/quality.py judges its images."""
+        self._need_compiler(SLOTS_FAST)
+        exact, on_gpu = self.setting, self.device.type == "cuda"
+        asked = Generation(
+            num_inference_steps=exact.num_inference_steps, guidance_scale=exact.guidance_scale, solver=exact.solver
+        )
+        fast = plan("fast", asked, self.pipeline)
+        setting = dataclasses.replace(
+            exact, solver=fast.solver, num_inference_steps=fast.num_inference_steps, guided_steps=fast.guided_steps
+        )
+        return self._engine(SLOTS_FAST, setting, compile_setting="on", tune_attention=on_gpu)
 
     def slots_kernels(self) -> Candidate:
         """The compiled engine with run.kernels=triton: what they gain over the compiler's own fusions."""
@@ -120,27 +139,30 @@ class Bench:
         sources = [Image.fromarray(row.numpy()) for row in self.pixels_NHWC[:count]]
         call = peers.da_fusion(self.pipeline, sources, self.texts[:count], self.setting, Path(self._folder.name))
         switches = "one PIL image a call, PNG written; nothing cached"
-        return Candidate(DA_FUSION, call, 1, True, switches, "draws its own noise", count)
+        return Candidate(DA_FUSION, call, 1, True, switches, "draws its own noise", at_most=count)
 
     def wait(self) -> None:
         """Until the device has done what it was asked."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _engine(self, name: str, **how) -> Candidate:
+    def _engine(self, name: str, setting: Setting | None = None, **how) -> Candidate:
         own = inputs.own_copy(self.pipeline)
-        engine = SlotEngine(own, self.setting, self.moments, self.texts, slots=self.batch, **how)
+        engine = SlotEngine(own, setting or self.setting, self.moments, self.texts, slots=self.batch, **how)
         made, z0, eps = first_images(engine)
+        switches = (
+            f"{engine.compiled.value}; attention {engine.attention}; kernels {engine.kernels}; moments, prompts and their keys and values cached; "
+            f"decoding {engine.decode_batch} at once"
+        )
+        if setting is not None:
+            quality = f"another sampler, {setting.solver} in {setting.num_inference_steps}: see benchmarks.quality"
+            return Candidate(name, engine.make, self.batch, False, switches, quality, setting)
         if self._reference is None:
             peer = peers.image_to_image(self.pipeline, self.setting)
             first = slice(0, min(QUALITY_IMAGES, self.batch))
             reference = peers.from_noise(peer, z0[first], eps[first], self.texts[first], self.setting)
             self._reference = reference, z0, eps
         self.engines[name] = engine
-        switches = (
-            f"{engine.compiled.value}; attention {engine.attention}; kernels {engine.kernels}; moments, prompts and their keys and values cached; "
-            f"decoding {engine.decode_batch} at once"
-        )
         return Candidate(name, engine.make, self.batch, False, switches, self._psnr(made))
 
     def _batched(self, name: str, peer, switches: str) -> Candidate:
@@ -167,7 +189,8 @@ def best_batch(pipeline: StableDiffusion, setting: Setting, images: int) -> int:
     """The batch at which diffusers' pipeline makes most images a second, by the time of its parts.
 
     Timed are one guided UNet call, one encoding and one decoding at each batch; an image costs
-    (calls x UNet + encode + decode) / batch. A batch that does not fit into memory is out.
+    (calls x UNet + encode + decode) / batch. A batch that does not fit into memory is out; of those within
+    BATCH_TOLERANCE of the best the smallest is taken.
     """
     device, dtype, size, side = pipeline.device, pipeline.dtype, pipeline.latent_size, pipeline.resolution
     calls, guided = setting.calls(pipeline.scheduler)
@@ -190,4 +213,4 @@ def best_batch(pipeline: StableDiffusion, setting: Setting, images: int) -> int:
         unet, encode, decode = (found.timings[name].median_ms for name in parts)
         costs[batch] = (calls * unet + encode + decode) / batch
     print("diffusers, ms an image by batch:", {batch: round(cost, 2) for batch, cost in costs.items()}, flush=True)
-    return min(costs, key=costs.get)
+    return min(batch for batch, cost in costs.items() if cost <= (1 + BATCH_TOLERANCE) * min(costs.values()))

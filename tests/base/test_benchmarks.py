@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from benchmarks import correctness, generator, harness, inputs, peers, quality, step, stepper, suite
-from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from benchmarks.session import session
 from benchmarks.stepper import Stepper
@@ -64,33 +63,6 @@ def test_an_own_copy_shares_no_weight_with_its_pipeline(pipeline):
     assert own.text_encoder is pipeline.text_encoder
 
 
-def test_engine_and_peers_make_the_same_images_from_the_same_noise(pipeline):
-    texts = inputs.prompts(4)
-    moments = pipeline.encode_moments(inputs.smooth_images(4, pipeline.resolution))
-    made, z0, eps = first_images(SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=4))
-    reference = peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, eps, texts, SETTING)
-    assert psnr_db(made, reference) > 90
-    assert psnr_db(made, peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, -eps, texts, SETTING)) < 40
-
-
-def test_the_engine_takes_exactly_its_share_of_calls(pipeline):
-    moments = pipeline.encode_moments(inputs.smooth_images(4, pipeline.resolution))
-    engine = SlotEngine(inputs.own_copy(pipeline), SETTING, moments, inputs.prompts(4), slots=2)
-    stored = engine.make(8)
-    assert engine.slots.counts["ticks"] == 4 * 3 and stored.shape == (4, 32, 32, 3) and stored.dtype == torch.uint8
-    assert stored.float().std() > 1
-
-
-def test_a_tuned_engine_makes_the_same_images(pipeline):
-    moments, texts = pipeline.encode_moments(inputs.smooth_images(2, pipeline.resolution)), inputs.prompts(2)
-    plain, tuned = (
-        SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=2, tune_attention=tune)
-        for tune in (False, True)
-    )
-    assert plain.attention == "sdpa" and "sdpa" in tuned.attention and " x" in tuned.attention
-    assert psnr_db(first_images(tuned)[0], first_images(plain)[0]) > 90
-
-
 def test_da_fusions_loop_writes_one_png_an_image(pipeline, tmp_path):
     sources = [Image.fromarray(row.numpy()) for row in inputs.smooth_images(3, 48)]
     peers.da_fusion(pipeline, sources, inputs.prompts(3), SETTING, tmp_path)(2)
@@ -120,6 +92,7 @@ def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     assert document["ratios"].keys() == {"da_fusion_loop", "diffusers_best_batch"}
     peers_left_out = {"diffusers, xformers", "diffusers, compiled + channels_last"}
     own_left_out = {"slots, attention tuned", "slots, compiled", "slots, compiled, Triton kernels"}
+    own_left_out |= {"slots, compiled, preset fast"}
     assert document["skipped"].keys() == peers_left_out | own_left_out
     assert document["tick"]["rows"] == 4
     rows = {row["technique"]: row for row in rows_of(out)}
