@@ -150,12 +150,15 @@ def _shot(pixels, request) -> Shot:
 
 
 def _suitability(job, examples) -> list[dict]:
-    """Label agreement, diversity and distance to source by recipe and class, by the judge."""
+    """Label agreement, diversity and distance to source by recipe and class, by the judge.
+
+    What it finds in generated images is held against what it finds in their sources, the train images: it was fitted to
+    these, so that against other real images every positive near its source would seem to agree better than real ones.
+    """
     if job.judge is None or not examples:
         return []
     sets = job.sets
-    real = judge_images(job.judge, torch.cat([sets.train.pixels_DHWC, sets.images["val"].pixels_DHWC]))
-    labels = torch.cat([sets.labels_D, sets.labels("val")]).tolist()
+    real = judge_images(job.judge, sets.train.pixels_DHWC)
     generated = judge_images(job.judge, torch.stack([pixels.cpu() for pixels, _ in examples]))
     requests = [request for _, request in examples]
     return suitability(
@@ -164,7 +167,7 @@ def _suitability(job, examples) -> list[dict]:
         [r.recipe for r in requests],
         [r.source for r in requests],
         real,
-        labels,
+        sets.labels_D.tolist(),
         sets.index.classes,
     )
 

@@ -123,6 +123,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
             job.cache_dir,
             lambda text: job.console.line(f"  {text}"),
             progress,
+            config.learning,
         )
 
 

@@ -14,7 +14,7 @@ from modules.evaluation import page
 ALL = "all"  # the class of a row over all classes, as suitability has it
 FIGURES = {  # figure of a suitability row -> column title
     "agreement": "label agreement",
-    "agreement_share": "of the real one",
+    "agreement_share": "of that of their sources",
     "diversity_share": "diversity, of the real one",
     "distance_share": "distance to source, of the real spread",
 }

@@ -4,6 +4,8 @@ A learner that judges its own food approves what it already believes. The judge 
 cached by what it was made from, so that every arm of a comparison is judged by the same one.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -26,14 +28,19 @@ def load_judge(
     cache_dir,
     say,
     progress=None,
+    learning: config.Learning | None = None,
 ):
     """judge(images_BHWC uint8) -> (features_BF, predicted_B), trained on the given images or read from the cache.
 
     Args:
         steps: AdamW steps of 64 images with random views.
+        learning: whose crop, jitter and grey its views have, so that it sees what the set's learner sees; None: the
+            defaults.
     """
     device = pixels_DHWC.device
     settings = config.Encoder(arch="small_resnet", width=WIDTH)
+    learning = learning or config.Learning()
+    views = {name: getattr(learning, name) for name in ("crop_scale", "jitter", "jitter_p", "grey_p")}
     model = build_encoder(settings, pixels_DHWC.shape[1], num_classes, seed).to(device)
     key = {
         "pixels": digest_tensor(pixels_DHWC),
@@ -41,10 +48,11 @@ def load_judge(
         "steps": steps,
         "seed": seed,
         "settings": repr(settings),
+        "views": repr(views),
     }
 
     def make() -> dict[str, torch.Tensor]:
-        train_judge(model, pixels_DHWC, labels_D, steps, seed, progress)
+        train_judge(model, pixels_DHWC, labels_D, steps, seed, replace(config.Learning(), **views), progress)
         return {name: value.cpu() for name, value in model.state_dict().items()}
 
     model.load_state_dict(cached_tensors(cache_dir, "judge", key, make, say))
@@ -58,10 +66,17 @@ def load_judge(
     return judge
 
 
-def train_judge(model, pixels_DHWC: torch.Tensor, labels_D: torch.Tensor, steps: int, seed: int, progress=None) -> None:
+def train_judge(
+    model,
+    pixels_DHWC: torch.Tensor,
+    labels_D: torch.Tensor,
+    steps: int,
+    seed: int,
+    learning: config.Learning,
+    progress=None,
+) -> None:
     """Fit an encoder's classifier to real images by cross-entropy over both random views; AdamW, warm-up, cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
-    learning = config.Learning()
     labels_D = labels_D.to(pixels_DHWC.device)
     model.train()
     for step in range(steps):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modules import config
 from modules.learning.judge import load_judge
 
 STEPS = 30
@@ -69,3 +70,18 @@ def test_another_set_budget_or_seed_makes_another_judge(folder, change):
     changes["seed"] = {"seed": 1}
     _, said = made(folder, **({"steps": 3} | changes[change]))
     assert "made and kept" in said[0]
+
+
+def test_a_judge_sees_the_views_of_the_set(tmp_path):
+    """Where color is what tells classes apart, a judge under grey views would not."""
+    pixels = torch.zeros(12, 16, 16, 3, dtype=torch.uint8)
+    labels = torch.arange(12) % 3
+    pixels[torch.arange(12), :, :, labels] = 200
+    own = config.Learning(jitter=(0.0, 0.0, 0.0, 0.0), grey_p=0.0)
+    grey = config.Learning(jitter=(0.0, 0.0, 0.0, 0.0), grey_p=1.0)
+    said = []
+    agreement = {}
+    for name, learning in (("own", own), ("grey", grey)):
+        judge = load_judge(pixels, labels, 3, 30, 0, tmp_path, said.append, learning=learning)
+        agreement[name] = (judge(pixels)[1] == labels).float().mean().item()
+    assert agreement["own"] == 1.0 and sum("made and kept" in line for line in said) == 2, "each has its own entry"
