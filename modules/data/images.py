@@ -58,7 +58,8 @@ def load_images(
     where every item has one. A file that cannot be used is an error or is left out, as data.on_bad_image says. An image
     without an object in its mask is one such where cropping or background need the object, but in an MVIP tree, where
     that is known to occur, it is left out in any case. Where only recipes need masks it stays, with an empty one, if it
-    need not be an error: which images an arm learns from must not depend on its recipes.
+    need not be an error, and so does one whose mask is broken: which images an arm learns from must not depend on its
+    recipes.
 
     Args:
         min_size: side in pixels below which a cropped image is refused, because it would have to be enlarged for the
@@ -191,14 +192,16 @@ class _Job:
 
     def _mask(self, item: Item, image: Image.Image, orientation: int, max_bytes: int, result: _Result) -> np.ndarray:
         mask_HW = np.zeros((image.height, image.width), dtype=bool)
+        cuts = self.data.crop_to_mask or self.data.background != "keep"
         if item.mask:
             content = self.files.read(item.mask, max_bytes)
             try:
                 mask_HW = decode_mask(content, self.data.max_pixels, image.size, orientation)
             except BadImage as error:
-                raise BadImage(f"its mask {item.mask}: {error}") from error
+                if cuts or self.data.on_bad_image == "fail":
+                    raise BadImage(f"its mask {item.mask}: {error}") from error
+                result.no_object = True
         if not mask_HW.any() and self.needs_masks:
-            cuts = self.data.crop_to_mask or self.data.background != "keep"
             if cuts or not (self.kind == "mvip" or self.data.on_bad_image == "skip"):
                 raise NoObject(f"its mask {item.mask} is empty" if item.mask else "has no mask")
             result.no_object = True

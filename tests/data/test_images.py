@@ -365,6 +365,16 @@ def test_an_empty_mask_is_an_error_where_the_object_is_needed(tmp_path):
     assert loaded(index).masks_DHW.flatten(1).sum(dim=1).tolist()[1] == 0
 
 
+def test_a_broken_mask_that_only_recipes_need_takes_no_image_from_learning(tmp_path):
+    """Or an arm with masked recipes would learn from other images than the arms without."""
+    index = one_set(tmp_path, {"a.png": picture(), "b.png": picture(1)}, {"a.png": disc(), "b.png": disc(16, 16, 4)})
+    kept = loaded(index, masks=True, on_bad_image="skip")
+    assert kept.masks_DHW.flatten(1).any(1).tolist() == [True, False] and not kept.skipped
+    assert kept.notes == ("1 images have no object in their mask: learned from, not edited within",)
+    assert torch.equal(kept.pixels_DHWC, loaded(index, masks=False, on_bad_image="skip").pixels_DHWC)
+    assert len(loaded(index, crop_to_mask=True, on_bad_image="skip").items) == 1
+
+
 def test_a_broken_mask(tmp_path):
     index = one_set(tmp_path, {"a.png": picture()}, {"a.png": b"hello"})
     with pytest.raises(DataError, match="its mask a.png.mask: is no image"):
