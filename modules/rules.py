@@ -314,6 +314,10 @@ def _check_learning(config) -> None:
             f"learning.warmup_steps {learning.warmup_steps} does not end before learning.steps {learning.steps}; "
             "lower it"
         )
+    if not any(rate > 0 for rate in config.tune.grid) or min(config.tune.grid) < 0:
+        raise ConfigError(
+            f"`tune.grid` is {list(config.tune.grid)}; name images a step to try, 0 or more, at least one of them above 0"
+        )
     for section in ("gate", "controller"):
         if generates(config) and getattr(config, section).enabled and config.gate.start_step >= learning.steps:
             raise ConfigError(

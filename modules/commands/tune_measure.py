@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from modules.commands import stages
 from modules.commands.job import Job, State
+from modules.commands.machine import choose_overlap
 from modules.commands.preparation import load_generation, variant
 from modules.commands.timing import Timing, copied, time_steps, window
 from modules.commands.tune_choice import Row
@@ -54,7 +55,7 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
     figures = _judge(plain) if quality else None
     rows: list[Row] = []
     for preset in presets:
-        candidates, refused = _candidates(job, preset, grid, quality)
+        candidates, refused = _candidates(job, step, preset, grid, quality)
         windows: dict[float, list[Timing]] = {rate: [] for rate in candidates}
         judged: dict[float, dict | None] = {}
         for _ in range(rounds):
@@ -114,7 +115,7 @@ def _plain(job: Job, quality: int) -> Candidate:
 
 
 def _candidates(
-    job: Job, preset: str, grid: list[float], quality: int
+    job: Job, step, preset: str, grid: list[float], quality: int
 ) -> tuple[dict[float, Candidate], dict[float, str]]:
     """The ratios of a preset that can be run, all on one state, and why the others cannot."""
     configs: dict[float, Config] = {}
@@ -137,6 +138,9 @@ def _candidates(
             load_generation(own, _silent, learn=quality > 0)
         job.console.line(f"  preset {preset}: {'; '.join(own.plan.reasons)}")
         state = stages.build(own, _silent)
+        choose_overlap(own, state, step)  # a run of this config would take the same mode
+        mode = own.choices["mode"]
+        job.console.line(f"  generation and training: {mode.value} ({mode.reason})")
     except REFUSALS as error:
         return {}, refused | dict.fromkeys(configs, str(error))
     start = copied(state.state_dict())

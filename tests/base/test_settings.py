@@ -77,6 +77,8 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("probe.lrs=[]", r"`probe.lrs` is \[\]; name at least one"),
         ("learning.method=cross_entropy", r"needs learning.outlier_exposure > 0"),
         ("learning.warmup_steps=500", r"does not end before learning.steps"),
+        ("tune.grid=[]", r"`tune.grid` is \[\]; name images a step to try"),
+        ("tune.grid=[-1, 2]", r"`tune.grid` is \[-1.0, 2.0\]; name images a step to try"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(file, override, message):
