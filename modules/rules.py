@@ -307,6 +307,11 @@ def _check_learning(config) -> None:
             "learning.method cross_entropy with near-OOD rows needs learning.outlier_exposure > 0 (a uniform target "
             "on them); set it, or set generation.near_ood_fraction to 0"
         )
+    if config.generation.roundtrip_fraction > 0 and not generates(config):
+        raise ConfigError(
+            f"generation.roundtrip_fraction is {generation.roundtrip_fraction}, but nothing is generated and no VAE is "
+            "loaded; set it to 0, or generation.synthetic_fraction above 0"
+        )
     if learning.method == "supcon" and learning.classes_per_batch * learning.rows_per_class < 2:
         raise ConfigError("learning.classes_per_batch x learning.rows_per_class is 1; SupCon needs two rows or more")
     if learning.warmup_steps >= learning.steps and learning.steps > 1:

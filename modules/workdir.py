@@ -15,6 +15,7 @@ import yaml
 from modules import state
 from modules.config import Config
 from modules.errors import ConfigError, DataError, StorageError
+from modules.records import read_record
 from modules.settings import flatten, to_yaml
 
 MAY_CHANGE = {  # settings that do not change results, or by rounding only: of run.threads and run.kernels a run is warned
@@ -85,7 +86,7 @@ class Workdir:
     def results(self) -> dict | None:
         """The results of a finished run, or None."""
         path = self.path / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_record(path) if path.exists() else None
 
     def write_json(self, name: str, value) -> None:
         self._write_config()
@@ -159,7 +160,7 @@ class Workdir:
 
     def _read_inputs(self) -> dict:
         path = self.path / "inputs.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_record(path) if path.exists() else {}
 
     def _refuse_other_settings(self, config: Config) -> None:
         if changed := changed_settings(self.path, config):

@@ -24,6 +24,7 @@ from modules.evaluation.evaluate import Outcome, evaluate, feature_set
 from modules.evaluation.features import embed_images
 from modules.evaluation.stored import Detector, load_detector, save_detector, save_predictions
 from modules.learning.encoder import build_encoder
+from modules.records import read_record
 from modules.rules import needs_masks
 from modules.runtime import resolve_runtime
 from modules.settings import load_config, to_yaml
@@ -126,14 +127,14 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
     write_atomic(out / "results.json", json.dumps(outcome.results, indent=1) + "\n")
     save_predictions(out / "predictions.safetensors", outcome.predictions)
     save_detector(out / "ood.safetensors", outcome.detector)
-    _show_again(json.loads((folder / "results.json").read_text()), outcome, folder, console)
+    _show_again(read_record(folder / "results.json"), outcome, folder, console)
     console.line(f"written: {out}")
     return out
 
 
 def _warn_of_other_images(folder: Path, sets: ImageSets, console) -> None:
     """A warning where images are not those the run read; far-OOD may be another set, that is what it is for."""
-    before = json.loads((folder / "data.json").read_text())["files"]
+    before = read_record(folder / "data.json").get("files", {})
     now = {name: images for name, images in sets.images.items() if name != "far_ood_test"}
     read = {
         item.path: {"set": name, "sha256": digest}

@@ -33,7 +33,7 @@ FLAGS = {  # verb -> flag without dashes -> what it does
     "check": {"untimed": "skip the timed steps"},
     "doctor": {"device": "cpu or cuda"},
 }
-EXPORTED = ("export/encoder.safetensors", "export/ood.safetensors")  # what `evaluate` reads of a run
+EXPORTED = ("export/encoder.safetensors", "export/ood.safetensors", "data.json")  # what `evaluate` reads of a run
 SWITCH = ""  # the value of a flag that stands alone
 
 

@@ -28,6 +28,7 @@ from modules.diffusion.generator import Generator
 from modules.diffusion.overlap import Overlap, choose_mode
 from modules.errors import OutOfMemory
 from modules.meter import Meter, timer
+from modules.records import read_record
 from modules.rules import generated_rows
 from modules.runtime import Choice
 from modules.settings import flatten, with_settings
@@ -185,7 +186,7 @@ def _tune_attention(job: Job, generator: Generator, kept: dict[str, str]) -> Cho
 def _read(job: Job) -> dict:
     """The choices this run made before on this device, asked for the same; none where either was another."""
     path = job.workdir.path / FILE
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_record(path) if path.exists() else {}
     return found if all(found.get(name) == value for name, value in _key(job).items()) else {}
 
 

@@ -6,7 +6,6 @@ started a second time: the others come first, then it is waited for.
 """
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import yaml
 from modules.commands.arms import arm_settings
 from modules.config import Config
 from modules.errors import ConfigError, StorageError, Terminated
+from modules.records import read_record
 from modules.settings import load_config
 
 TRAINER = Path(__file__).resolve().parents[2] / "trainer.py"
@@ -201,7 +201,7 @@ def _as_yaml(value) -> str:
 
 def _results(trial: Planned) -> dict | None:
     path = trial.path / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_record(path) if path.exists() else None
 
 
 def _size(log: Path) -> int:

@@ -7,7 +7,6 @@ jointly, every arm sees the same resample, and a difference between two arms is 
 Shapes: Q resamples, K seeds.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from modules.evaluation.intervals import (
     seed_draws,
 )
 from modules.evaluation.stored import ROLES, Predictions, load_predictions
+from modules.records import read_record
 
 TRIAL_NAME = re.compile(r"(?P<arm>.+)-s(?P<seed>\d+)")
 COSTS = ("cost.seconds", "cost.forward_passes", "cost.images_generated", "cost.reuse")
@@ -123,9 +123,9 @@ def read_trials(trials: Iterable[Trial]) -> tuple[list[Finished], list[tuple[Tri
         finished.append(
             Finished(
                 trial,
-                _json(trial.path / "results.json"),
+                read_record(trial.path / "results.json"),
                 settings,
-                _json(environment) if environment.exists() else {},
+                read_record(environment) if environment.exists() else {},
                 _sorted_rows(load_predictions(trial.path / "predictions.safetensors")),
             )
         )
@@ -319,10 +319,3 @@ def _groups(predictions: Predictions) -> dict[str, list[str]]:
 
 def _flat(tree: dict) -> dict[str, object]:
     return {f"{section}.{key}": value for section, content in tree.items() for key, value in content.items()}
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); evaluate the run again") from error

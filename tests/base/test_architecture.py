@@ -15,7 +15,9 @@ FLOORS = {  # the longest prefix of a module's name decides; a module may import
     "kernels": 0,
     "modules": 0,
     **dict.fromkeys(("modules.config", "modules.errors", "modules.rules", "modules.runtime"), 1),
-    **dict.fromkeys(("modules.settings", "modules.probes", "modules.termination", "modules.phases"), 1),
+    **dict.fromkeys(
+        ("modules.settings", "modules.records", "modules.probes", "modules.termination", "modules.phases"), 1
+    ),
     **dict.fromkeys(("modules.state", "modules.optim", "modules.ema", "modules.meter"), 2),
     **dict.fromkeys(("modules.workdir", "modules.console"), 2),
     "modules.data": 3,

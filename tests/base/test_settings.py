@@ -120,6 +120,11 @@ def test_a_fraction_that_cannot_be_fed_can_be_fed_as_advised(overrides):
         assert getattr(config.generation, name) == float(value)
 
 
+def test_a_roundtrip_without_a_decoder_is_refused(file):
+    with pytest.raises(ConfigError, match="nothing is generated and no VAE is loaded"):
+        load_config(file, ["generation.roundtrip_fraction=0.2", "generation.synthetic_fraction=0"])
+
+
 @pytest.mark.parametrize("section", ["gate", "controller"])
 def test_a_gate_that_would_judge_nothing_is_refused(section):
     settings = [f"{section}.enabled=true", "learning.steps=60", "gate.start_step=60"]

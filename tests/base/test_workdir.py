@@ -9,6 +9,7 @@ import yaml
 
 from modules.config import Config
 from modules.errors import ConfigError, DataError, StorageError
+from modules.records import read_record
 from modules.settings import flatten, with_settings
 from modules.workdir import MAY_CHANGE, Workdir
 
@@ -164,3 +165,10 @@ def test_metric_rows_beyond_the_resumed_step_are_cut(config):
     lines = (workdir.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
     workdir.close()
+
+
+@pytest.mark.parametrize("content", ["", '{"test.accuracy": 0.', "[1, 2]"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError, match=r"results.json: (cannot be read|holds no JSON object)"):
+        read_record(tmp_path / "results.json")
