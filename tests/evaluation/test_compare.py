@@ -183,7 +183,7 @@ def test_runs_that_cannot_be_compared_are_refused(folder, tmp_path):
         read_trials(find_trials(tmp_path))
     (tmp_path / "supcon-s5").rename(tmp_path / "supcon-s0")
     (tmp_path / "supcon-s0" / "results.json").write_text("{")
-    with pytest.raises(DataError, match="results.json: not valid JSON"):
+    with pytest.raises(DataError, match="results.json: cannot be read"):
         read_trials(find_trials(tmp_path))
 
 
