@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kernels import backend
 from kernels.group_norm import group_norm_silu, swap_group_norm
 
 # [N, C, H, W], groups: even, ragged channels and pixels, one pixel, several chunks, tokens instead of a plane
@@ -16,6 +17,8 @@ SHAPES = {
     "one_channel_a_group": ((1, 4, 3, 3), 4),
     "tokens": ((2, 16, 10), 4),
 }
+if not backend.interpreted():  # compiled, several chunks of pixels and several blocks of channels
+    SHAPES |= {"unet": ((2, 320, 64, 64), 32), "decoder": ((1, 128, 96, 80), 32)}
 
 
 def run(tensors, groups, dtype, implementation, silu, dy):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from kernels import backend
 from kernels import guided_step as guided_step_module
 from kernels.guided_step import guided_step
 from kernels.pixels import pixels
@@ -130,6 +131,15 @@ def test_pixels(shape, size, dtype, device):
 def test_views(height, width, size, dtype, device, as_good_as_eager):
     g = torch.Generator().manual_seed(height)
     compare_views(as_good_as_eager, g, torch.randint(0, 256, (3, height, width, 3), generator=g), size, dtype, device)
+
+
+@pytest.mark.skipif(backend.interpreted(), reason="many blocks: compiled kernels only")
+@pytest.mark.parametrize(
+    "side, size, dtype", [(64, None, torch.float32), (224, None, torch.bfloat16), (200, 96, torch.float16)]
+)
+def test_views_of_the_sizes_that_are_trained_with(side, size, dtype, device, as_good_as_eager):
+    g = torch.Generator().manual_seed(side)
+    compare_views(as_good_as_eager, g, torch.randint(0, 256, (4, side, side, 3), generator=g), size, dtype, device)
 
 
 @pytest.mark.parametrize("kind", ["black", "white", "gray", "primary"])

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import backend
 from kernels.supcon import OOD_COLUMNS, supcon
 
-# name -> (images, embedding width): one block, several, ragged, a single image
-SHAPES = {"even": (16, 16), "ragged": (19, 20), "single": (1, 5)}
+# name -> (images, embedding width): one block, several, ragged, a single ID image beside a single near-OOD one
+SHAPES = {"even": (16, 16), "ragged": (19, 20), "single": (2, 5)}
+if not backend.interpreted():  # compiled, many blocks of the sizes that are trained with
+    SHAPES |= {"trained": (160, 128), "widest": (75, 256)}
 
 
 def batch(images: int, width: int, seed: int, classes: int = 4, ood: float = 0.3):
@@ -38,7 +41,10 @@ def compare(check, device, dtype, rows, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_and_types(shape, dtype, device, as_good_as_eager):
-    compare(as_good_as_eager, device, dtype, batch(*SHAPES[shape], seed=1), temperature=0.07)
+    z, labels, is_ood = batch(*SHAPES[shape], seed=1)
+    if shape == "single":
+        is_ood = torch.tensor([False, True] * 2)
+    compare(as_good_as_eager, device, dtype, (z, labels, is_ood), temperature=0.07)
 
 
 @pytest.mark.parametrize("columns, hardness", list(itertools.product(OOD_COLUMNS, (0.0, 1.5))))
