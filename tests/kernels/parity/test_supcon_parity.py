@@ -59,8 +59,9 @@ def test_near_ood_rows_as_anchors(device, as_good_as_eager):
         compare(as_good_as_eager, device, torch.float32, rows, ood_columns=columns, ood_anchors=True, temperature=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", ["one_class", "all_ood", "no_ood", "coinciding", "opposed", "duplicates"])
-def test_adversarial_batches(case, device, as_good_as_eager):
+def test_adversarial_batches(case, dtype, device, as_good_as_eager):
     z, labels, is_ood = batch(9, 8, seed=4)
     if case == "one_class":
         labels = torch.zeros_like(labels)
@@ -79,7 +80,7 @@ def test_adversarial_batches(case, device, as_good_as_eager):
             truth = loss_and_gradient(*rows, device, torch.float64, "torch", hardness=hardness)[0]
             torch.testing.assert_close(value.double(), truth, rtol=2e-6 if device == "cpu" else 1e-5, atol=0)
         else:
-            compare(as_good_as_eager, device, torch.float32, rows, temperature=0.05, hardness=hardness)
+            compare(as_good_as_eager, device, dtype, rows, temperature=0.05, hardness=hardness)
 
 
 def test_hard_weights_far_below_the_positives_do_not_vanish(device, as_good_as_eager):
