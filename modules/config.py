@@ -111,7 +111,7 @@ class NearOOD:
     recipes: dict = field(default_factory=lambda: {"strength": 1.0, "token_mix": 1.0})  # recipe -> weight
     strength: float = 0.75  # of every diffusion recipe but mask_split, which destroys the object: 1
     mix: tuple[float, float] = (0.35, 0.65)  # token_mix: range of the partner's weight
-    noise: float = 1.0  # token_noise: sigma in units of the token's norm / sqrt(width)
+    noise: float = 1.0  # token_noise: length of the noise as a share of the token's; sigma a number is that / sqrt(width)
     negative_guidance: float = -1.0  # negative_guidance: w <= 0
     jigsaw_grid: int = 4  # jigsaw: patches a side
     outlier_quantile: float = 0.02  # embedding_outlier: density quantile below which a token is drawn
@@ -119,7 +119,11 @@ class NearOOD:
 
 @dataclass(frozen=True)
 class Gate:
-    """Which generated images may be learned from."""
+    """Which generated images may be learned from.
+
+    Broken images are always left out and counted. The learner's rates are logged where gate or controller is on: they cost
+    a pass over the train images at every refresh.
+    """
 
     enabled: bool = False
     start_step: int = 50  # optimizer step from which images are judged, for the gate and for the controller

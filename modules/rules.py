@@ -307,6 +307,16 @@ def _check_learning(config) -> None:
             "learning.method cross_entropy with near-OOD rows needs learning.outlier_exposure > 0 (a uniform target "
             "on them); set it, or set generation.near_ood_fraction to 0"
         )
+    if learning.method == "cross_entropy" and (learning.ood_variant != "none" or learning.hardness > 0):
+        raise ConfigError(
+            f"learning.ood_variant is {learning.ood_variant!r} and learning.hardness {learning.hardness}, which "
+            "learning.method cross_entropy does not read; leave them at none and 0"
+        )
+    if learning.method != "cross_entropy" and learning.outlier_exposure > 0:
+        raise ConfigError(
+            f"learning.outlier_exposure is {learning.outlier_exposure}, which learning.method {learning.method} does not "
+            "read; set it to 0, and learning.ood_weight for near-OOD rows in its loss"
+        )
     if config.generation.roundtrip_fraction > 0 and not generates(config):
         raise ConfigError(
             f"generation.roundtrip_fraction is {generation.roundtrip_fraction}, but nothing is generated and no VAE is "

@@ -14,12 +14,15 @@ from modules.errors import ConfigError
 from modules.rules import generated_rows
 
 ONLY_REAL = {"generation.synthetic_fraction": 0.0, "generation.roundtrip_fraction": 0.0}
-SUPCON = {"learning.method": "supcon", "controller.enabled": False}
+CROSS_ENTROPY = {"learning.method": "cross_entropy", "learning.ood_variant": "none", "learning.hardness": 0.0}
+CONTRASTIVE = {"learning.method": "supcon", "learning.outlier_exposure": 0.0}
+SUPCON = CONTRASTIVE | {"controller.enabled": False}
 CLASSIC = {  # arms without generated rows
-    "ce": {"learning.method": "cross_entropy"},
-    "ce_strong": {"learning.method": "cross_entropy", "learning.augment": "strong"},
-    "simclr": {"learning.method": "simclr", "learning.ood_columns": "global", "learning.ood_variant": "none"},
-    "supcon": {"learning.method": "supcon"},
+    "ce": CROSS_ENTROPY,
+    "ce_strong": CROSS_ENTROPY | {"learning.augment": "strong"},
+    "simclr": CONTRASTIVE
+    | {"learning.method": "simclr", "learning.ood_columns": "global", "learning.ood_variant": "none"},
+    "supcon": CONTRASTIVE,
 }
 GENERATING = {  # arms with them; what an arm does not name is the config's
     "positives": SUPCON | {"generation.near_ood_fraction": 0.0},
@@ -28,7 +31,7 @@ GENERATING = {  # arms with them; what an arm does not name is the config's
     | {"learning.ood_columns": "none", "learning.ood_variant": "none"},
     "class_agnostic": SUPCON  # a control: every prompt shows the initializer word, as in Real Guidance (2210.07574)
     | {"inversion.class_agnostic": True, "inversion.initializer": "object", "generation.near_ood_fraction": 0.0},
-    "ce_exposure": {"learning.method": "cross_entropy", "learning.outlier_exposure": 0.5, "controller.enabled": False},
+    "ce_exposure": CROSS_ENTROPY | {"learning.outlier_exposure": 0.5, "controller.enabled": False},
     "jigsaw_roundtrip": SUPCON | {"near_ood.recipes": {"jigsaw_roundtrip": 1.0}},  # in place of generated negatives
     "adaptive": SUPCON | {"controller.enabled": True},
     "gated": SUPCON | {"gate.enabled": True},

@@ -61,11 +61,13 @@ def read_mvip(files: Files, data: Data | None = None) -> Index:
             items += _split_items(files, label, folder, role, metas[label].keywords, counts)
     notes = []
     if data is not None:
-        census = Counter(roles.values())
+        census = Counter(role for _, role in {(item.label, item.role) for item in items})  # classes that have images
         notes.append(
             f"MVIP: {census['id']} ID classes of super class {data.super_class or 'any'} (class_seed {data.class_seed}), "
             f"{census['near_ood']} near-OOD classes of the same, {census['far_ood']} far-OOD classes of others"
         )
+        if idle := sorted(set(metas) - set(roles)):
+            notes.append(f"MVIP: {len(idle)} classes have no role, neither drawn nor held out: {', '.join(idle)}")
     notes += [f"MVIP: {count} {what}" for what, count in sorted(counts.items())]
     return Index(str(files.root), "mvip", tuple(sorted(items, key=lambda item: item.path)), (), tuple(notes))
 

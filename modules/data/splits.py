@@ -32,7 +32,8 @@ def hold_out(items: list[Item], val_fraction: float, declared: set[str]) -> tupl
     if len(labels) < 2:
         raise DataError(
             f"near-OOD has the one class {', '.join(labels)}; it needs two or more, because the classes that settings "
-            "are chosen on must not be those of the test: add a class to `data.near_ood_classes`"
+            "are chosen on must not be those of the test: add a class to `data.near_ood_classes`, or lower "
+            "`data.num_classes` where they are what that leaves"
         )
     count = min(max(1, round(val_fraction * len(labels))), len(labels) - 1)
     order = torch.randperm(len(labels), generator=stream(SAME_FOR_EVERY_SEED, "near-ood-classes")).tolist()

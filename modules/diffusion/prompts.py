@@ -46,6 +46,7 @@ OBJECT_TEMPLATES = (
     "a picture of the {}",
     "an image of a {}",
 )
+LINKING = frozenset("a an and at by for from in of on or the to with without".split())  # start no class vector
 KEYWORDS = "keywords"  # as initializer or condition: each class's own words, as MVIP's meta.json describes it
 CAPTION_PREFIX = re.compile(r"^(a|an|the) (photo|picture|image|rendering) of (a|an|the) ", re.IGNORECASE)
 
@@ -165,11 +166,16 @@ def class_initializers(
 ) -> tuple[str, ...]:
     """The word that starts each class's vectors: its first keyword that is one trained token, else `fallback`.
 
+    A keyword of several words, as where a description is prose, offers each of them, the last first: of "a round metal
+    part" that is the noun.
+
     Raises: ConfigError where no class has such a keyword: the setting would do nothing.
     """
     words = []
     for candidates in keywords:
-        known = (word for word in candidates if _has_row(word, tokenizer, trained))
+        singles = [keyword for keyword in candidates if len(words_of(keyword)) == 1]
+        parts = [word for keyword in candidates if keyword not in singles for word in reversed(words_of(keyword)) if word not in LINKING]
+        known = (word for word in (*singles, *parts) if _has_row(word, tokenizer, trained))
         words.append(next(known, fallback))
     if all(word == fallback for word in words):
         raise ConfigError(

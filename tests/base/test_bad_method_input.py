@@ -67,6 +67,18 @@ CASES = {
         2,
         ("cross_entropy with near-OOD rows needs learning.outlier_exposure > 0",),
     ),
+    "cross-entropy with SupCon's settings": (
+        None,
+        ["learning.method=cross_entropy", "learning.outlier_exposure=0.5", "learning.hardness=0.5"],
+        2,
+        ("hardness 0.5, which learning.method cross_entropy does not read",),
+    ),
+    "outlier exposure under SupCon": (
+        None,
+        ["learning.outlier_exposure=0.5"],
+        2,
+        ("outlier_exposure is 0.5, which learning.method supcon does not read", "learning.ood_weight"),
+    ),
     "unknown recipe": (
         None,
         ["near_ood.recipes={jigsav: 1}"],

@@ -1,5 +1,6 @@
 """MVIP trees of exactly the published layout."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -148,6 +149,21 @@ def test_empty_masks_are_left_out_and_counted_where_the_object_is_needed(tmp_pat
     assert f"1 of {len(items)} images left out" in images.notes[0]
     whole = load_images(index, items, 8, replace(settings, crop_to_mask=False))
     assert len(whole.items) == len(items) and whole.masks_DHW[0].sum() == 0
+
+
+def test_classes_without_a_role_or_an_image_are_told(tmp_path):
+    mvip_tree(tmp_path, CLASSES)
+    shutil.rmtree(tmp_path / "Saw/test_data")  # far-OOD classes give their test samples only
+    index = read_index(data(tmp_path, near_ood_classes=("Car4", "Car5")), seed=0)
+    idle = sorted(set(CAR) - {"Car4", "Car5"} - set(index.classes))
+    assert len(idle) == 1
+    assert f"MVIP: 1 classes have no role, neither drawn nor held out: {idle[0]}" in index.notes
+    assert "2 near-OOD classes of the same, 1 far-OOD classes of others" in index.notes[0]
+
+
+def test_one_class_left_of_a_super_class_names_the_knob(tree):
+    with pytest.raises(DataError, match="or lower `data.num_classes`"):
+        read_index(data(tree, num_classes=5), seed=0)
 
 
 def test_a_missing_image_or_mask_file_is_counted(tmp_path):

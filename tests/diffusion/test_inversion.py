@@ -118,6 +118,8 @@ def test_every_class_may_start_from_a_word_of_its_own(pipeline, tmp_path):
     pixels = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     keys = [token_cache_key(pipeline, pixels, ["bolt"], own, 0, given) for given in ((), words, words[::-1])]
     assert len(set(keys)) == 3
+    prose = (("a rusty gear with the hole",), ("turned gear", "nut"))
+    assert class_initializers(prose, pipeline.tokenizer, None) == ("gear", "nut"), "single words before those of prose"
     with pytest.raises(ConfigError, match="nothing told the keywords"):
         make(pipeline, own)
     with pytest.raises(ConfigError, match="no class has a keyword that is one word"):
