@@ -2,7 +2,7 @@
 
 A sweep changes one thing of a config at a time, under the arms it concerns; a trial is one unmodified `trainer.py run`
 in a process of its own, with one thread, so that as many run beside each other as there are cores. Finished trials are
-read, not repeated. Test figures are neither read nor written here. Rows are appended to benchmarks/results/sweep.csv.
+read, not repeated. Test images are not scored (evaluation.test). Rows are appended to benchmarks/results/sweep.csv.
 
     python -m benchmarks.sweep configs/parts.yaml --sweeps strength,fraction --seeds 0,1 --jobs 2
 """
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> dict:
         arms, variants = SWEEPS[sweep]
         for variant, settings in variants.items():
             slug = variant.replace(" ", "_").replace(",", "")
-            overrides = [f"run.dir={options.runs}", f"run.name={sweep}-{slug}", *settings, *options.overrides]
+            overrides = [f"run.dir={options.runs}", f"run.name={sweep}-{slug}", "evaluation.test=false"]
+            overrides += [*settings, *options.overrides]
             if options.jobs > 1:
                 overrides.append("run.threads=1")
             for trial in plan(options.config, options.arms or arms, options.seeds, overrides):

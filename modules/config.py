@@ -111,7 +111,9 @@ class NearOOD:
     recipes: dict = field(default_factory=lambda: {"strength": 1.0, "token_mix": 1.0})  # recipe -> weight
     strength: float = 0.75  # of every diffusion recipe but mask_split, which destroys the object: 1
     mix: tuple[float, float] = (0.35, 0.65)  # token_mix: range of the partner's weight
-    noise: float = 1.0  # token_noise: length of the noise as a share of the token's; sigma a number is that / sqrt(width)
+    noise: float = (
+        1.0  # token_noise: length of the noise as a share of the token's; sigma a number is that / sqrt(width)
+    )
     negative_guidance: float = -1.0  # negative_guidance: w <= 0
     jigsaw_grid: int = 4  # jigsaw: patches a side
     outlier_quantile: float = 0.02  # embedding_outlier: density quantile below which a token is drawn
@@ -199,6 +201,7 @@ class Evaluation:
     """Scores, intervals, and what is looked at on the way."""
 
     score: str = "knn"  # headline OOD score, fixed before the run
+    test: bool = True  # whether test images are scored; false while settings are chosen: evaluate reads them later
     bootstrap: int = 1000  # resamples of groups; 0: no intervals
     confidence: float = 0.95
     batch_size: int = 256

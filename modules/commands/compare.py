@@ -52,6 +52,11 @@ def command(path: str, arguments: list[str], console, run, step) -> None:
     """
     asked = parse(arguments)
     trials = plan(path, asked.arms, asked.seeds, asked.overrides, asked.long_steps)
+    if not trials[0].config.evaluation.test:
+        raise ConfigError(
+            "evaluation.test is false, but a comparison is of test images; set it to true, or choose settings with "
+            "`python -m benchmarks.sweep`"
+        )
     if asked.print_trials:
         for trial in trials:
             console.line(shlex.join(trial.command))

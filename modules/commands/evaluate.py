@@ -111,11 +111,11 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
                 embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress),
                 sets.index.classes if name in ("train", "val", "test") else (),
             )
-            for name, images in sets.images.items()
+            for name, images in sets.scored(config.evaluation.test).items()
         }
     with console.stage("evaluate") as progress:
         outcome = evaluate(
-            **features,
+            **{"test": None} | features,
             classes=sets.index.classes,
             probe=config.probe,
             evaluation=config.evaluation,
@@ -125,7 +125,8 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
         )
     write_atomic(out / "config.yaml", to_yaml(config, origins))
     write_atomic(out / "results.json", json.dumps(outcome.results, indent=1) + "\n")
-    save_predictions(out / "predictions.safetensors", outcome.predictions)
+    if outcome.predictions is not None:
+        save_predictions(out / "predictions.safetensors", outcome.predictions)
     save_detector(out / "ood.safetensors", outcome.detector)
     _show_again(read_record(folder / "results.json"), outcome, folder, console)
     console.line(f"written: {out}")
@@ -152,16 +153,17 @@ def _warn_of_other_images(folder: Path, sets: ImageSets, console) -> None:
 
 def _show_again(before: dict, outcome: Outcome, folder: Path, console) -> None:
     now = outcome.results
-    names = {f"test.{key}": key.replace("_", " ") for key in ("accuracy", "macro_accuracy", "knn_accuracy", "ece")}
+    split = "test" if "test.accuracy" in now else "val"
+    names = {f"{split}.{key}": key.replace("_", " ") for key in ("accuracy", "macro_accuracy", "knn_accuracy", "ece")}
     for role, title in (("near_ood", "near-OOD"), ("far_ood", "far-OOD")):
-        names |= {f"test.{role}.{score}.auroc": f"{title} AUROC, {score}" for score in outcome.detector.states}
+        names |= {f"{split}.{role}.{score}.auroc": f"{title} AUROC, {score}" for score in outcome.detector.states}
     rows = []
     for key, title in names.items():
         if key in now:
             interval = f"[{100 * now[key + '_low']:.1f}, {100 * now[key + '_high']:.1f}]" if key + "_low" in now else ""
             saved = f"{100 * before[key]:.1f}" if key in before else "-"
             rows.append([title, saved, f"{100 * now[key]:.1f}", interval])
-    console.table(f"{folder}, percent", ["test", "the run", "now", "interval"], rows)
+    console.table(f"{folder}, percent", [split, "the run", "now", "interval"], rows)
     if now["binary_head.trained_on"] != before["binary_head.trained_on"]:
         console.line(
             f"the binary head was trained on OOD rows of: {before['binary_head.trained_on']}; "

@@ -50,9 +50,10 @@ def write_run_report(job, state, features, outcome, results: dict) -> None:
     gate_rows = verdict_rows(counts, sets.index.classes)
     if gate_rows:
         job.workdir.write_json("gate.json", gate_rows)
-    test, near = features["test"], features.get("near_ood_test")
-    points = torch.cat([test.features_DF] + ([near.features_DF] if near else []))
-    labels = torch.cat([test.labels_D] + ([near.labels_D] if near else []))
+    split = "test" if "test" in features else "val"
+    shown = [features[name] for name in (split, f"near_ood_{split}") if name in features]
+    points = torch.cat([given.features_DF for given in shown])
+    labels = torch.cat([given.labels_D for given in shown])
     counts = f"{len(sets.train.items)} train images of {len(sets.index.classes)} classes"
     report = Report(
         title=job.workdir.path.name,

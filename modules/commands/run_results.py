@@ -18,10 +18,11 @@ LIGHT_IMAGES = 256  # val images, at most, that the warning light of the artifac
 
 
 def embed_sets(job: Job, state: State, progress) -> dict[str, FeatureSet]:
-    """Stage probe, first half: frozen features of every image set, and of generated images under "generated"."""
+    """Stage probe, first half: frozen features of every image set; of test sets only where evaluation.test says so."""
     features, classes = {}, job.sets.index.classes
-    total, done = sum(len(images.items) for images in job.sets.images.values()), 0
-    for name, images in job.sets.images.items():
+    chosen = job.sets.scored(job.config.evaluation.test)
+    total, done = sum(len(images.items) for images in chosen.values()), 0
+    for name, images in chosen.items():
         found = embed_images(state.embed, images.pixels_DHWC, job.config.evaluation.batch_size)
         known = classes if name in ("train", "val", "test") else ()
         features[name] = feature_set(images.items, found, known)
@@ -49,7 +50,7 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
     outcome = evaluate(
         train=features["train"],
         val=features["val"],
-        test=features["test"],
+        test=features.get("test"),
         near_ood_val=features.get("near_ood_val"),
         near_ood_test=features.get("near_ood_test"),
         far_ood_test=features.get("far_ood_test"),
@@ -119,12 +120,12 @@ def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
             ends = f"  [{scale * results[f'{key}_low']:.1f}, {scale * results[f'{key}_high']:.1f}]"
         return f"{scale * results[key]:.1f}{unit}{ends}"
 
-    score = results["headline.score"]
+    score, split = results["headline.score"], "test" if "test.accuracy" in results else "val"
     rows = [
-        ("test accuracy", interval("test.accuracy")),
-        ("test kNN accuracy", interval("test.knn_accuracy")),
-        (f"near-OOD AUROC ({score})", interval(f"test.near_ood.{score}.auroc")),
-        (f"far-OOD AUROC ({score})", interval(f"test.far_ood.{score}.auroc")),
+        (f"{split} accuracy", interval(f"{split}.accuracy")),
+        (f"{split} kNN accuracy", interval(f"{split}.knn_accuracy")),
+        (f"near-OOD AUROC ({score})", interval(f"{split}.near_ood.{score}.auroc")),
+        (f"far-OOD AUROC ({score})", interval(f"{split}.far_ood.{score}.auroc")),
         ("images generated", f"{results['cost.images_generated']:.0f}"),
         ("time", f"{results['cost.seconds']:.0f} s, peak memory {results['run.peak_memory_gib']:.2f} GiB"),
     ]

@@ -187,9 +187,10 @@ def is_setting(override: str, name: str) -> bool:
 
 def headline(results: dict) -> str:
     """Accuracy and near-OOD AUROC of a run in a few words."""
-    text = f"accuracy {100 * results['test.accuracy']:5.1f} %"
+    split = "test" if "test.accuracy" in results else "val"
+    text = f"{split} accuracy {100 * results[f'{split}.accuracy']:5.1f} %"
     score = results["headline.score"]
-    if (key := f"test.near_ood.{score}.auroc") in results:
+    if (key := f"{split}.near_ood.{score}.auroc") in results:
         text += f"  near-OOD AUROC {100 * results[key]:5.1f} % ({score})"
     return text
 

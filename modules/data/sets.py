@@ -60,6 +60,10 @@ class ImageSets:
             }
         )
 
+    def scored(self, test: bool) -> dict[str, Images]:
+        """The sets that are scored, by name: without `test` those that settings may be chosen on."""
+        return {name: found for name, found in self.images.items() if test or not name.endswith("test")}
+
     def labels(self, name: str) -> torch.Tensor:
         """Class ids (int64) of an ID set."""
         return torch.tensor(self.index.label_ids(self.images[name].items))

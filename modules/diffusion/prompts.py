@@ -46,7 +46,9 @@ OBJECT_TEMPLATES = (
     "a picture of the {}",
     "an image of a {}",
 )
-LINKING = frozenset("a an and at by for from in of on or the to with without".split())  # start no class vector
+LINKING = frozenset(
+    ["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with", "without"]
+)  # start no class vector
 KEYWORDS = "keywords"  # as initializer or condition: each class's own words, as MVIP's meta.json describes it
 CAPTION_PREFIX = re.compile(r"^(a|an|the) (photo|picture|image|rendering) of (a|an|the) ", re.IGNORECASE)
 
@@ -174,7 +176,13 @@ def class_initializers(
     words = []
     for candidates in keywords:
         singles = [keyword for keyword in candidates if len(words_of(keyword)) == 1]
-        parts = [word for keyword in candidates if keyword not in singles for word in reversed(words_of(keyword)) if word not in LINKING]
+        parts = [
+            word
+            for keyword in candidates
+            if keyword not in singles
+            for word in reversed(words_of(keyword))
+            if word not in LINKING
+        ]
         known = (word for word in (*singles, *parts) if _has_row(word, tokenizer, trained))
         words.append(next(known, fallback))
     if all(word == fallback for word in words):

@@ -16,7 +16,7 @@ from modules.commands.evaluate import command
 from modules.console import Console
 from modules.errors import ConfigError, DataError
 from modules.evaluation.stored import load_detector, load_predictions
-from tests.base.tinyset import COLORS, NEAR_OOD, contents, finished_run, image, rows, write_pack
+from tests.base.tinyset import COLORS, NEAR_OOD, contents, finished_run, image, rows, write_config, write_pack
 
 CLASSES = tuple(sorted(COLORS))
 RUNS = ("supcon", "cross_entropy", "everything")
@@ -76,6 +76,23 @@ def test_other_settings_of_evaluation_are_taken_and_written_down(saved, tmp_path
     assert results["test.far_ood.images"] == 6 and "far-OOD AUROC, energy" in text
     assert (saved / "config.yaml").read_bytes() == config_before, "the run's own config says what the run was"
     assert "epochs: 2  # command line" in (out / "config.yaml").read_text()
+
+
+def test_a_run_that_leaves_test_unread_is_read_once_later(tmp_path, capsys):
+    config = write_config(tmp_path)
+    assert trainer.main(["run", str(config), "evaluation.test=false"]) == 0
+    (path,) = (found.parent for found in tmp_path.rglob("results.json"))
+    results = json.loads((path / "results.json").read_text())
+    assert not [name for name in results if name.startswith("test.")] and "val.accuracy" in results
+    assert not (path / "predictions.safetensors").exists() and (path / "report.html").exists()
+    assert "val accuracy" in capsys.readouterr().out
+    unread, _ = call(path)
+    assert "test.accuracy" not in json.loads((unread / "results.json").read_text())
+    out, text = call(path, "evaluation.test=true")
+    now = json.loads((out / "results.json").read_text())
+    assert "test.accuracy" in now and (out / "predictions.safetensors").exists() and "test" in text
+    assert now["val.accuracy"] == pytest.approx(results["val.accuracy"], abs=1e-5)
+    assert trainer.main(["compare", str(config), "--arms", "supcon", "evaluation.test=false"]) == 2
 
 
 @pytest.mark.parametrize("arm", RUNS)
