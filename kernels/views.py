@@ -21,6 +21,7 @@ __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views
 
 GREY_3 = (0.2989, 0.587, 0.114)
 UNROLLED_TAPS = tl.constexpr(4)  # source pixels a side up to which the kernel's sampling is written out
+UNCHANGED = 4  # in place of the place that hue has in a row's order: no jitter does anything
 CACHE_FLOATS = 400_000  # floats of a block of rows that stay in a core's cache (measured on a 2-core EPYC)
 
 
@@ -50,51 +51,81 @@ def views(
     _check(images_BHWC, parameters, mean, std, out_dtype)
     H, W = images_BHWC.shape[1:3]
     out_size = (H, W) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if len(out_size) != 2 or not all(isinstance(side, int) and side >= 1 for side in out_size):
+        raise ValueError(f"size is {size!r}; expected a whole number of pixels >= 1, or a pair of them")
     if backend.choose("views", implementation, images_BHWC.device).name == "triton":
         return views_triton(images_BHWC, parameters, mean, std, out_dtype, out_size)
     return views_reference(images_BHWC, parameters, mean, std, out_dtype, out_size)
 
 
 def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of `views` in plain torch, a cacheable block of rows at a time on a CPU, all at once on a GPU."""
+    """The views of `views` in plain torch, a cacheable block of rows at a time on a CPU, all at once on a GPU.
+
+    Rows are taken in the order of the place that hue has among their jitters, those without jitter last. The blends
+    before hue, hue, and the blends after it then each belong to a contiguous slice of rows and are applied to no other.
+    """
     B, H, W, _ = images_BHWC.shape
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
-    turned_R4, grey_R = (op_R4 == HUE) & (factor_R4 != 0), geometry_R6[:, 5] != 0
+    place_R, turn_R, blend_R33 = _jitter_tables(op_R4, factor_R4)
     scale_3 = 1 / torch.tensor(std, dtype=torch.float32)
-    normalize_23 = torch.stack([scale_3, -torch.tensor(mean, dtype=torch.float32) * scale_3])
-    geometry_R6, blend_R43, factor_R4, normalize_23 = (
-        upload(table, device) for table in (geometry_R6, _blend_table(op_R4, factor_R4), factor_R4, normalize_23)
-    )
+    normalize_23 = upload(torch.stack([scale_3, -torch.tensor(mean, dtype=torch.float32) * scale_3]), device)
     scale_311, shift_311 = normalize_23[:, :, None, None].unbind(0)
     out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     block = B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
-    for start in range(0, B, block):
-        stop = min(start + block, B)
-        source_b3HW = images_BHWC[start:stop].permute(0, 3, 1, 2).float().contiguous().div_(255)
-        for v in range(V):
-            r = slice(v * B + start, v * B + stop)
-            x_b3HW = _crop(source_b3HW, geometry_R6[r], size)
-            for position in range(4):
-                _blend(x_b3HW, blend_R43[r, position])
-                rows = upload(turned_R4[r, position].nonzero().squeeze(1), device)
-                if len(rows):
-                    x_b3HW[rows] = _turn_hue(x_b3HW[rows], factor_R4[r, position][rows])
-            rows = upload(grey_R[r].nonzero().squeeze(1), device)
+    for v in range(V):
+        image_B = place_R[v * B : (v + 1) * B].argsort(stable=True)
+        row_B = image_B + v * B
+        ends_5 = torch.bincount(place_R[row_B], minlength=UNCHANGED + 1).cumsum(0)
+        grey_B = geometry_R6[row_B, 5] != 0
+        geometry_B6, turn_B, blend_B33 = (upload(table[row_B], device) for table in (geometry_R6, turn_R, blend_R33))
+        for start in range(0, B, block):
+            b = slice(start, min(start + block, B))
+            ends = (ends_5 - start).clamp(0, b.stop - start).tolist()
+            source_b3HW = images_BHWC[upload(image_B[b], device)].permute(0, 3, 1, 2).float().div_(255)
+            x_b3HW = _crop(source_b3HW, geometry_B6[b], size)
+            _jitter(x_b3HW, turn_B[b], blend_B33[b], ends, bool(turn_R[row_B[b]].any()))
+            rows = upload(grey_B[b].nonzero().squeeze(1), device)
             if len(rows):
                 x_b3HW[rows] = _grey(x_b3HW[rows]).expand(-1, 3, -1, -1)
-            out_RHWC[r].copy_(x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1))
+            _put_rows(out_RHWC, row_B[b], x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1))
     return out_RHWC.permute(0, 3, 1, 2)
 
 
-def _blend_table(op_R4, factor_R4) -> torch.Tensor:
-    """blend_R43: coefficients (f, a, b) of x <- clamp(f x + a mean(grey(x)) + b grey(x)) at each place in the order.
+def _put_rows(out_RHWC, rows, values_bHWC) -> None:
+    """values into rows (on the CPU) of out; on a CPU one copy a row, which is vectorized where an index is not."""
+    if out_RHWC.device.type != "cpu":
+        out_RHWC[upload(rows, out_RHWC.device)] = values_bHWC.to(out_RHWC.dtype)
+        return
+    for row, value_HWC in zip(rows.tolist(), values_bHWC, strict=True):
+        out_RHWC[row].copy_(value_HWC)
 
-    Brightness (f, 0, 0), contrast (f, 1-f, 0), saturation (f, 0, 1-f), hue (1, 0, 0), which changes nothing: so one
-    blend serves the rows of every jitter but hue.
+
+def _jitter_tables(op_R4, factor_R4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """place_R of hue in the order (UNCHANGED: no jitter does anything), turn_R of hue, blend_R33 of the other three.
+
+    blend: coefficients (f, a, b) of x <- clamp(f x + a mean(grey(x)) + b grey(x)). Brightness (f, 0, 0), contrast (f, 1-f,
+    0), saturation (f, 0, 1-f): one blend serves the rows of every jitter but hue.
     """
-    f_R4 = factor_R4.masked_fill(op_R4 == HUE, 1.0)
-    return torch.stack([f_R4, (1 - f_R4) * (op_R4 == CONTRAST), (1 - f_R4) * (op_R4 == SATURATION)], dim=2)
+    hue_R4 = op_R4 == HUE
+    others_R3 = (~hue_R4).nonzero()[:, 1].view(-1, 3)
+    op_R3, f_R3 = op_R4.gather(1, others_R3), factor_R4.gather(1, others_R3)
+    blend_R33 = torch.stack([f_R3, (1 - f_R3) * (op_R3 == CONTRAST), (1 - f_R3) * (op_R3 == SATURATION)], dim=2)
+    changed_R = (factor_R4 != (~hue_R4).float()).any(1)  # a factor of 1 does nothing, a turn of 0 neither
+    return hue_R4.int().argmax(1).where(changed_R, UNCHANGED), (factor_R4 * hue_R4).sum(1), blend_R33
+
+
+def _jitter(x_b3HW, turn_b, blend_b33, ends: list[int], turns: bool) -> None:
+    """The jitters in place of rows sorted by the place of hue; `ends[p]` rows have it at place p or before."""
+    jittered = ends[UNCHANGED - 1]
+    for j in range(3):
+        if ends[j] < jittered:
+            _blend(x_b3HW[ends[j] : jittered], blend_b33[ends[j] : jittered, j])
+    if turns and jittered:
+        _turn_hue(x_b3HW[:jittered], turn_b[:jittered])
+    for j in range(3):
+        if ends[j]:
+            _blend(x_b3HW[: ends[j]], blend_b33[: ends[j], j])
 
 
 def _crop(source_b3HW, geometry_b6, size) -> torch.Tensor:
@@ -128,8 +159,8 @@ def _grey(x_b3HW) -> torch.Tensor:
     return (r * GREY_3[0]).add_(g, alpha=GREY_3[1]).add_(b, alpha=GREY_3[2])
 
 
-def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
-    """RGB -> HSV, hue plus `turn` (of the whole circle), -> RGB.
+def _turn_hue(x_b3HW, turn_b) -> None:
+    """RGB -> HSV, hue plus `turn` (of the whole circle), -> RGB, in place.
 
     With h in sixths of the circle and chroma c = max - min, the channels are min + c clamp(|h-3|-1), min +
     c clamp(2-|h-2|) and min + c clamp(2-|h-4|), clamped to [0, 1].
@@ -143,12 +174,11 @@ def _turn_hue(x_b3HW, turn_b) -> torch.Tensor:
     hue.lerp_(torch.sub(g, b), torch.eq(r, high, out=is_high))
     hue.div_(chroma.clamp(min=1e-12)).mul_(1 / 6).add_(1 + turn_b[:, None, None])  # a grey pixel's hue: 0 / 1e-12
     hue.frac_().mul_(6)  # a circle is added above, so that what is cut is never negative
-    out_b3HW = torch.empty_like(x_b3HW)
     for channel, center in enumerate((3, 2, 4)):
-        torch.sub(hue, center, out=out_b3HW[:, channel]).abs_()
-    out_b3HW[:, :1].sub_(1)
-    out_b3HW[:, 1:].neg_().add_(2)
-    return out_b3HW.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
+        torch.sub(hue, center, out=x_b3HW[:, channel]).abs_()
+    x_b3HW[:, :1].sub_(1)
+    x_b3HW[:, 1:].neg_().add_(2)
+    x_b3HW.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
 def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
@@ -325,6 +355,10 @@ def _check(images_BHWC, parameters, mean, std, out_dtype):
         check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.bool,), device=cpu)
     check_tensor("parameters.factor_BV4", parameters.factor_BV4, shape=(B, V, 4), dtypes=(torch.float32,), device=cpu)
     check_tensor("parameters.order_BV4", parameters.order_BV4, shape=(B, V, 4), dtypes=(torch.int64,), device=cpu)
+    if (parameters.order_BV4.sort(2).values != torch.arange(4)).any():
+        raise ValueError("parameters.order_BV4 holds a row that is no order of 0, 1, 2, 3")
+    if not parameters.factor_BV4.isfinite().all():
+        raise ValueError("parameters.factor_BV4 holds a value that is not finite")
     for start_BV, length_BV, extent, axis in (
         (parameters.top_BV, parameters.height_BV, H, "top + height"),
         (parameters.left_BV, parameters.width_BV, W, "left + width"),
