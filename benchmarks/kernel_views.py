@@ -11,17 +11,23 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from benchmarks.harness import replayed
 from benchmarks.kernel_case import Case, implementations
 from kernels.resample import crop_centers
 from kernels.view_parameters import CONTRAST, HUE, SATURATION
-from kernels.views import GREY_3, UNIFORMS, ViewParameters, draw_view_parameters, views
+from kernels.views import GREY_3, UNIFORMS, ViewParameters, device_tables, draw_view_parameters, launch_views, views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.4, 0.4, 0.4, 0.1)
+WITH_HOST = "triton, with checks and tables"  # a whole call, as a training step makes it
 
 
 def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
-    """Both views of a batch. The parameters are drawn beforehand; two peers draw their own, being handed none."""
+    """Both views of a batch. The parameters are drawn beforehand; two peers draw their own, being handed none.
+
+    On a GPU "triton" and "torch.compile" are replays of a graph whose parameters lie on the device; the eager definition
+    and WITH_HOST are whole calls.
+    """
     g = torch.Generator().manual_seed(0)
     coarse = torch.rand(B, 3, side // 4, side // 4, generator=g)
     rows_B3HW = F.interpolate(coarse, (side, side), mode="bilinear").mul(255).to(torch.uint8)
@@ -34,6 +40,12 @@ def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
         compiled,
         eager=dense_views(images, parameters, dtype),
     )
+    if device.type == "cuda":  # the host's part of a call is longer than the device's: the kernel is timed without it
+        tables = device_tables(parameters, device)
+        candidates[WITH_HOST] = candidates["triton"]
+        candidates["triton"] = replayed(lambda: (launch_views(images, tables, MEAN, STD, dtype, (side, side)),))
+        if compiled:
+            candidates["torch.compile"] = replayed(candidates["torch.compile"])
     if B * side <= 256 * 64:
         candidates["torchvision v2 per row"] = torchvision_rows(rows_B3HW, side)
         candidates["torchvision, same parameters"] = lambda: (same_rows(rows_B3HW, parameters, B),)

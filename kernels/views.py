@@ -182,16 +182,26 @@ def _turn_hue(x_b3HW, turn_b) -> None:
 
 def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
     """The views of `views` in one launch, a program a row; programs of one image follow each other and share its cache."""
-    B, H, W, _ = images_BHWC.shape
-    V, device = parameters.top_BV.shape[1], images_BHWC.device
+    return launch_views(images_BHWC, device_tables(parameters, images_BHWC.device), mean, std, out_dtype, size)
+
+
+def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the kernel reads of the parameters, view-major on the device: geometry_R6, op_R4 (int32), factor_R4."""
     geometry_R6, op_R4, factor_R4 = parameters.rows()
-    out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
-    _views_kernel[(V * B,)](
+    return tuple(upload(t.contiguous(), device) for t in (geometry_R6, op_R4.int(), factor_R4))
+
+
+def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tensor:
+    """The views of tables that are on the device already: one launch, which a graph can capture."""
+    B, H, W, _ = images_BHWC.shape
+    R = len(tables[0])
+    out_RHWC = torch.empty(R, *size, 3, dtype=out_dtype, device=images_BHWC.device)
+    _views_kernel[(R,)](
         images_BHWC,
-        *(upload(t.contiguous(), device) for t in (geometry_R6, op_R4.int(), factor_R4)),
+        *tables,
         out_RHWC,
         B,
-        V,
+        R // B,
         H,
         W,
         *size,
