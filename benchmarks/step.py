@@ -113,11 +113,7 @@ def _row(case: Case, mode: str, images: float, stepper: Stepper, found: harness.
         "case": case.name,
         "mode": mode,
         "images_per_step": images,
-        "step_ms": round(joint_ms, 3),
-        "p10_ms": round(joint.quantile_ms(0.1) / count, 3),
-        "p90_ms": round(joint.quantile_ms(0.9) / count, 3),
-        "blocks": len(joint.seconds),
-        "steps_a_block": count,
+        **_times(joint, count),
         "spread_pct": found.spread_pct,
         "train_images": stepper.train_images,
         "generate_alone_ms": round(generate_ms, 3),
@@ -161,8 +157,8 @@ def straight_line(x: tuple[float, ...], y: list[float]) -> dict[str, float]:
     }
 
 
-def over_train_images(case: Case, options: argparse.Namespace, seconds: float) -> dict[str, object]:
-    """Milliseconds of the same step on few and on all train images of the embedded set, in alternating blocks."""
+def over_train_images(case: Case, options: argparse.Namespace, seconds: float) -> tuple[list[dict], dict[str, object]]:
+    """The same step on few and on all train images of the embedded set, in alternating blocks: rows, and their ratio."""
     few, every = ({"data.shots_per_class": shots} for shots in (FEW_SHOTS, 0))
     settings = COMMON | case.settings | {"generation.images_per_step": case.usual}
     with session(settings | few) as (_, small), session(settings | every) as (_, large):
@@ -170,10 +166,28 @@ def over_train_images(case: Case, options: argparse.Namespace, seconds: float) -
         calls = {str(stepper.train_images): stepper.at(case.usual) for stepper in steppers}
         found = harness.compare(calls, options.device, blocks=options.blocks, max_seconds=seconds)
         count = steppers[0].steps(case.usual)
-    return {
-        "step_ms": {images: round(found.timings[images].median_ms / count, 3) for images in calls},
+    rows = [
+        dict.fromkeys(COLUMNS, "")
+        | {"case": f"{case.name}, over train images", "mode": "sequential", "images_per_step": case.usual}
+        | _times(found.timings[str(stepper.train_images)], count)
+        | {"spread_pct": found.spread_pct, "train_images": stepper.train_images, "quality": "the same step, other sets"}
+        for stepper in steppers
+    ]
+    return rows, {
+        "step_ms": {str(row["train_images"]): row["step_ms"] for row in rows},
         "ratio": round(1 / found.speedup(list(calls)[-1]), 4),
         "spread_pct": found.spread_pct,
+    }
+
+
+def _times(timing: harness.Timing, steps: int) -> dict[str, object]:
+    """Columns of the time of one step, from blocks of `steps`."""
+    return {
+        "step_ms": round(timing.median_ms / steps, 3),
+        "p10_ms": round(timing.quantile_ms(0.1) / steps, 3),
+        "p90_ms": round(timing.quantile_ms(0.9) / steps, 3),
+        "blocks": len(timing.seconds),
+        "steps_a_block": steps,
     }
 
 
@@ -206,7 +220,9 @@ def main(argv: list[str] | None = None) -> dict:
     constant = None
     if options.train_images and chosen and budget.left > 0:
         try:
-            constant = over_train_images(chosen[0][0], options, budget.left)
+            found, constant = over_train_images(chosen[0][0], options, budget.left)
+            if options.out:
+                harness.append_rows(options.out, [conditions | row for row in found])
         except Exception as error:
             constant = {"failed": harness.described(error)}
     document = {

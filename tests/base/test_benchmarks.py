@@ -178,7 +178,9 @@ def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys
     assert document["rows"][2]["generate_alone_ms"] > document["rows"][0]["generate_alone_ms"] == 0
     assert document["bytes_written"] == 0 and document["host_syncs"] is None
     assert document["constant_in_train_images"]["step_ms"].keys() == {"12", "24"}
-    assert len(rows_of(tmp_path / "step.csv")) == 3
+    written = rows_of(tmp_path / "step.csv")
+    assert len(written) == 5 and [row["train_images"] for row in written[3:]] == ["12", "24"]
+    assert all(float(row["step_ms"]) > 0 and row["images_per_step"] == "1.0" for row in written[3:])
     assert tuple(rows_of(tmp_path / "step.csv")[0])[len(harness.CONDITIONS) :] == step.COLUMNS
 
 
