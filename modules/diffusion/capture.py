@@ -16,6 +16,7 @@ from modules.diffusion.files import first_line
 from modules.diffusion.slots import Slots
 from modules.errors import ConfigError, OutOfMemory
 from modules.runtime import Choice
+from modules.termination import termination
 
 WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
 
@@ -50,6 +51,7 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
             "generation.slots or generation.decode_batch, or set pipeline.compile=off"
         ) from error
     except (RuntimeError, OSError, ImportError) as error:  # no C compiler, an old GPU, a capture that is refused
+        termination.obey()  # the compiler hands on a signal that met it as a failure of its own
         tick.unet, tick.step, slots.decode = eager
         if compile_setting == "on":
             raise ConfigError(

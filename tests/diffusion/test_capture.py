@@ -1,10 +1,14 @@
 """Compiled and captured ticks: the same images, chosen and announced as the setting says."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from modules.diffusion.capture import accelerate, graph
-from modules.errors import ConfigError
+from modules.errors import ConfigError, Terminated
+from modules.termination import termination
 from tests.diffusion.engine import Engine
 
 
@@ -48,6 +52,25 @@ def test_where_compiling_fails_the_engine_stays_as_it_was_and_the_setting_is_nam
     for one in (engine, plain):
         one.make(3)
     assert all((engine.finished[i] - plain.finished[i]).abs().max() <= 1e-4 for i in range(3))
+
+
+def test_sigterm_that_the_compiler_makes_a_failure_of_its_own_is_obeyed(monkeypatch):
+    """torch.compile names whatever stops it an error of its own: taken for that, the signal would be lost for good."""
+
+    def interrupted(*_inputs, **_settings):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise RuntimeError("an internal error of the compiler") from None
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    termination.listen()
+    try:
+        with pytest.raises(Terminated):
+            accelerate(Engine().slots, "on")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
