@@ -259,6 +259,7 @@ def build(job: Job, progress) -> State:
         job.console.warn(warning)
     if job.pipeline is not None:
         state.generator = build_generator(job, state, train, reservoir)
+        state.meter.restart_peak()  # a capture counted its pool; from here on it is added
     job.card = run_card(job, rows)
     job.console.card(f"run {job.workdir.path}", job.card)
     encoder.train()

@@ -18,7 +18,7 @@ from modules.diffusion.tokens import FILE
 from modules.errors import StorageError, Terminated
 from modules.learning.backbones import build_backbone
 from modules.state import safetensors_bytes
-from modules.termination import behind
+from modules.termination import behind, termination
 from tests.base.tinyset import contents, finished_run, shared_folder, write_config
 from tests.data.trees import class_folders, csv_set, declared_rows, pack, picture, put
 from tests.tiny import pipeline_folder
@@ -31,6 +31,7 @@ WORK = ("results.json", "predictions.safetensors", "report.html", "metrics.jsonl
 def sigterm_as_before():
     before = signal.getsignal(signal.SIGTERM)
     yield
+    termination.listen()  # forgets a signal that came
     signal.signal(signal.SIGTERM, before)
 
 
