@@ -12,12 +12,14 @@ from modules import memory
 from modules.commands.job import Job
 from modules.config import Config, PipelineConfig
 from modules.console import Console
+from modules.diffusion.inversion import Inversion
 from modules.errors import OutOfMemory
 from modules.evaluation.features import embed_images
 from modules.learning import judge
 from modules.memory import named_memory, ran_out
 from modules.settings import flatten
 from modules.workdir import Workdir
+from tests.base.test_machine import built
 from tests.base.tinyset import tiny_config, write_config
 
 
@@ -105,6 +107,18 @@ def test_a_stage_of_a_job_is_where_it_is_named(tmp_path):
             exhausted()
     finally:
         workdir.close()
+
+
+def test_a_batch_of_inversion_taken_in_parts_is_said(tmp_path, monkeypatch):
+    chunks = Inversion._chunks
+
+    def narrow(self, z, *rest):
+        return exhausted() if self.micro_batch > 5 else chunks(self, z, *rest)
+
+    monkeypatch.setattr(Inversion, "_chunks", narrow)
+    with built(tmp_path) as (_, _, text):
+        said = [line for line in text.getvalue().splitlines() if "ran out of memory at once" in line]
+    assert len(said) == 1 and said[0].startswith("  class tokens: "), text.getvalue()
 
 
 def test_a_pipeline_that_is_trained_names_its_own_settings():
