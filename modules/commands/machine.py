@@ -204,9 +204,8 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
         return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: a CPU has one backend")
     measure = timer(job.device)
-    job.console.line(
-        "  timing the attention backends at every shape of the UNet (pipeline.attention=sdpa leaves it out)"
-    )
+    if asked == "auto":
+        job.console.line("  timing the attention backends at each shape of the UNet: this can take a minute")
     timings = attention.tune(unet, tick.step, lambda work: measure(work, ATTENTION_REPEATS), asked, kept=kept)
     _write(job, backends=attention.chosen(timings))
     for line in attention.describe(timings):

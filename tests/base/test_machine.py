@@ -209,6 +209,19 @@ def test_slots_back_off_for_an_engine_that_only_compiled_does_not_fit(room, tmp_
         trainer.step(state)
 
 
+def test_timing_attention_is_announced_before_it_begins(tmp_path, monkeypatch):
+    with built(tmp_path) as (job, state, text):
+
+        def tune(*_, **__):
+            assert text.getvalue().splitlines()[-1].startswith("  timing the attention backends")
+            return []
+
+        monkeypatch.setattr(machine.attention, "tune", tune)
+        monkeypatch.setattr(machine, "timer", lambda device: None)
+        monkeypatch.setattr(job, "device", torch.device("cuda"))
+        machine._tune_attention(job, state.generator.slots.in_flight, {})
+
+
 def test_compile_on_that_does_not_fit_is_an_error_with_the_knobs(tmp_path, monkeypatch):
     def accelerate(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
