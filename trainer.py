@@ -90,7 +90,7 @@ def run(config, origins: dict[str, str], console) -> dict:
 def main(arguments: list[str]) -> int:
     """Run a verb; returns the exit code of the process (see modules/errors.py)."""
     from modules.errors import UserError
-    from modules.termination import termination
+    from modules.termination import behind, termination
 
     if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments[:2]):
         print(USAGE)
@@ -111,9 +111,12 @@ def main(arguments: list[str]) -> int:
         path, *overrides = rest or [""]
         check_arguments(verb, path, overrides)  # before the verb imports torch: mistakes are answered at once
         importlib.import_module(f"modules.commands.{VERBS[verb][0]}").command(path, overrides, Console(), run, step)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    except Exception as error:
+        found = behind(error) or error
+        if not isinstance(found, UserError):
+            raise
+        print(f"error: {found}", file=sys.stderr)
+        return found.code
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130

@@ -1,28 +1,42 @@
 """Images a second, one row a technique, against its peers in the same process: `python -m benchmarks.generator`.
 
 A waterfall: DA-Fusion's loop as published, diffusers' image-to-image pipeline at its best batch (default attention,
-xformers, compiled), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM steps under guidance
+xformers, compiled, each at its own), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM steps under guidance
 7.5, the same weights, sources, prompts, dtype, threads and output size; blocks alternate. Each row has the share of the
 fastest matrix product measured in this run (MFU), the share of the floor (the time the UNet calls and the decoding would take
-at that rate) and the PSNR of its images against diffusers' from the same latents and the same noise.
+at that rate) and the PSNR of its images against diffusers' from the same latents and the same noise. One UNet call of the
+fastest engine is timed apart, at its own rows and at 64.
+
+Column `peak_mib` is what making one batch needs beyond what is held before it: what torch counts as allocated and the pools
+of captured graphs on a GPU, the high-water mark of the process on a CPU (`harness.peak_mib`).
 
 Rows are appended to benchmarks/results/generator_gpu.csv or generator_cpu.csv; the last line printed is one JSON
 document with `ratios`: the fastest exact engine row over each peer.
 """
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness, inputs, peers
-from benchmarks.techniques import COMPILED, DA_FUSION, DIFFUSERS, SLOTS, SLOTS_FAST, XFORMERS, Bench, Candidate
+from benchmarks import harness, inputs, peers, unet_call
+from benchmarks.techniques import (
+    BLOCKS_SHARE,
+    COMPILED,
+    DA_FUSION,
+    DIFFUSERS,
+    SLOTS,
+    SLOTS_FAST,
+    XFORMERS,
+    Bench,
+    Candidate,
+)
 from kernels.linear import frozen_linear
 from modules.runtime import quiet_libraries
 
-BLOCKS_SHARE = 0.4  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
 RATIOS = {
     "da_fusion_loop": DA_FUSION,
     "diffusers_best_batch": DIFFUSERS,
@@ -38,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     budget = harness.Budget(options.budget_s)
-    bench = Bench(options)
+    bench = Bench(options, budget)
     conditions, ceilings = harness.conditions(bench.device), harness.measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
     candidates = ready(bench, budget)
@@ -64,7 +78,12 @@ def main(argv: list[str] | None = None) -> dict:
         left_out = [_left_out(document["rows"][0], name, reason) for name, reason in bench.skipped.items()]
         harness.append_rows(options.out, [conditions | row for row in (*document["rows"], *left_out)])
         harness.drop_partial(options.out)
-    document["tick"] = tick(bench, peak, document["ratios_of"])
+    calls = unet_calls(bench, peak, document["ratios_of"], candidates, budget)
+    document |= calls
+    if options.out and document["rows"]:
+        columns = list(document["rows"][0])
+        rows = [unet_call.as_row(columns, call, bench) for call in calls.values()]
+        harness.append_rows(options.out, [conditions | row for row in rows])
     _print_table(document)
     harness.finish(document)
     return document
@@ -93,10 +112,12 @@ def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
             if found and budget.left < BLOCKS_SHARE * budget.seconds:
                 raise peers.Unavailable(name, "budget")
             candidate = maker()
-            candidate.peak_mib = harness.peak_mib(lambda c=candidate: c.call(bench.batch), bench.device)
+            count = max(bench.batch, candidate.batch)
+            call = lambda c=candidate, count=count: c.call(count)  # noqa: E731 - three uses, one line
+            candidate.peak_mib = harness.peak_mib(call, bench.device, pool_bytes=candidate.pool_bytes)
             bench.wait()
             candidate.ready_s = time.perf_counter() - begin
-            candidate.batch_s = harness.block(lambda c=candidate: c.call(bench.batch), 1, bench.device)
+            candidate.batch_s = harness.block(call, 1, bench.device) * bench.batch / count
         except peers.Unavailable as error:
             bench.skipped[name] = error.reason
         except Exception as error:  # one technique that fails costs no other
@@ -111,13 +132,15 @@ def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
 
 
 def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks: int, seconds: float) -> int:
-    """As many images as `blocks` rounds of all candidates have time for: whole batches, at least one, at most `images`."""
+    """As many images as `blocks` rounds of all candidates have time for: whole batches of each of them, at least one of
+    the largest, at most `images`. `batch` images take a candidate its `batch_s`."""
     once = sum(c.batch_s for c in candidates) + candidates[0].batch_s  # the first runs twice a round
-    affordable = seconds / max(1e-9, blocks * once)
-    batches = max(1, min(images // batch, int(min(affordable, images))))
-    if batches * batch < images:
-        print(f"budget: {batches * batch} images a block instead of {images}", flush=True)
-    return batches * batch
+    affordable = batch * seconds / max(1e-9, blocks * once)
+    whole = math.lcm(batch, *(c.batch for c in candidates))
+    count = whole * max(1, min(images // whole, int(min(affordable, images) // whole)))
+    if count < images:
+        print(f"budget: {count} images a block instead of {images}", flush=True)
+    return count
 
 
 def alternate(
@@ -213,18 +236,15 @@ def _document(
     }
 
 
-def tick(bench: Bench, peak: float, name: str) -> dict[str, object]:
-    """One UNet call with its solver step, of an engine: rows, milliseconds, and the share of the matrix product."""
-    if name not in bench.engines:
-        return {"technique": name, "rows": 0, "ms": None, "mfu_pct": None}
-    engine = bench.engines[name]
-    engine.make(len(engine.slots.occupants))  # latents as after real work, since zeros would run faster
-    found = harness.compare({"tick": torch.no_grad()(engine.slots.in_flight.step)}, bench.device)
-    rows = len(engine.slots.occupants) + engine.slots.unconditional_rows
-    ms = found.timings["tick"].median_ms
-    tflop_per_s = rows * bench.work.unet / ms / 1e9
-    mfu_pct = round(100 * tflop_per_s / peak, 2)
-    return {"technique": name, "rows": rows, "ms": round(ms, 3), "mfu_pct": mfu_pct}
+def unet_calls(
+    bench: Bench, peak: float, name: str, candidates: list[Candidate], budget: harness.Budget
+) -> dict[str, dict[str, object]]:
+    """One UNet call of an engine, at its own rows and at those of --unet-rows."""
+    calls = {"tick": unet_call.tick(bench, peak, name)}
+    if rows := bench.options.unet_rows:
+        ready_s = next((c.ready_s for c in candidates if c.name == name), 0.0)
+        calls["unet_call"] = unet_call.at_rows(bench, peak, name, rows, ready_s, budget.left)
+    return calls
 
 
 def _print_table(document: dict) -> None:
@@ -233,7 +253,9 @@ def _print_table(document: dict) -> None:
     print(f"{document['device']}, torch {document['torch']}, {document['threads']} threads; {setting['resolution']} px, "
           f"strength {setting['strength']} of {setting['num_inference_steps']}, guidance {setting['guidance_scale']}; "
           f"floor {document['floor_images_per_s']} images/s; A/A spread {document['aa_spread_pct']} %")  # fmt: skip
-    print(f"one tick: {document['tick']}")
+    for name in ("tick", "unet_call"):
+        if name in document:
+            print(f"one UNet call: {document[name]}")
     slowest = document["rows"][0]["images_per_s"]
     for row in document["rows"]:
         print(f"{row['technique']:36s} {row['images_per_s']:9.3f} images/s [{row['p10']}, {row['p90']}]  "
@@ -255,6 +277,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--budget-s", type=float, default=0.0, help="fit the blocks into this time; 0: no bound")
+    parser.add_argument(
+        "--unet-rows", type=int, default=unet_call.ROWS, help="rows of one UNet call timed apart; 0: none"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
     options = parser.parse_args(argv)

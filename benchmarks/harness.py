@@ -21,7 +21,7 @@ import torch
 from modules.runtime import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CONDITIONS = ("date", "commit", "device", "torch", "triton", "threads", "load")
+CONDITIONS = ("date", "commit", "device", "torch", "triton", "diffusers", "xformers", "threads", "load")
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,17 @@ def measure_ceilings(
     )
 
 
-def peak_mib(function: Callable[[], object], device: torch.device | str = "cpu") -> float | None:
+def peak_mib(
+    function: Callable[[], object], device: torch.device | str = "cpu", *, pool_bytes: int = 0
+) -> float | None:
     """Memory that one call needs beyond what is held before it, MiB; None where the system does not tell.
 
-    On a GPU by torch's allocator; on a Linux CPU by the high-water mark of the process, which sees whole pages only.
+    On a GPU what torch's allocator counts, and the pools of captured graphs that the call replays: their memory is held
+    all the time and a replay works in it, which the allocator does not count. On a Linux CPU by the high-water mark of
+    the process, which sees whole pages only.
+
+    Args:
+        pool_bytes: of those graphs, as measured when they were captured (see `modules.diffusion.capture`).
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -230,7 +237,7 @@ def peak_mib(function: Callable[[], object], device: torch.device | str = "cpu")
         before = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+        return round((torch.cuda.max_memory_allocated() - before + pool_bytes) / 2**20, 2)
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not reset.exists():
         return None
@@ -257,33 +264,50 @@ def conditions(device: torch.device | str = "cpu") -> dict[str, object]:
         "commit": found["commit"],
         "device": found["gpu"] if torch.device(device).type == "cuda" else f"{found['cpu']}, {found['cores']} cores",
         "torch": packages.get("torch") or torch.__version__,
-        "triton": packages.get("triton") or "",
+        **{name: packages.get(name) or "" for name in ("triton", "diffusers", "xformers")},  # empty: not installed
         "threads": torch.get_num_threads(),
         "load": _load(),
     }
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Append rows to a CSV file, made with their keys as its header if it is new; nothing in it is ever changed.
+    """Append rows to a CSV file, made with their keys as its header if it is new; no value in it is ever changed.
 
-    Raises ValueError if a row's keys are not the header: then the file keeps its meaning and the rows want another one.
+    Rows that tell more than the file did (a condition that is written down since) add their columns to it, empty in what
+    stood there. Raises ValueError if rows lack one of its columns: then the file keeps its meaning and the rows want
+    another one.
     """
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
+    before = columns
     if path.exists():
         with path.open(newline="") as file:
-            columns = next(csv.reader(file))
+            before = next(csv.reader(file))
     for row in rows:
-        if list(row) != columns:
-            raise ValueError(f"{path} has columns {columns}, a row has {list(row)}; write to another file")
+        if list(row) != columns or [name for name in columns if name in before] != before:
+            raise ValueError(f"{path} has columns {before}, a row has {list(row)}; write to another file")
+    if before != columns:
+        _add_columns(path, columns)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def _add_columns(path: Path, columns: list[str]) -> None:
+    """Give a CSV file these columns in place of some of them; what it does not know stays empty."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    written = path.with_suffix(".tmp")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    written.replace(path)
 
 
 def write_partial(out: Path, document: dict[str, object]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks import harness, inputs, peers
+from benchmarks import batches, harness, inputs, peers
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from modules.config import Generation
@@ -25,9 +25,8 @@ DA_FUSION, DIFFUSERS = "DA-Fusion's loop", "diffusers"
 XFORMERS, COMPILED = "diffusers, xformers", "diffusers, compiled + channels_last"
 SLOTS, SLOTS_TUNED, SLOTS_COMPILED = "slots", "slots, attention tuned", "slots, compiled"
 SLOTS_KERNELS, SLOTS_FAST = "slots, compiled, Triton kernels", "slots, compiled, preset fast"
-BATCHES = {"cuda": (8, 16, 32, 64), "cpu": (4, 8, 16, 32)}
-BATCH_TOLERANCE = 0.02  # a smaller batch that costs at most this much more an image is as good, and blocks are shorter
 QUALITY_IMAGES = 4
+BLOCKS_SHARE = 0.4  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
 
 
 @dataclass
@@ -43,14 +42,16 @@ class Candidate:
     setting: Setting | None = None  # where it is not that of all others
     at_most: int = 1 << 30  # images a call makes at most: enough for a rate where one image at a time is made
     ready_s: float = 0.0  # compilation, where there is any, and the first batch
-    batch_s: float = 0.0  # the second batch
+    batch_s: float = 0.0  # that as many images as the batch common to all take
     peak_mib: float | None = None
+    pool_bytes: int = 0  # of the graphs it replays, part of peak_mib
 
 
 class Bench:
     """The inputs of all techniques, and the techniques."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, budget: harness.Budget):
+        self.budget = budget
         self.options, self.device = options, torch.device(options.device)
         self.pipeline = inputs.load(options.pipeline, self.device, options.resolution)
         self.setting = Setting(images=options.images)
@@ -58,9 +59,10 @@ class Bench:
         self.pixels_NHWC = inputs.smooth_images(options.images, self.pipeline.resolution)
         self.texts = inputs.prompts(options.images)
         self.moments = self.pipeline.encode_moments(self.pixels_NHWC.to(self.device))
-        self.batch = options.batch or best_batch(self.pipeline, self.setting, options.images)
+        self.batch, self.tried = self._best_batch(self.pipeline, DIFFUSERS)
         self.skipped: dict[str, str] = {}
         self.engines: dict[str, SlotEngine] = {}
+        self.how: dict[str, dict] = {}  # settings of an engine, to build it again for other rows
         self._reference = None
         self._folder = tempfile.TemporaryDirectory(prefix="da-fusion-")
 
@@ -119,19 +121,28 @@ class Bench:
 
     def diffusers(self) -> Candidate:
         """diffusers at its best batch, attention as it comes."""
-        return self._batched(DIFFUSERS, peers.image_to_image(self.pipeline, self.setting), "as it comes")
+        peer = peers.image_to_image(self.pipeline, self.setting)
+        return self._batched(DIFFUSERS, peer, f"as it comes; {self.tried}", self.batch)
 
     def xformers(self) -> Candidate:
-        """The same with xformers' attention."""
+        """The same with xformers' attention, at the batch that is best with it."""
         own = inputs.own_copy(self.pipeline)
         peer = peers.with_xformers(peers.image_to_image(own, self.setting), XFORMERS)
-        return self._batched(XFORMERS, peer, "enable_xformers_memory_efficient_attention")
+        batch, tried = self._best_batch(own, XFORMERS)
+        return self._batched(XFORMERS, peer, f"enable_xformers_memory_efficient_attention; {tried}", batch)
 
     def diffusers_compiled(self) -> Candidate:
-        """The same compiled as diffusers' guide says."""
+        """The same compiled as diffusers' guide says, at the better of the batches that there is time to compile for."""
         self._need_compiler(COMPILED)
         peer = peers.compiled(peers.image_to_image(inputs.own_copy(self.pipeline), self.setting))
-        return self._batched(COMPILED, peer, "UNet and decoder compiled, channels_last")
+        rates = batches.compiled_rates(
+            lambda batch: self._call(peer, batch),
+            self._batches_to_compile(),
+            self.device,
+            lambda: self.budget.left - BLOCKS_SHARE * self.budget.seconds,
+        )
+        batch, tried = batches.fastest(rates)
+        return self._batched(COMPILED, peer, f"UNet and decoder compiled, channels_last; {tried}", batch)
 
     def da_fusion(self) -> Candidate:
         """The loop as published; it makes one image at a time, so fewer images measure the same rate."""
@@ -150,67 +161,52 @@ class Bench:
         own = inputs.own_copy(self.pipeline)
         engine = SlotEngine(own, setting or self.setting, self.moments, self.texts, slots=self.batch, **how)
         made, z0, eps = first_images(engine)
+        pool_bytes = engine.slots.pool_bytes
         switches = (
             f"{engine.compiled.value}; attention {engine.attention}; kernels {engine.kernels}; moments, prompts and their keys and values cached; "
             f"decoding {engine.decode_batch} at once"
         )
         if setting is not None:
             quality = f"another sampler, {setting.solver} in {setting.num_inference_steps}: see benchmarks.quality"
-            return Candidate(name, engine.make, self.batch, False, switches, quality, setting)
+            return Candidate(name, engine.make, self.batch, False, switches, quality, setting, pool_bytes=pool_bytes)
         if self._reference is None:
             peer = peers.image_to_image(self.pipeline, self.setting)
             first = slice(0, min(QUALITY_IMAGES, self.batch))
             reference = peers.from_noise(peer, z0[first], eps[first], self.texts[first], self.setting)
             self._reference = reference, z0, eps
-        self.engines[name] = engine
-        return Candidate(name, engine.make, self.batch, False, switches, self._psnr(made))
+        self.engines[name], self.how[name] = engine, how
+        return Candidate(name, engine.make, self.batch, False, switches, self._psnr(made), pool_bytes=pool_bytes)
 
-    def _batched(self, name: str, peer, switches: str) -> Candidate:
-        images = self.pixels_NHWC.to(self.device).permute(0, 3, 1, 2).to(self.pipeline.dtype).div(255)
-        call = peers.batched(peer, images, self.texts, self.batch, self.setting)
+    def _batched(self, name: str, peer, switches: str, batch: int) -> Candidate:
         quality = "not compared: the engine made no images"
         if self._reference is not None:
             _, z0, eps = self._reference
-            texts = [self.texts[i] for i in range(self.batch)]
-            quality = self._psnr(peers.from_noise(peer, z0, eps, texts, self.setting))  # in the shape it is timed in
-        return Candidate(name, call, self.batch, True, f"{switches}; tensors in and out", quality)
+            rows = [i % len(z0) for i in range(batch)]  # in the shape it is timed in
+            made = peers.from_noise(peer, z0[rows], eps[rows], [self.texts[row] for row in rows], self.setting)
+            quality = self._psnr(made)
+        return Candidate(name, self._call(peer, batch), batch, True, f"{switches}; tensors in and out", quality)
+
+    def _call(self, peer, batch: int) -> Callable[[int], torch.Tensor]:
+        images = self.pixels_NHWC.to(self.device).permute(0, 3, 1, 2).to(self.pipeline.dtype).div(255)
+        return peers.batched(peer, images, self.texts, batch, self.setting)
+
+    def _best_batch(self, pipeline: StableDiffusion, name: str) -> tuple[int, str]:
+        """The batch at which diffusers' pipeline is fastest, and what was tried for it."""
+        if self.options.batch:
+            return self.options.batch, f"batch {self.options.batch} as asked"
+        return batches.best_batch(pipeline, self.setting, self.options.images, name, self.budget.left)
+
+    def _batches_to_compile(self) -> tuple[int, ...]:
+        """The best batch of the pipeline as it comes and, on a GPU, the next one: each takes a compilation of its own."""
+        if self.options.batch or self.device.type != "cuda":
+            return (self.batch,)
+        return (self.batch, *batches.next_to(self.batch, self.options.images, self.device))
 
     def _psnr(self, made: torch.Tensor) -> str:
         reference, _, _ = self._reference
-        return f"PSNR {psnr_db(made[: len(reference)], reference):.1f} dB to diffusers"
+        count = min(len(made), len(reference))
+        return f"PSNR {psnr_db(made[:count], reference[:count]):.1f} dB to diffusers"
 
     def _need_compiler(self, technique: str) -> None:
         if not self.options.compile:
             raise peers.Unavailable(technique, "--no-compile")
-
-
-@torch.no_grad()
-def best_batch(pipeline: StableDiffusion, setting: Setting, images: int) -> int:
-    """The batch at which diffusers' pipeline makes most images a second, by the time of its parts.
-
-    Timed are one guided UNet call, one encoding and one decoding at each batch; an image costs
-    (calls x UNet + encode + decode) / batch. A batch that does not fit into memory is out; of those within
-    BATCH_TOLERANCE of the best the smallest is taken.
-    """
-    device, dtype, size, side = pipeline.device, pipeline.dtype, pipeline.latent_size, pipeline.resolution
-    calls, guided = setting.calls(pipeline.scheduler)
-    costs = {}
-    for batch in [b for b in BATCHES[device.type] if images % b == 0] or [images]:
-        rows = batch * (2 if guided else 1)
-        z = torch.randn(rows, 4, size, size, device=device, dtype=dtype)
-        context = torch.randn(rows, pipeline.num_tokens, pipeline.text_width, device=device, dtype=dtype)
-        x = torch.rand(batch, 3, side, side, device=device, dtype=dtype)
-        t = torch.tensor(400, device=device)
-        parts = {
-            "unet": lambda z=z, t=t, context=context: pipeline.unet(z, t, context),
-            "encode": lambda x=x: pipeline.vae.encode(x),
-            "decode": lambda z=z, batch=batch: pipeline.vae.decode(z[:batch]),
-        }
-        found = harness.compare(parts, device, blocks=3, block_seconds=0.0)
-        if found.failures:
-            print(f"batch {batch}: {found.failures}", flush=True)
-            continue
-        unet, encode, decode = (found.timings[name].median_ms for name in parts)
-        costs[batch] = (calls * unet + encode + decode) / batch
-    print("diffusers, ms an image by batch:", {batch: round(cost, 2) for batch, cost in costs.items()}, flush=True)
-    return min(batch for batch, cost in costs.items() if cost <= (1 + BATCH_TOLERANCE) * min(costs.values()))

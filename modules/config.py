@@ -53,7 +53,7 @@ class Pipeline:
 
     path: str = "embedded"  # diffusers folder, single .safetensors file, or embedded
     weights: str = "file"  # file | random: random builds the exact SD 1.5 shape, for timing where no weights are
-    family: str = "auto"  # auto | sd1 | sd2 | turbo | lcm
+    family: str = "auto"  # auto | sd1 | sd2 | turbo | lcm: what a single file or a LoRA is, where no file says so
     prediction_type: str = ""  # epsilon | v_prediction, for a single file that does not say; empty: read it
     lora: str = ""  # .safetensors file of a LoRA for the UNet
     vae: str = ""  # folder of another AutoencoderKL or an AutoencoderTiny (TAESD)

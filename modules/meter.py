@@ -28,6 +28,7 @@ class Meter:
         self._interval_start = time.perf_counter()
         self._pending: deque = deque()
         self._stage: tuple[str, float] | None = None  # the stage under way and when it began
+        self._earlier_peak = 0  # bytes, of what came before the last `restart_peak`
 
     @contextmanager
     def phase(self, name: str):
@@ -71,11 +72,26 @@ class Meter:
         self._interval.clear()
         self._interval_start = time.perf_counter()
 
-    def peak_memory_gib(self) -> float:
-        """Peak memory so far: of the device on a GPU, else of the process."""
+    def peak_memory_gib(self, pool_bytes: int = 0, *, since_restart: bool = False) -> float:
+        """Peak memory so far: on a GPU of the tensors in it and the pools of captured graphs, else of the process.
+
+        torch counts a graph's memory as allocated while it is captured and never again, although it is held for good
+        and replays work in it: so the pools are added to what torch counts.
+
+        Args:
+            pool_bytes: of the graphs that have been replayed since the last `restart_peak` (see `Slots.pool_bytes`).
+            since_restart: leave out what came before that.
+        """
         if self.on_gpu:
-            return torch.cuda.max_memory_allocated() / 2**30
+            peak = torch.cuda.max_memory_allocated() + pool_bytes
+            return (peak if since_restart else max(peak, self._earlier_peak)) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def restart_peak(self, pool_bytes: int = 0) -> None:
+        """Measure peak memory anew from here: after a capture, or where a measurement begins; the old peak is kept."""
+        if self.on_gpu:
+            self._earlier_peak = max(self._earlier_peak, torch.cuda.max_memory_allocated() + pool_bytes)
+            torch.cuda.reset_peak_memory_stats()
 
     def state_dict(self) -> dict:
         """Seconds and counts of the run so far, the stage under way included."""

@@ -3,6 +3,9 @@
 A batch system that wants its machine back sends SIGTERM and waits a little before it kills. In the middle of a step the
 state is neither that before it nor that after it, and a checkpoint of it would go on differently from a run that never
 stopped. So a step runs inside `whole()`, at whose end the signal is raised; everywhere else it is raised at once.
+
+Raised at once it may land anywhere, also inside a library that turns every exception into one of its own (an import on
+demand does): `behind` finds it again.
 """
 
 import signal
@@ -38,6 +41,11 @@ class Termination:
         if self._asked:
             raise self._terminated()
 
+    def obey(self) -> None:
+        """Raise Terminated if SIGTERM came while listening: for whoever goes on after an exception of a library."""
+        if self._asked and signal.getsignal(signal.SIGTERM) == self._arrive:
+            raise self._terminated()
+
     def _arrive(self, signum, frame) -> None:
         if self._asked:  # it is being obeyed: a second one must not cut the checkpoint short
             return
@@ -47,6 +55,17 @@ class Termination:
 
     def _terminated(self) -> Terminated:
         return Terminated("SIGTERM: stopped; the same command goes on from the last checkpoint")
+
+
+def behind(error: BaseException) -> Terminated | None:
+    """The SIGTERM that an exception was made from (`raise ... from`), however often it was wrapped; None: another cause.
+
+    What fails while SIGTERM is being obeyed, such as the last checkpoint, is no such wrapping and keeps its own name.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Terminated):
+        cause = cause.__cause__
+    return cause
 
 
 termination = Termination()

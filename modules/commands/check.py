@@ -40,11 +40,11 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
     asked, origins = load_config(path, overrides)
     skips = dataclasses.replace(asked, data=dataclasses.replace(asked.data, on_bad_image="skip"))  # to list them all
     with opened(skips, origins, console, "check") as job:
-        with console.stage("data") as progress:
+        with job.stage("data") as progress:
             stages.load_data(job, progress)
         bad = _print_data(job, asked.data.on_bad_image, console)
         if generates(asked):
-            with console.stage("tokens") as progress:
+            with job.stage("tokens") as progress:
                 console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
         print_card(job)
         plan = memory_plan(job)
@@ -143,13 +143,13 @@ def _print_memory(console, plan: MemoryPlan, room: tuple[int, int] | None) -> bo
 def _print_time(job: Job, step, console) -> dict[str, float]:
     """Seconds of each stage, from a few real steps; {} where they do not fit."""
     try:
-        with console.stage("time") as progress:
+        with job.stage("time") as progress:
             state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
             timing = time_steps(state, step, window(state, TIMED_STEPS))
-    except (OutOfMemory, torch.OutOfMemoryError) as error:
-        console.warn(str(error).splitlines()[0])
+            seconds = {"tokens": _token_seconds(job), "prefill": _prefill_seconds(job, state, timing)}
+    except OutOfMemory as error:
+        console.warn(str(error))
         return {}
-    seconds = {"tokens": _token_seconds(job), "prefill": _prefill_seconds(job, state, timing)}
     seconds["contrastive"] = job.config.learning.steps * timing.step_ms / 1e3
     seconds["features"] = _feature_seconds(job, timing)
     labels = {

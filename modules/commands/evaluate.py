@@ -24,6 +24,7 @@ from modules.evaluation.evaluate import Outcome, evaluate, feature_set
 from modules.evaluation.features import embed_images
 from modules.evaluation.stored import Detector, load_detector, save_detector, save_predictions
 from modules.learning.encoder import build_encoder
+from modules.memory import named_memory
 from modules.records import read_record
 from modules.rules import needs_masks
 from modules.runtime import resolve_runtime
@@ -48,7 +49,8 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     given = {name for name, origin in origins.items() if origin == "command line"}
     check_overrides(given)
     detector = load_detector(folder / "export/ood.safetensors")
-    embed = load_embed(folder / "export/encoder.safetensors", config, len(detector.classes))
+    with named_memory("load", config):
+        embed = load_embed(folder / "export/encoder.safetensors", config, len(detector.classes))
     if "data.root" in given:
         return judge_folder(folder, config, detector, embed, console)
     return evaluate_again(folder, config, origins, detector, embed, console)
@@ -104,7 +106,7 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
     with console.stage("data") as progress:
         sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
     _warn_of_other_images(folder, sets, console)
-    with console.stage("probe") as progress:
+    with named_memory("probe", config), console.stage("probe") as progress:
         features = {
             name: feature_set(
                 images.items,
@@ -113,7 +115,7 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
             )
             for name, images in sets.scored(config.evaluation.test).items()
         }
-    with console.stage("evaluate") as progress:
+    with named_memory("evaluate", config), console.stage("evaluate") as progress:
         outcome = evaluate(
             **{"test": None} | features,
             classes=sets.index.classes,

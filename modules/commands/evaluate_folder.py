@@ -14,6 +14,7 @@ from modules.data.unlabeled import read_images
 from modules.errors import ConfigError
 from modules.evaluation.features import embed_images
 from modules.evaluation.stored import Detector, Judgment
+from modules.memory import named_memory
 from modules.state import write_atomic
 
 
@@ -34,7 +35,7 @@ def judge_folder(folder: Path, config: Config, detector: Detector, embed, consol
         images = load_images(index, index.items, size, config.data, progress, masks=False, learning=False)
     for note in images.notes:
         console.line(f"  {note}")
-    with console.stage("judge") as progress:
+    with named_memory("judge", config), console.stage("judge") as progress:
         features_DF = embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress)
         judgment = detector.judge(features_DF)
     summary = summarize(images, judgment, detector) | {"root": index.root, "skipped": len(images.skipped)}

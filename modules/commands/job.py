@@ -18,10 +18,12 @@ from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.presets import Plan
 from modules.diffusion.slots import Sources
 from modules.learning.geometry import CollapseAlarm
+from modules.memory import named_memory
 from modules.meter import Meter
 from modules.optim import Optimizer
 from modules.rules import generates
 from modules.runtime import Choice, environment, resolve_runtime
+from modules.termination import termination
 from modules.workdir import Workdir
 
 
@@ -108,9 +110,15 @@ class Job:
 
     @contextmanager
     def stage(self, name: str):
-        """A timed stage with its progress display."""
-        with self.meter.stage(name), self.console.stage(name) as progress:
+        """A timed stage with its progress display; memory that runs out in it is named after it.
+
+        Raises:
+            OutOfMemory: see `modules.memory`.
+            Terminated: SIGTERM came, and a library took it for a failure that could be gone on from.
+        """
+        with named_memory(name, self.config), self.meter.stage(name), self.console.stage(name) as progress:
             yield progress
+        termination.obey()
 
 
 @dataclass
@@ -131,6 +139,11 @@ class State:
     step: int = 0
     forward_rows: int = 0  # views that went through the encoder
     logs: dict = field(default_factory=dict)  # device tensors of the last step
+
+    @property
+    def pool_bytes(self) -> int:
+        """Device memory of captured graphs, which torch does not count as allocated."""
+        return 0 if self.generator is None else self.generator.slots.pool_bytes
 
     def embed(self, images_BHWC: torch.Tensor) -> torch.Tensor:
         """Features [B, F] of stored images by the averaged encoder where there is one, in evaluation mode."""

@@ -19,13 +19,15 @@ from kernels import backend
 from kernels.geglu import swap_geglu
 from kernels.group_norm import swap_group_norm
 from modules.commands.job import Job, State
-from modules.commands.timing import copied, named_memory, time_steps, window
+from modules.commands.timing import copied, time_steps, window
 from modules.data.reservoir import Reservoir
 from modules.data.views import two_views
 from modules.diffusion import attention
 from modules.diffusion.capture import accelerate
 from modules.diffusion.generator import Generator
 from modules.diffusion.overlap import Overlap, choose_mode
+from modules.diffusion.slots import Slots
+from modules.diffusion.tick import Tick
 from modules.errors import OutOfMemory
 from modules.meter import Meter, timer
 from modules.records import read_record
@@ -53,12 +55,20 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
     """The generator of a job with empty slots, fitted, tuned and accelerated; its choices stand in `job.choices`.
 
     Raises:
-        OutOfMemory: not even one slot fits beside the learner, or fewer than the run had when it was stopped.
+        OutOfMemory: not even one slot fits beside the learner, or fewer than the run had when it was stopped, or
+            pipeline.compile is on and what that takes does not fit.
         ConfigError: a recipe or an attention backend that cannot be used here.
     """
     kept = _read(job)
     _swap_layers(job)
     asked = {name: kept[name][0] for name in ("slots", "decode_batch") if name in kept}
+    made: dict[str, Choice] = {}
+
+    def faster(slots: Slots) -> None:
+        made.clear()
+        made["attention"] = _tune_attention(job, slots.in_flight, kept.get("backends", {}))
+        made["tick"] = accelerate(slots, job.config.pipeline.compile, lambda text: job.console.line(f"  {text}"))
+
     with _room_for_learner(job, state, train_DHWC):
         generator = Generator(
             with_settings(job.config, {f"generation.{name}": value for name, value in asked.items()}),
@@ -73,6 +83,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
             embed=state.embed,
             has_mask=job.sources.has_mask(),
             keywords=job.sets.index.keywords(),
+            accelerate=faster,
         )
     sizes = dict(zip(("slots", "decode_batch"), generator.sizes, strict=True))
     for name, value in asked.items():
@@ -82,12 +93,33 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
                 "else the device holds; free its memory and start the same command again"
             )
         sizes[name] = Choice(*kept[name])
-    job.choices = sizes | {
-        "attention": _tune_attention(job, generator, kept.get("backends", {})),
-        "tick": accelerate(generator.slots, job.config.pipeline.compile),
-    }
+    job.choices = sizes | (made if "tick" in made else _as_it_is(job, generator.slots))
     _write(job, **{name: [choice.value, choice.reason] for name, choice in job.choices.items()})
     return generator
+
+
+def _as_it_is(job: Job, slots: Slots) -> dict[str, Choice]:
+    """The choices of an engine that only fits as it is.
+
+    Raises:
+        OutOfMemory: pipeline.compile is on.
+    """
+    if job.config.pipeline.compile == "on":
+        raise OutOfMemory(
+            f"pipeline.compile is on, and compiled and captured the generator does not fit beside the learner, not even "
+            f"with a quarter of {len(slots.occupants)} slots; lower generation.slots, generation.decode_batch or "
+            "pipeline.resolution, or set pipeline.compile=auto"
+        )
+    asked = job.config.pipeline.attention
+    backend_name = "sdpa" if asked == "auto" else asked
+    for layer in attention.layers_of(job.pipeline.unet):
+        layer.processor.backend = backend_name
+    return {
+        "attention": Choice(
+            backend_name, "auto: there is no room to time others" if asked == "auto" else "pipeline.attention"
+        ),
+        "tick": Choice("eager", "auto: compiled and captured it does not fit, not even with a quarter of the slots"),
+    }
 
 
 def choose_overlap(job: Job, state: State, step) -> None:
@@ -118,6 +150,7 @@ def choose_overlap(job: Job, state: State, step) -> None:
 def unchanged(state: State, overlap: Overlap):
     """A trial state over the same parts, with a meter of its own; what it does to them is undone at the end."""
     trial = replace(state, meter=Meter(next(state.encoder.parameters()).device), overlap=overlap)
+    state.meter.restart_peak(state.pool_bytes)  # the trial counts its own
     before = copied(trial.state_dict())
     try:
         yield trial
@@ -142,8 +175,7 @@ def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
     if job.device.type != "cuda":
         yield
         return
-    with named_memory(state):
-        held = torch.empty(_learner_bytes(state, train_DHWC), dtype=torch.uint8, device=job.device)
+    held = torch.empty(_learner_bytes(state, train_DHWC), dtype=torch.uint8, device=job.device)
     try:
         yield
     finally:
@@ -158,7 +190,7 @@ def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
     encoder = copy.deepcopy(state.encoder).train()
     images = train_DHWC[:1].expand(rows, -1, -1, -1).contiguous()
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    state.meter.restart_peak()
     views = two_views(images, seed=config.run.seed, step=0, learning=learning)
     with state.autocast():
         outputs = encoder(views, state.objective.output, [False] * rows)
@@ -166,12 +198,14 @@ def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _tune_attention(job: Job, generator: Generator, kept: dict[str, str]) -> Choice:
+def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     """Set the attention backend of every layer, and say which were taken; each shape's times are printed."""
-    asked, unet, tick = job.config.pipeline.attention, job.pipeline.unet, generator.slots.in_flight
+    asked, unet = job.config.pipeline.attention, job.pipeline.unet
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
         return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: a CPU has one backend")
     measure = timer(job.device)
+    if asked == "auto":
+        job.console.line("  timing the attention backends at each shape of the UNet: this can take a minute")
     timings = attention.tune(unet, tick.step, lambda work: measure(work, ATTENTION_REPEATS), asked, kept=kept)
     _write(job, backends=attention.chosen(timings))
     for line in attention.describe(timings):

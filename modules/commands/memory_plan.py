@@ -1,8 +1,9 @@
 """What a run will hold in device memory, part by part, with the settings that change it; and what a checkpoint weighs.
 
 Everything is computed from shapes before anything is allocated, so the plan also serves where the run does not fit.
-Working memory (what a call holds while it runs) is counted on the meta device; phases take turns, so only the largest
-one counts, unless generation overlaps training.
+Working memory (what a call holds while it runs) is counted on the meta device. On a CPU phases take turns, so only the
+largest one counts. On a GPU the slots are fitted beside a training step (`machine`), since generation may run beside it
+and captured graphs keep what they work in: there the largest of generation counts on top of the largest of training.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from modules.commands import costs
 from modules.commands.job import Job
 from modules.commands.stages import job_recipes
+from modules.diffusion.attention import layers_of
 from modules.learning.encoder import build_encoder
 from modules.rules import generated_rows
 
@@ -36,7 +38,7 @@ class MemoryPlan:
     """All parts, held ones first."""
 
     parts: tuple[Part, ...]
-    overlapped: bool  # generation runs beside training, so that working memories add up
+    overlapped: bool  # generation has working memory beside that of training, so that they add up
 
     @property
     def held(self) -> int:
@@ -44,7 +46,7 @@ class MemoryPlan:
 
     @property
     def working(self) -> int:
-        """The largest working memory, or in overlap the largest of generation plus the largest of training."""
+        """The largest working memory, or where they add up the largest of generation plus the largest of training."""
         of = lambda training: max(  # noqa: E731 - two uses, one line
             (p.bytes for p in self.parts if p.kind == WORKING and p.name.startswith("encoder") == training), default=0
         )
@@ -75,7 +77,7 @@ def memory_plan(job: Job) -> MemoryPlan:
     parts = [*_learner_parts(job)]
     if job.pipeline is not None:
         parts += _generation_parts(job)
-    overlapped = job.pipeline is not None and job.config.generation.mode == "stream"
+    overlapped = job.pipeline is not None and job.device.type == "cuda"
     return MemoryPlan(tuple(sorted(parts, key=lambda part: (part.kind != HELD, -part.bytes))), overlapped)
 
 
@@ -143,6 +145,10 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
              "generation.decode_batch, pipeline.resolution, pipeline.vae", WORKING),
     ]  # fmt: skip
+    if job.device.type == "cuda" and config.pipeline.compile != "off":
+        layers = [layer for layer in layers_of(pipeline.unet) if not layer.is_cross_attention]
+        fused = sum(p.nbytes for layer in layers for x in (layer.to_q, layer.to_k, layer.to_v) for p in x.parameters())
+        parts.append(Part("fused projections of self-attention", fused, "pipeline.compile"))
     if job.device.type == "cpu" and pipeline.resolution != size:
         val = len(sets.at_generation["val"].items)
         parts.append(

@@ -69,15 +69,15 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
     if any(variant.recipe == "mask_split" for variant in variants):  # masks are read only where a recipe needs them
         config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | {"mask_split": 1.0}})
     with opened(config, origins, console, "preview") as job:
-        with console.stage("data") as progress:
+        with job.stage("data") as progress:
             stages.load_data(job, progress)
         labels = _classes(flags, job.sets.index.classes)
-        with console.stage("tokens") as progress:
+        with job.stage("tokens") as progress:
             console.line(f"  class tokens: {load_generation(job, progress, learn=True)}")
         if asked:
             files = _make_again(job, asked)
         else:
-            with console.stage("preview") as progress:
+            with job.stage("preview") as progress:
                 files = _draw(job, labels, variants, columns, progress)
         if len(labels) < len(job.sets.index.classes) and not asked:
             console.line(f"{len(labels)} of {len(job.sets.index.classes)} classes; --classes=all shows every one")

@@ -46,12 +46,12 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
     config, origins = load_config(path, overrides)
     least = number(flags, "steps", 12, low=2)
     with opened(config, origins, console, "profile") as job:
-        with console.stage("data") as progress:
+        with job.stage("data") as progress:
             stages.load_data(job, progress)
-        with console.stage("tokens") as progress:
+        with job.stage("tokens") as progress:
             console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
         print_card(job)
-        with console.stage("profile") as progress:
+        with job.stage("profile") as progress:
             state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
             timing = time_steps(state, step, window(state, least))
             progress(1, 4, "timed")
@@ -202,7 +202,9 @@ def _print(console, job, timing, trace, parts, bandwidth, ceilings, plan, facts,
     console.table(f"top {kind} under the profiler ({trace.launches:.0f} a step)", [kind, "ms", "share", "calls"], rows)
     rows = [[part.name, part.kind, _mib(part.bytes)] for part in plan.parts]
     console.table("memory by part", ["part", "", "MiB"], [*rows, ["needed at once", "", _mib(plan.peak)]])
-    console.line(f"  measured peak: {timing.peak_gib:.2f} GiB" + ("" if facts.on_gpu else " of the whole process"))
+    console.line(
+        f"  measured peak: {timing.peak_gib:.2f} GiB of {'tensors and captured graphs' if facts.on_gpu else 'the whole process'}"
+    )
     console.line(f"  launch-bound: {_launch_line(facts, trace, timing)}")
     waits = "does not apply: a CPU has nothing to wait for" if syncs is None else ", ".join(syncs) or "none"
     console.line(f"  waits for the device in a step: {waits}")

@@ -96,7 +96,7 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
         "cost.forward_passes": state.forward_rows,
         "cost.images_generated": results.get("generation.images_finished", 0),
         "cost.reuse": results.get("generation.reuse", 0.0),
-        "run.peak_memory_gib": job.meter.peak_memory_gib(),
+        "run.peak_memory_gib": job.meter.peak_memory_gib(state.pool_bytes),
     }
     results |= {f"sha256.{name}": digest for name, digest in job.inputs.items()}
     results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}

@@ -5,7 +5,6 @@ from functools import partial
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.commands.machine import choose_overlap
-from modules.commands.timing import named_memory
 from modules.errors import StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
@@ -18,7 +17,6 @@ def train(job: Job, state: State, step, progress) -> None:
     Raises:
         Terminated: SIGTERM came; the state was checkpointed first.
         StorageError: it came, and the state could not be written.
-        OutOfMemory: a step does not fit; the settings that make it smaller are named.
         NonFinite: an update was refused; a capture was written.
     """
     config, workdir, console = job.config, job.workdir, job.console
@@ -29,8 +27,7 @@ def train(job: Job, state: State, step, progress) -> None:
     try:
         while state.step < total:
             with termination.whole():
-                with named_memory(state):
-                    step(state)
+                step(state)
                 if state.step == total and state.generator is not None:
                     state.overlap.join()
                     state.generator.finish()

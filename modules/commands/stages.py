@@ -209,7 +209,8 @@ def _learn(job: Job, moments, pixels, words: tuple[str, ...], progress):
     planes = [moments] if settings.flip == 0 else [moments, pipeline.encode_moments(pixels.flip(2))]
     moments_FD8hw = torch.stack(planes)
     classes = sets.index.classes
-    inversion = Inversion(pipeline, moments_FD8hw, sets.labels_D, classes, settings, seed, initializers=words)
+    say = lambda text: job.console.line(f"  class tokens: {text}")  # noqa: E731 - one use, one line
+    inversion = Inversion(pipeline, moments_FD8hw, sets.labels_D, classes, settings, seed, initializers=words, say=say)
     folder = job.workdir.checkpoints / "tokens"
     _load(folder, inversion, job.console)
     try:
@@ -259,6 +260,7 @@ def build(job: Job, progress) -> State:
         job.console.warn(warning)
     if job.pipeline is not None:
         state.generator = build_generator(job, state, train, reservoir)
+        state.meter.restart_peak()  # a capture counted its pool; from here on it is added
     job.card = run_card(job, rows)
     job.console.card(f"run {job.workdir.path}", job.card)
     encoder.train()

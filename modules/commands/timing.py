@@ -14,7 +14,6 @@ import torch
 from kernels import backend
 from kernels.linear import frozen_linear
 from modules.commands.job import State
-from modules.errors import OutOfMemory
 from modules.meter import timer
 from modules.runtime import stream
 
@@ -32,7 +31,7 @@ class Timing:
     part_ms: dict[str, float]  # of the generate phase, by PARTS
     images: float  # generated
     ticks: float
-    peak_gib: float
+    peak_gib: float  # of the window: tensors at the peak and the pools of captured graphs; on a CPU of the process
 
     def share(self, phase: str) -> float:
         """Share of the step that a phase takes."""
@@ -58,18 +57,13 @@ def window(state: State, least: int) -> int:
 
 
 def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Timing:
-    """`count` timed steps after `warmup` others.
-
-    Raises:
-        OutOfMemory: with the phase and the settings that make it smaller.
-    """
+    """`count` timed steps after `warmup` others."""
     meter = state.meter
-    with named_memory(state), parts_timed(state):
+    with parts_timed(state):
         for _ in range(warmup):
             step(state)
         synchronize(state)
-        if meter.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        meter.restart_peak(state.pool_bytes)
         meter.restart_interval()  # also reads the events of the warm-up, which belong to no window
         before, seconds = _counts(state), {name: meter.seconds[f"part.{name}"] for name in PARTS}
         for _ in range(count):
@@ -84,7 +78,7 @@ def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Ti
         part_ms={name: 1e3 * (meter.seconds[f"part.{name}"] - seconds[name]) / count for name in PARTS},
         images=images / count,
         ticks=ticks / count,
-        peak_gib=meter.peak_memory_gib(),
+        peak_gib=meter.peak_memory_gib(state.pool_bytes, since_restart=True),
     )
 
 
@@ -165,18 +159,3 @@ def _measured(method, meter, name: str):
             return method(*args, **kwargs)
 
     return timed
-
-
-@contextmanager
-def named_memory(state: State):
-    """Inside, memory that runs out becomes an OutOfMemory error that names what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        config, reason = state.config, str(error).splitlines()[0]
-        raise OutOfMemory(
-            f"a step does not fit ({reason}); lower generation.slots ({config.generation.slots}), generation.decode_batch "
-            f"({config.generation.decode_batch}) or pipeline.resolution for the generator, learning.classes_per_batch x "
-            f"learning.rows_per_class ({config.learning.classes_per_batch} x {config.learning.rows_per_class}) or "
-            "data.image_size for the encoder; `check` lists every part"
-        ) from error

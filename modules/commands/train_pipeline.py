@@ -27,6 +27,7 @@ from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.errors import ConfigError, DataError, NonFinite, StorageError, Terminated
 from modules.evaluation.sheets import curves_png, sheet_png
+from modules.memory import named_memory
 from modules.runtime import environment, has_bf16, resolve_runtime, stream
 from modules.settings import load_config
 from modules.termination import termination
@@ -51,7 +52,8 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
         if workdir.results() is not None:
             console.line(f"{folder}: finished; delete {workdir.path} to train it again")
             return folder
-        results = _make(config, folder, " ".join([path, *_shown(overrides)]), workdir, console)
+        with named_memory("pipeline", config):
+            results = _make(config, folder, " ".join([path, *_shown(overrides)]), workdir, console)
         workdir.write_json("results.json", results)
         shutil.rmtree(workdir.checkpoints, ignore_errors=True)
     finally:

@@ -42,12 +42,12 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
     presets = _presets(flags, config)
     quality = number(flags, "quality", QUALITY_STEPS, low=10) if "quality" in flags else 0
     with opened(config, origins, console, "tune") as job:
-        with console.stage("data") as progress:
+        with job.stage("data") as progress:
             stages.load_data(job, progress)
-        with console.stage("tokens") as progress:
+        with job.stage("tokens") as progress:
             console.line(f"  class tokens: {load_generation(job, progress, learn=quality > 0)}")
         print_card(job)
-        with console.stage("tune") as progress:
+        with job.stage("tune") as progress:
             rows = measure(job, step, presets, quality, progress)
         report = _report(config, rows, quality)
         for preset in presets:
@@ -111,6 +111,7 @@ def _print_table(console, rows: list[Row], preset: str, quality: int) -> None:
     if spread > NOISY:
         console.warn("the machine was busy with something else; measure again when it is idle")
     console.line("  reuse and age (in steps) of full rings; run: learning.steps steps, without tokens and evaluation")
+    console.line("  GiB: peak of a window, on a GPU its tensors and the pools of captured graphs, on a CPU the process")
 
 
 def _silent(done: int, total: int, note: str = "") -> None:

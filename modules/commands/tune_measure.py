@@ -17,6 +17,7 @@ from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.evaluation.metrics import ood_metrics
 from modules.evaluation.ood import SCORES, Fitting
+from modules.memory import named_memory
 from modules.rules import generated_rows
 from modules.settings import with_settings
 
@@ -62,8 +63,9 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
             for rate, candidate in candidates.items():
                 if rate not in refused:
                     try:
-                        windows[rate].append(candidate.window(step, job.config.tune.steps, quality))
-                        judged[rate] = _judge(candidate) if quality else None
+                        with named_memory("tune", candidate.config):
+                            windows[rate].append(candidate.window(step, job.config.tune.steps, quality))
+                            judged[rate] = _judge(candidate) if quality else None
                     except REFUSALS as error:  # a row with its reason, not the end
                         refused[rate] = str(error)
                 done += 1
@@ -135,10 +137,12 @@ def _candidates(
         if preset != job.config.pipeline.preset:
             if stages.generation_size(own.config) != own.sets.generation_size:
                 stages.load_data(own, _silent)
-            load_generation(own, _silent, learn=quality > 0)
+            with named_memory("tokens", own.config):
+                load_generation(own, _silent, learn=quality > 0)
         job.console.line(f"  preset {preset}: {'; '.join(own.plan.reasons)}")
-        state = stages.build(own, _silent)
-        choose_overlap(own, state, step)  # a run of this config would take the same mode
+        with named_memory("tune", own.config):
+            state = stages.build(own, _silent)
+            choose_overlap(own, state, step)  # a run of this config would take the same mode
         mode = own.choices["mode"]
         job.console.line(f"  generation and training: {mode.value} ({mode.reason})")
     except REFUSALS as error:

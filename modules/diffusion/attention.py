@@ -44,13 +44,30 @@ def attend(backend: str, q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: tor
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+class Seen:
+    """What a tuner meets in one call of a UNet: each layer's shape, and one (q, k, v) of every shape.
+
+    Of one, not of every layer: all of them together are several times what a call holds at once.
+    """
+
+    def __init__(self):
+        self.shapes: list[tuple[SlotAttention, tuple[int, ...]]] = []
+        self.inputs: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+
+    def note(self, processor: "SlotAttention", q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor):
+        """Remember a layer's shape, and its inputs where none of that shape are known."""
+        shape = _shape(q_BNHK, k_BTHK)
+        self.shapes.append((processor, shape))
+        self.inputs.setdefault(shape, (q_BNHK, k_BTHK, v_BTHK))
+
+
 class SlotAttention:
     """Attention processor of one layer; equal to diffusers' own, with keys and values of the text read where given."""
 
     def __init__(self, columns: slice | None):
         self.columns = columns  # of the layer's keys and values in `kv`; None: self-attention
         self.backend = "sdpa"
-        self.seen: list | None = None  # collects (q, k, v) for the tuner
+        self.seen: Seen | None = None  # collects inputs for the tuner
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, kv=None):
         """hidden_states [B, N, C] attended to themselves, or to the text: encoder_hidden_states [B, T, E] or kv [B, T, X]."""
@@ -65,7 +82,7 @@ class SlotAttention:
                 k, v = attn.to_k(source), attn.to_v(source)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
         if self.seen is not None:
-            self.seen.append((self, q, k, v))
+            self.seen.note(self, q, k, v)
         return attn.to_out[0](attend(self.backend, q, k, v).flatten(2))
 
 
@@ -166,20 +183,21 @@ def tune(
         ConfigError: the named backend refuses a shape of this UNet (with its reason).
     """
     processors = [layer.processor for layer in layers_of(unet)]
-    seen: list = []
+    seen = Seen()
     for processor in processors:
         processor.backend, processor.seen = "sdpa", seen
-    call()
-    for processor in processors:
-        processor.seen = None
-    inputs = {_shape(q, k): (q, k, v) for _, q, k, v in seen}
+    try:
+        call()
+    finally:
+        for processor in processors:
+            processor.seen = None
     candidates = candidates if asked == "auto" else (asked,)
-    names = {shape: [kept[_name(shape)]] if kept and _name(shape) in kept else candidates for shape in inputs}
-    timings = [_time(shape, name, qkv, timer) for shape, qkv in inputs.items() for name in names[shape]]
-    for processor, q, k, _ in seen:
-        working = [t for t in timings if t.shape == _shape(q, k) and t.ms is not None]
+    names = {shape: [kept[_name(shape)]] if kept and _name(shape) in kept else candidates for shape in seen.inputs}
+    timings = [_time(shape, name, qkv, timer) for shape, qkv in seen.inputs.items() for name in names[shape]]
+    for processor, shape in seen.shapes:
+        working = [t for t in timings if t.shape == shape and t.ms is not None]
         if not working:
-            refused = next(t for t in timings if t.shape == _shape(q, k))
+            refused = next(t for t in timings if t.shape == shape)
             raise ConfigError(
                 f"pipeline.attention is {asked}, which does not run here on (rows, tokens, keys, heads, width) "
                 f"{refused.shape}: {refused.reason}; set it to auto or sdpa"

@@ -4,9 +4,13 @@ A tick of many small kernels is bound by the host that launches them. Its shape 
 move, so it can be captured once, while all slots are idle (idle slots stay as they are, so warming up changes nothing),
 and replayed for every mixture of images. The same holds for the decoder and its fixed batch.
 
+Both graphs work in one pool of memory, which therefore is as large as the larger of them needs and not as both: they are
+replayed one after the other, and what the decoder returns is read before the next tick overwrites it.
+
 Which way is used, and why, is returned for the run card; nothing falls back silently.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -14,13 +18,15 @@ import torch
 from modules.diffusion.attention import install
 from modules.diffusion.files import first_line
 from modules.diffusion.slots import Slots
-from modules.errors import ConfigError, OutOfMemory
+from modules.errors import ConfigError
+from modules.memory import ran_out
 from modules.runtime import Choice
+from modules.termination import termination
 
 WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
 
 
-def accelerate(slots: Slots, compile_setting: str) -> Choice:
+def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = lambda text: None) -> Choice:
     """Compile and capture an engine's tick and decoder as `pipeline.compile` says; returns what was done and why.
 
     The UNet also moves to channels_last and, on a GPU, the VAE too, and self-attention computes its three projections as
@@ -28,11 +34,12 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
 
     Args:
         compile_setting: auto | off | on. auto is on for a GPU; on a CPU `on` compiles (no graph).
+        say: is told before what takes long begins.
 
     Raises:
         ValueError: slots are in flight, which a warm-up would advance.
         ConfigError: `on`, and compiling fails here; under auto the engine then stays eager and says why.
-        OutOfMemory: it does not fit beside what else the device holds.
+        torch.OutOfMemoryError: it does not fit beside what else the device holds; the engine is eager again.
     """
     on_gpu = slots.pipeline.device.type == "cuda"
     if compile_setting == "off" or (compile_setting == "auto" and not on_gpu):
@@ -40,17 +47,20 @@ def accelerate(slots: Slots, compile_setting: str) -> Choice:
         return Choice("eager", why)
     if slots.busy or slots.ready:
         raise ValueError(f"slots has {slots.busy} images in flight; expected an engine whose slots are all idle")
+    say(
+        f"compiling the UNet for {len(slots.occupants)} slots{' and the decoder' if on_gpu else ''}: a minute or two, "
+        "less where the compiler finds them in its cache (pipeline.compile=off leaves it out)"
+    )
     tick = slots.in_flight
     eager = tick.unet, tick.step, slots.decode
     try:
         return _compiled(slots, on_gpu)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"compiling and capturing a tick of {len(slots.occupants)} slots does not fit ({first_line(error)}); lower "
-            "generation.slots or generation.decode_batch, or set pipeline.compile=off"
-        ) from error
     except (RuntimeError, OSError, ImportError) as error:  # no C compiler, an old GPU, a capture that is refused
+        termination.obey()  # the compiler hands on a signal that met it as a failure of its own
         tick.unet, tick.step, slots.decode = eager
+        slots.pool_bytes = 0
+        if ran_out(error):
+            raise
         if compile_setting == "on":
             raise ConfigError(
                 f"pipeline.compile is on, but that fails here ({first_line(error)}); set it to auto or off"
@@ -71,14 +81,31 @@ def _compiled(slots: Slots, on_gpu: bool) -> Choice:
         return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
     tick.step = graph(tick.step)
     latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])
-    slots.decode = graph(torch.compile(slots.decode, dynamic=False), latents)
+    slots.decode = graph(torch.compile(slots.decode, dynamic=False), latents, pool=tick.step.pool)
+    slots.pool_bytes = tick.step.pool_bytes + slots.decode.pool_bytes
     return Choice("compiled, captured", "one launch a tick and one a decode; the shapes never change")
 
 
-def graph(function: Callable, *inputs: torch.Tensor) -> Callable:
-    """A function of tensors on a CUDA device that replays a capture of `function`.
+class Replay:
+    """A captured function of tensors: arguments are copied into `inputs`, what it returns is overwritten by every replay
+    that shares its pool."""
 
-    Arguments are copied into `inputs`; what it returns is the same tensors each time, overwritten by the next call.
+    def __init__(self, captured: torch.cuda.CUDAGraph, inputs: tuple[torch.Tensor, ...], outputs, pool_bytes: int):
+        self.captured, self.inputs, self.outputs = captured, inputs, outputs
+        self.pool = captured.pool()
+        self.pool_bytes = pool_bytes  # that the capture took from the device, beside what its outputs hold
+
+    def __call__(self, *values: torch.Tensor):
+        for static, value in zip(self.inputs, values, strict=True):
+            static.copy_(value)
+        self.captured.replay()
+        return self.outputs
+
+
+def graph(function: Callable, *inputs: torch.Tensor, pool=None) -> Replay:
+    """A function of tensors on a CUDA device that replays a capture of `function`, in a pool of its own or that of another.
+
+    Graphs that share a pool may not be replayed at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -86,14 +113,15 @@ def graph(function: Callable, *inputs: torch.Tensor) -> Callable:
         for _ in range(WARM_UP):
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()
+    torch.cuda.empty_cache()  # a capture does both first: what it takes is measured from here
+    before = _beside_tensors()
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured), torch.no_grad():
+    with torch.cuda.graph(captured, pool=pool), torch.no_grad():
         outputs = function(*inputs)
+    return Replay(captured, inputs, outputs, _beside_tensors() - before)
 
-    def replay(*values: torch.Tensor):
-        for static, value in zip(inputs, values, strict=True):
-            static.copy_(value)
-        captured.replay()
-        return outputs
 
-    return replay
+def _beside_tensors() -> int:
+    """Bytes that torch holds of the device without a tensor in them."""
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

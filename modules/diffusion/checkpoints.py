@@ -30,6 +30,10 @@ from modules.errors import ConfigError, DataError
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "pipeline"
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+NAMES = {  # what a scheduler config says of weights distilled to a few steps
+    "lcm": '"_class_name": "LCMScheduler"',
+    "turbo": '"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"',
+}
 WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
@@ -62,7 +66,16 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         lora = Path(cfg.lora).expanduser()
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
+        parts["scheduler"] = _sampled_as_declared(parts, cfg)
     return assemble(parts, cfg, device, dtype, str(source))
+
+
+def _sampled_as_declared(parts: dict, cfg) -> dict:
+    """The scheduler config of a pipeline with a LoRA in it: an LCM's or a Turbo's where pipeline.family says that the
+    LoRA makes it one, which no file does."""
+    from modules.diffusion.shapes import FEW_STEPS
+
+    return dict(parts["scheduler"]) | FEW_STEPS.get(cfg.family, {})
 
 
 def own_resolution(cfg) -> int:
@@ -220,9 +233,15 @@ def _family(unet, text_encoder, scheduler: dict, cfg, source: str) -> str:
         found = "turbo"
     else:
         found = "sd2" if text_encoder.config.hidden_act == "gelu" else "sd1"
-    if cfg.family not in ("auto", found):
-        raise ConfigError(f"pipeline.family is {cfg.family}, but {source} is {found}; set it to auto or {found}")
-    return found
+    if cfg.family in ("auto", found):
+        return found
+    way = f"set it to auto or {found}"
+    if cfg.family in ("lcm", "turbo") and found in ("sd1", "sd2"):  # distilled weights in a folder of their base model
+        way += (
+            f"; if its weights were distilled to a few steps, its scheduler/scheduler_config.json must say so "
+            f"({NAMES[cfg.family]}), or pipeline.lora must name the LoRA that makes them so"
+        )
+    raise ConfigError(f"pipeline.family is {cfg.family}, but {source} is {found}; {way}")
 
 
 def read_folder(folder: Path, dtype: torch.dtype) -> dict:

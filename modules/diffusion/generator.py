@@ -4,6 +4,7 @@ Nothing here touches a file, PIL or numpy: train moments in, uint8 rows of the r
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -45,6 +46,7 @@ class Generator:
         embed=None,
         has_mask: list[bool] | None = None,
         keywords: tuple[tuple[str, ...], ...] = (),
+        accelerate: Callable[[Slots], None] | None = None,
     ):
         """A generator with empty slots; `sizes` holds how many slots and latents a decode fit, with reasons.
 
@@ -55,6 +57,7 @@ class Generator:
             train_DHWC: the same images as stored for training, uint8, on the device.
             embed: features of stored images by the learner, for gate and controller.
             keywords: words of each class, for the condition `keywords`.
+            accelerate: makes an engine faster in place; see `fit_slots`.
 
         Raises:
             OutOfMemory: not even one slot, or the decode of one image, fits.
@@ -94,7 +97,7 @@ class Generator:
             embed=embed if judged else None,
             observe=self.controller.observe if self.controller else None,
         )
-        self.slots, *self.sizes = fit_slots(self._engine, generation.slots, generation.decode_batch)
+        self.slots, *self.sizes = fit_slots(self._engine, generation.slots, generation.decode_batch, accelerate)
 
     def store(self, decoded_N3HW: torch.Tensor) -> torch.Tensor:
         """Decoded pixels as the reservoir keeps them: uint8 [N, size, size, 3] by one antialiased resize."""

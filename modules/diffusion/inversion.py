@@ -28,10 +28,12 @@ from kernels.staging import upload
 from modules.config import Inversion as Settings
 from modules.data.cache import digest_tensor
 from modules.diffusion.denoising import Denoising, stratified
+from modules.diffusion.files import first_line
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, trained_words
 from modules.diffusion.tokens import Tokens
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
+from modules.memory import ran_out
 from modules.runtime import stream
 
 ALGORITHM = 3  # part of the cache key; raised when the same settings would learn other vectors
@@ -97,7 +99,7 @@ class Inversion:
 
     `moments_FD8hw` are the VAE moments of the training images and, where `settings.flip` > 0, of their mirror images;
     every use draws a fresh latent from them. Every vector starts as the row of `settings.initializer`, or
-    of its class's word in `initializers`.
+    of its class's word in `initializers`. `say` is told where a batch does not fit and is taken in parts.
 
     Raises: ConfigError for an initializer without a trained row of its own, DataError for a class without an image.
     """
@@ -112,6 +114,7 @@ class Inversion:
         seed: int,
         templates: Sequence[str] = OBJECT_TEMPLATES,
         initializers: Sequence[str] = (),
+        say: Callable[[str], None] = lambda text: None,
     ):
         if settings.initializer == KEYWORDS and not initializers:
             raise ConfigError(
@@ -127,6 +130,7 @@ class Inversion:
         self.order = schedule(self.labels_D, self.classes, settings.images_per_class, seed)
         self.steps = math.ceil(len(self.order) / settings.batch_size)
         self.micro_batch = settings.batch_size
+        self.say = say
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             freeze_linears(module.requires_grad_(False).eval())
@@ -185,14 +189,20 @@ class Inversion:
         while True:
             try:
                 return self._chunks(z, target, t, context_PTE, position_B, weight_B)
-            except torch.OutOfMemoryError as error:
-                reason = str(error)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                reason = first_line(error)
             if self.micro_batch == 1:
                 raise OutOfMemory(
                     "textual inversion does not fit with a single row at "
                     f"{self.pipeline.resolution} px; lower pipeline.resolution or choose pipeline.dtype fp16 ({reason})"
                 )
-            self.micro_batch = math.ceil(self.micro_batch / 2)
+            whole, self.micro_batch = self.micro_batch, math.ceil(self.micro_batch / 2)
+            self.say(
+                f"{whole} rows of inversion.batch_size {self.settings.batch_size} ran out of memory at once: {self.micro_batch} "
+                "at a time from here on, which changes the time and not what is learned"
+            )
             torch.cuda.empty_cache()
 
     def _chunks(self, z, target, t, context_PTE, position_B, weight_B) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,7 +92,8 @@ def _turbo(generation, pipeline: StableDiffusion) -> Plan:
     if pipeline.family not in ("lcm", "turbo"):
         raise ConfigError(
             f"pipeline.preset turbo needs weights distilled to a few steps (LCM or Turbo); {pipeline.source} is "
-            f"{pipeline.family}; set pipeline.preset to fast or pipeline.path to such weights"
+            f"{pipeline.family}; set pipeline.preset to fast or pipeline.path to such weights (pipeline.family says what a "
+            "single file or a LoRA is, where its files do not)"
         )
     steps = min(generation.num_inference_steps, TURBO_STEPS)
     solver = "lcm" if pipeline.family == "lcm" else "euler"

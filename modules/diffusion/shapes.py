@@ -24,6 +24,10 @@ SCHEDULER = {
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
+FEW_STEPS = {  # how weights distilled to a few steps are sampled, in place of what their base model's scheduler says
+    "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading"},
+    "turbo": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+}
 UNET = {
     "sample_size": 64,
     "in_channels": 4,

@@ -7,6 +7,7 @@ its own folder, in diffusers' layout) or from the shapes of its family. The voca
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +27,14 @@ from modules.errors import ConfigError, DataError
 
 CLIP = "openai/clip-vit-large-patch14"  # the vocabulary of every Stable Diffusion 1.x and 2.x
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+GUIDANCE = tuple(  # of a UNet that takes its guidance as an input (LCM), under the names that converters give it
+    f"model.diffusion_model.{name}.cond_proj.weight" for name in ("time_embed", "time_embedding")
+)
 WIDTHS = {768: "sd1", 1024: "sd2"}
+MAKE_CONFIGS = (
+    "with the unet/, vae/, text_encoder/ and scheduler/ configurations (*.json) of a diffusers folder of the same model, "
+    "or of that which diffusers' StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) writes"
+)
 DECLARED = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
@@ -37,16 +45,16 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
         DataError: not safetensors, not a Stable Diffusion 1.x or 2.x, or weights are missing.
         ConfigError: a Stable Diffusion 2 file that does not say what its UNet predicts, undeclared.
     """
-    metadata, width = _header(path)
+    header = _header(path)
     beside = _configs_beside(path)
     with tempfile.TemporaryDirectory() as scratch:
-        configs = beside or shapes.write_configs(_shapes(path, metadata, width, cfg), Path(scratch) / "configs")
+        configs = beside or shapes.write_configs(_shapes(path, header, cfg), Path(scratch) / "configs")
         weights = load_file(path)
         parts = {
             "unet": _read(
                 "unet",
                 path,
-                lambda: _converted(UNet2DConditionModel, convert_ldm_unet_checkpoint, weights, configs / "unet"),
+                lambda: _converted(UNet2DConditionModel, _convert_unet, weights, configs / "unet"),
             ),
             "vae": _read(
                 "vae", path, lambda: _converted(AutoencoderKL, convert_ldm_vae_checkpoint, weights, configs / "vae")
@@ -67,19 +75,29 @@ def configurations(path: Path, cfg) -> tuple[dict, dict]:
     Raises:
         DataError, ConfigError: as `read_single_file`, for what the header shows.
     """
-    metadata, width = _header(path)
+    header = _header(path)
     if (beside := _configs_beside(path)) is not None:
         return read_json(beside / "unet" / "config.json"), read_json(beside / "vae" / "config.json")
-    found = _shapes(path, metadata, width, cfg)
+    found = _shapes(path, header, cfg)
     return found["unet"], found["vae"]
 
 
-def _header(path: Path) -> tuple[dict[str, str], int]:
-    """A file's metadata, and the width of the texts that its UNet attends to."""
+@dataclass(frozen=True)
+class Header:
+    """What a file shows without its weights being read."""
+
+    metadata: dict[str, str]
+    text_width: int  # of the texts that its UNet attends to
+    guidance_width: int  # of the guidance embedding that its UNet takes; 0: none
+
+
+def _header(path: Path) -> Header:
     try:
         with safe_open(path, "pt") as file:
             metadata, keys = file.metadata() or {}, set(file.keys())
-            width = file.get_slice(CROSS_ATTENTION).get_shape()[-1] if CROSS_ATTENTION in keys else 0
+            width, *guidance = (
+                file.get_slice(name).get_shape()[-1] if name in keys else 0 for name in (CROSS_ATTENTION, *GUIDANCE)
+            )
     except (SafetensorError, OSError) as error:
         raise DataError(f"pipeline.path: {path} is not a readable safetensors file ({first_line(error)})") from error
     if not width or any(key.startswith("conditioner.") for key in keys):
@@ -87,18 +105,28 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
             f"pipeline.path: {path} is no Stable Diffusion 1.x or 2.x checkpoint in CompVis layout (no {CROSS_ATTENTION}); "
             "a model of another kind cannot be used"
         )
-    return metadata, width
+    return Header(metadata, width, max(guidance))
 
 
-def _shapes(path: Path, metadata: dict, width: int, cfg) -> dict[str, dict]:
-    """The configurations of the family to which a file without any belongs."""
-    family = WIDTHS.get(width)
-    if family is None:
+def _shapes(path: Path, header: Header, cfg) -> dict[str, dict]:
+    """The configurations of the family to which a file without any belongs.
+
+    The weights of Turbo and LCM are those of their base model in all but their values, so that pipeline.family has to say
+    what they are; but for a UNet that takes its guidance as an input, which is an LCM's.
+    """
+    width, base = header.text_width, WIDTHS.get(header.text_width)
+    if base is None:
         raise DataError(
             f"pipeline.path: {path} attends to texts {width} wide, neither 768 (1.x) nor 1024 (2.x); put a folder "
-            f"{path.with_suffix('')}/ with its diffusers configurations beside it"
+            f"{path.with_suffix('')}/ beside it {MAKE_CONFIGS}"
         )
-    return shapes.shapes_of(family, _declared(metadata, cfg, path, family))
+    few_steps = "lcm" if header.guidance_width else cfg.family if cfg.family in shapes.FEW_STEPS else None
+    found = shapes.shapes_of(base, _declared(header.metadata, cfg, path, base, few_steps))
+    if header.guidance_width:
+        found["unet"] = found["unet"] | {"time_cond_proj_dim": header.guidance_width}
+    if few_steps:
+        found["scheduler"] = found["scheduler"] | shapes.FEW_STEPS[few_steps]
+    return found
 
 
 def _configs_beside(path: Path) -> Path | None:
@@ -109,12 +137,12 @@ def _configs_beside(path: Path) -> Path | None:
     return None
 
 
-def _declared(metadata: dict, cfg, path: Path, family: str) -> str:
-    """What the UNet predicts: what the file's metadata says, or the setting, or epsilon for 1.x."""
+def _declared(metadata: dict, cfg, path: Path, family: str, few_steps: str | None) -> str:
+    """What the UNet predicts: what the file's metadata says, or the setting, or epsilon for 1.x and SD Turbo."""
     said = DECLARED.get(metadata.get("modelspec.prediction_type", ""))
     if said and cfg.prediction_type and said != cfg.prediction_type:
         raise ConfigError(f"pipeline.prediction_type is {cfg.prediction_type}, but {path} says {said}; leave it empty")
-    if not said and not cfg.prediction_type and family == "sd2":
+    if not said and not cfg.prediction_type and family == "sd2" and few_steps != "turbo":
         raise ConfigError(
             f"pipeline.path: {path} is a Stable Diffusion 2 and does not say what its UNet predicts; set "
             "pipeline.prediction_type to v_prediction (768 px models) or epsilon (512 px base models)"
@@ -145,6 +173,15 @@ def _converted(kind, convert, weights: dict[str, torch.Tensor], config: Path) ->
         model = kind.from_config(settings)
     model.load_state_dict(convert(weights, settings), strict=False, assign=True)
     return model
+
+
+def _convert_unet(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:
+    """A UNet's weights under diffusers' names, with the one that diffusers' own conversion leaves out."""
+    found = convert_ldm_unet_checkpoint(weights, settings)
+    for name in GUIDANCE:
+        if name in weights:
+            found["time_embedding.cond_proj.weight"] = weights[name]
+    return found
 
 
 def _text_encoder(weights: dict[str, torch.Tensor], configs: Path) -> CLIPTextModel:

@@ -70,7 +70,7 @@ class Slots:
             request: the image of an index.
             context: its prompt embedding [T, E] on the device.
             finish: takes pixels [N, 3, H, W], nominally in [-1, 1], and their N requests; the pixels are overwritten by
-                the next batch.
+                the next tick or batch.
             empty_TE: embedding of the empty prompt; None where no request is guided.
             unconditional_rows: rows of a UNet call kept for guidance, at most S; None: as many as slots if `empty_TE`
                 is given and the UNet takes no guidance embedding, else 0.
@@ -87,6 +87,7 @@ class Slots:
         )
         self.key_values = KeyValueCache(pipeline.unet, kv_cache_gib)
         self.decode = pipeline.decode  # replaced by its compiled form, see `capture`
+        self.pool_bytes = 0  # of graphs captured since, which torch does not count as allocated
         self.decode_batch, self.unconditional_rows = decode_batch, unconditional_rows
         self.occupants: list[Request | None] = [None] * slots
         self.remaining = [0] * slots  # steps each slot still has to take

@@ -18,7 +18,7 @@ FLOORS = {  # the longest prefix of a module's name decides; a module may import
     **dict.fromkeys(
         ("modules.settings", "modules.records", "modules.probes", "modules.termination", "modules.phases"), 1
     ),
-    **dict.fromkeys(("modules.state", "modules.optim", "modules.ema", "modules.meter"), 2),
+    **dict.fromkeys(("modules.state", "modules.optim", "modules.ema", "modules.meter", "modules.memory"), 2),
     **dict.fromkeys(("modules.workdir", "modules.console"), 2),
     "modules.data": 3,
     "modules.diffusion": 4,

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
-from benchmarks import correctness, generator, harness, inputs, peers, quality, step, stepper, suite
+from benchmarks import correctness, generator, harness, inputs, quality, step, stepper, suite
 from benchmarks.inputs import Setting
 from benchmarks.session import session
 from benchmarks.stepper import Stepper
@@ -61,93 +60,6 @@ def test_an_own_copy_shares_no_weight_with_its_pipeline(pipeline):
     own.unet.conv_in.weight.data.add_(1)
     assert not torch.equal(own.unet.conv_in.weight, pipeline.unet.conv_in.weight)
     assert own.text_encoder is pipeline.text_encoder
-
-
-def test_da_fusions_loop_writes_one_png_an_image(pipeline, tmp_path):
-    sources = [Image.fromarray(row.numpy()) for row in inputs.smooth_images(3, 48)]
-    peers.da_fusion(pipeline, sources, inputs.prompts(3), SETTING, tmp_path)(2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["aug-0.png", "aug-1.png"]
-    assert Image.open(tmp_path / "aug-1.png").size == (32, 32)
-
-
-def test_batches_make_as_many_images_as_asked(pipeline):
-    images = inputs.smooth_images(4, 32).permute(0, 3, 1, 2).div(255)
-    call = peers.batched(peers.image_to_image(pipeline, SETTING), images, inputs.prompts(4), 2, SETTING)
-    assert call(2).shape == (2, 32, 32, 3) and call(4).dtype == torch.uint8
-
-
-def test_without_a_gpu_xformers_is_a_technique_with_a_reason(pipeline):
-    own = inputs.own_copy(pipeline)
-    with pytest.raises(peers.Unavailable) as caught:
-        peers.with_xformers(peers.image_to_image(own, SETTING), "diffusers, xformers")
-    assert caught.value.technique == "diffusers, xformers" and caught.value.reason
-
-
-def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
-    out = tmp_path / "generator.csv"
-    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "4", "--batch", "2"]
-    arguments += ["--blocks", "2", "--no-compile", "--da-fusion-images", "1", "--out", str(out)]
-    generator.main(arguments)
-    document = last_line(capsys)
-    assert document["ratios"].keys() == {"da_fusion_loop", "diffusers_best_batch"}
-    peers_left_out = {"diffusers, xformers", "diffusers, compiled + channels_last"}
-    own_left_out = {"slots, attention tuned", "slots, compiled", "slots, compiled, Triton kernels"}
-    own_left_out |= {"slots, compiled, preset fast"}
-    assert document["skipped"].keys() == peers_left_out | own_left_out
-    assert document["tick"]["rows"] == 4
-    rows = {row["technique"]: row for row in rows_of(out)}
-    assert rows.keys() == {"DA-Fusion's loop", "diffusers", "slots"} | document["skipped"].keys()
-    assert all(row["quality"].startswith("skipped: ") for name, row in rows.items() if name in document["skipped"])
-    assert not list(tmp_path.glob("*.partial.json"))
-    slots, loop = rows["slots"], rows["DA-Fusion's loop"]
-    assert float(slots["unet_evaluations_per_s"]) == pytest.approx(50 * float(slots["images_per_s"]), rel=1e-3)
-    assert float(slots["floor_pct"]) == pytest.approx(float(slots["mfu_pct"]), rel=0.02)
-    assert float(slots["quality"].split()[1]) > 80 and slots["blocks"] == "2"
-    ratio = float(slots["images_per_s"]) / float(loop["images_per_s"])
-    assert document["ratios"]["da_fusion_loop"] == pytest.approx(ratio, rel=1e-2)
-
-
-def test_a_budget_takes_images_from_the_blocks_not_blocks():
-    candidates = [generator.Candidate(name, None, 8, False, "", "", batch_s=1.0) for name in "ab"]
-    assert generator.images_a_block(candidates, 64, 8, 5, float("inf")) == 64
-    assert generator.images_a_block(candidates, 64, 8, 5, 45.0) == 24  # 5 rounds x 3 blocks x 3 batches of 1 s
-    assert generator.images_a_block(candidates, 64, 8, 5, 0.0) == 8
-
-
-def test_the_first_candidate_is_compared_with_itself():
-    calls = []
-    candidates = [
-        generator.Candidate(name, lambda count, name=name: calls.append((name, count)), 2, False, "", "")
-        for name in "ab"
-    ]
-    found = generator.alternate(candidates, 6, "cpu", 2, 60.0)
-    assert calls == [("a", 6), ("b", 6), ("a", 6)] * 2 and len(found.timings["b"].seconds) == 2
-
-
-def test_a_technique_that_fails_costs_no_other():
-    def fails(count):
-        if count > 2:
-            raise torch.OutOfMemoryError("no room")
-
-    calls = {"a": lambda count: None, "b": fails}
-    candidates = [generator.Candidate(name, call, 2, False, "", "") for name, call in calls.items()]
-    rounds = []
-    found = generator.alternate(candidates, 6, "cpu", 2, 60.0, rounds.append)
-    assert found.timings.keys() == {"a"} and found.failures == {"b": "no room"} and len(rounds) == 2
-
-    def unavailable():
-        raise peers.Unavailable("c", "not installed")
-
-    def wrong():
-        raise RuntimeError("does not compile\nand a trace")
-
-    makers = {"a": lambda: candidates[0], "c": unavailable, "d": wrong}
-    bench = SimpleNamespace(makers=lambda: makers, skipped={}, batch=2, device=torch.device("cpu"), wait=lambda: None)
-    assert generator.ready(bench, harness.Budget(0)) == [candidates[0]]
-    assert bench.skipped == {"c": "not installed", "d": "failed: RuntimeError: does not compile"}
-    bench.skipped.clear()
-    spent = SimpleNamespace(seconds=100.0, left=30.0)  # what is left is for the blocks; one is always made ready
-    assert generator.ready(bench, spent) == [candidates[0]] and set(bench.skipped.values()) == {"budget"}
 
 
 def test_a_straight_line_is_told_from_a_bend():

@@ -1,5 +1,6 @@
 """check plans what a run really holds and writes, and finds what would stop it."""
 
+import copy
 import io
 import json
 import zipfile
@@ -13,7 +14,9 @@ from modules.commands import check, stages
 from modules.commands.job import Job
 from modules.commands.memory_plan import HELD, MemoryPlan, Part, memory_plan
 from modules.console import Console
+from modules.diffusion.attention import layers_of
 from modules.errors import ConfigError
+from modules.settings import with_settings
 from modules.workdir import Workdir
 from tests.base.tinyset import tiny_config, write_config
 
@@ -107,6 +110,22 @@ def test_working_memory_takes_turns_unless_overlapped():
     assert beside.working == 50 + 90
     assert [part.name for part in alone.largest(2)] == ["VAE decode", "UNet call"]
     assert parts[0].kind == HELD
+
+
+def test_on_a_gpu_the_plan_is_what_slots_are_fitted_to(job):
+    """Generation's largest call beside a training step, as the fit holds it, and what compiling adds."""
+    job, _ = job
+    own = copy.copy(job)
+    own.device = torch.device("cuda")
+    plan, parts = memory_plan(own), {part.name: part.bytes for part in memory_plan(own).parts}
+    generation = max(parts["UNet call"], parts["VAE decode"])
+    assert plan.overlapped and plan.working == parts["encoder training step"] + generation
+    layers = [layer for layer in layers_of(job.pipeline.unet) if not layer.is_cross_attention]
+    weights = sum(p.nbytes for layer in layers for x in (layer.to_q, layer.to_k, layer.to_v) for p in x.parameters())
+    assert parts["fused projections of self-attention"] == weights > 0
+    own.config = with_settings(own.config, {"pipeline.compile": "off"})
+    assert "fused projections of self-attention" not in {part.name for part in memory_plan(own).parts}
+    assert not memory_plan(job).overlapped
 
 
 def test_what_does_not_fit_names_parts_and_settings(tmp_path, monkeypatch):

@@ -15,8 +15,10 @@ from safetensors import safe_open
 
 import trainer
 from modules.diffusion.tokens import FILE
+from modules.errors import StorageError, Terminated
 from modules.learning.backbones import build_backbone
 from modules.state import safetensors_bytes
+from modules.termination import behind, termination
 from tests.base.tinyset import contents, finished_run, shared_folder, write_config
 from tests.data.trees import class_folders, csv_set, declared_rows, pack, picture, put
 from tests.tiny import pipeline_folder
@@ -29,6 +31,7 @@ WORK = ("results.json", "predictions.safetensors", "report.html", "metrics.jsonl
 def sigterm_as_before():
     before = signal.getsignal(signal.SIGTERM)
     yield
+    termination.listen()  # forgets a signal that came
     signal.signal(signal.SIGTERM, before)
 
 
@@ -212,6 +215,34 @@ def test_a_batch_of_more_classes_than_there_are_is_refused_before_tokens_are_lea
     path = write_config(tmp_path, learning={"classes_per_batch": 5})
     refused(capsys, path, [], 2, "learning.classes_per_batch is 5", "4 classes")
     assert not (tmp_path / "runs" / "cache").exists()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_sigterm_inside_an_import_on_demand_is_obeyed_not_a_traceback(wrapped, monkeypatch, capsys):
+    """diffusers imports its parts when they are first used, and makes a RuntimeError of whatever interrupts that."""
+
+    def command(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise RuntimeError("Failed to import diffusers.models because of the following error") from error
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("modules.commands.doctor.command", command if wrapped else broken)
+    if wrapped:
+        assert trainer.main(["doctor"]) == 143
+        assert capsys.readouterr().err.startswith("error: SIGTERM: stopped")
+    else:
+        with pytest.raises(RuntimeError, match="a bug"):
+            trainer.main(["doctor"])
+
+
+def test_what_fails_while_sigterm_is_obeyed_keeps_its_own_name():
+    told = StorageError("no space left")
+    told.__context__ = Terminated("SIGTERM")
+    assert behind(told) is None
 
 
 @pytest.mark.parametrize(

@@ -179,11 +179,56 @@ def test_fewer_slots_than_a_stopped_run_had_are_an_error_not_another_engine(tmp_
 
     fit = generator.fit_slots
 
-    def smaller(build, slots, decode):
+    def smaller(build, slots, decode, accelerate):
         return (fit(build, 2, decode)[0], Choice(2, "ran out"), Choice(decode, "as asked"))
 
     monkeypatch.setattr(generator, "fit_slots", smaller)
     with pytest.raises(OutOfMemory, match="begun with generation.slots 4.*only 2 fit"), built(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("room", [2, 0])
+def test_slots_back_off_for_an_engine_that_only_compiled_does_not_fit(room, tmp_path, monkeypatch):
+    def accelerate(slots, setting, say):
+        say(f"compiling for {len(slots.occupants)} slots")
+        if len(slots.occupants) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Choice("compiled", "as a test")
+
+    monkeypatch.setattr(machine, "accelerate", accelerate)
+    with built(tmp_path) as (job, state, text):
+        card = {name: (value, reason) for name, value, reason in job.card}
+        if room:
+            assert card["slots"] == ("2", "generation.slots 4 ran out of memory")
+            assert card["tick"] == ("compiled", "as a test") and len(state.generator.slots.occupants) == 2
+        else:
+            assert card["slots"] == ("4", "generation.slots") and card["tick"][0] == "eager"
+            assert "does not fit, not even with a quarter" in card["tick"][1]
+        said = [line.strip() for line in text.getvalue().splitlines() if "compiling" in line]
+        assert said == [f"compiling for {count} slots" for count in ((4, 2) if room else (4, 2, 1))]
+        trainer.step(state)
+
+
+def test_timing_attention_is_announced_before_it_begins(tmp_path, monkeypatch):
+    with built(tmp_path) as (job, state, text):
+
+        def tune(*_, **__):
+            assert text.getvalue().splitlines()[-1].startswith("  timing the attention backends")
+            return []
+
+        monkeypatch.setattr(machine.attention, "tune", tune)
+        monkeypatch.setattr(machine, "timer", lambda device: None)
+        monkeypatch.setattr(job, "device", torch.device("cuda"))
+        machine._tune_attention(job, state.generator.slots.in_flight, {})
+
+
+def test_compile_on_that_does_not_fit_is_an_error_with_the_knobs(tmp_path, monkeypatch):
+    def accelerate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(machine, "accelerate", accelerate)
+    named = "compile is on, .* lower generation.slots.* or set pipeline.compile=auto"
+    with pytest.raises(OutOfMemory, match=named), built(tmp_path, pipeline={"compile": '"on"'}):
         pass
 
 

@@ -74,6 +74,19 @@ def test_peak_memory_is_that_of_a_process_with_torch():
     assert 0.05 < Meter().peak_memory_gib() < 64
 
 
+def test_peak_memory_of_a_gpu_adds_the_pools_of_graphs_and_survives_a_restart(monkeypatch):
+    """torch sees a graph's memory while it is captured and never again."""
+    counted = [3 * 2**30]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: counted[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: counted.__setitem__(0, 2**30))
+    meter = Meter("cuda")
+    meter.restart_peak()
+    assert meter.peak_memory_gib() == 3 and meter.peak_memory_gib(since_restart=True) == 1
+    assert meter.peak_memory_gib(2**29, since_restart=True) == 1.5
+    meter.restart_peak(4 * 2**30)
+    assert meter.peak_memory_gib(2**29) == 5
+
+
 @pytest.mark.gpu
 def test_a_phase_never_waits_for_the_gpu():
     meter = Meter("cuda")

@@ -2,12 +2,14 @@
 
 import sys
 import types
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from modules.diffusion import attention
 from modules.diffusion.attention import (
     BACKENDS,
     KeyValueCache,
@@ -202,6 +204,25 @@ def test_a_named_backend_that_refuses_is_an_error_with_its_reason(monkeypatch):
     fake_xformers(monkeypatch, refuses)
     with pytest.raises(ConfigError, match="pipeline.attention is xformers, .*wasn't build with CUDA support; set it"):
         tune(unet, lambda: run(unet), lambda function: 1.0, asked="xformers")
+
+
+def test_the_tuner_keeps_one_input_of_each_shape_not_every_layers(monkeypatch):
+    """All layers' inputs are several times what a call holds at once: memory that slots were not fitted to."""
+    unet = build_parts()["unet"]
+    install(unet)
+    met, alive, layers = [], [], len(layers_of(unet))
+
+    def noted(backend, q, k, v):
+        met.append(weakref.ref(q))
+        return attend(backend, q, k, v)
+
+    def timer(function):
+        alive.append(sum(one() is not None for one in met[:layers]))
+        return 1.0
+
+    monkeypatch.setattr(attention, "attend", noted)
+    timings = tune(unet, lambda: run(unet), timer, candidates=("sdpa",))
+    assert len(timings) == 4 < layers and set(alive) == {4}
 
 
 def test_the_tuner_meets_every_shape_of_the_unet_once():

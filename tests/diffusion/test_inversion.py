@@ -313,9 +313,14 @@ def test_a_batch_that_does_not_fit_is_split_without_changing_what_is_learned(pip
     losses = run(whole, 3)
     narrow = copy.copy(pipeline)
     narrow.unet = Small(pipeline.unet, 3)
-    split = make(narrow)
+    said = []
+    split = make(narrow, say=said.append)
     split_losses = run(split, 3)
     assert split.micro_batch == 2 and set(narrow.unet.calls) == {2}
+    assert [text.split(", which")[0] for text in said] == [
+        f"{rows} rows of inversion.batch_size 8 ran out of memory at once: {rows // 2} at a time from here on"
+        for rows in (8, 4)
+    ]
     assert torch.allclose(torch.stack(losses), torch.stack(split_losses), atol=1e-6)
     assert torch.allclose(whole.vectors_CKE, split.vectors_CKE, atol=1e-5)
 

@@ -103,9 +103,45 @@ def test_rows_are_appended_and_a_changed_header_is_refused(tmp_path):
     assert len(path.read_text().splitlines()) == 3
 
 
+def test_a_column_that_is_new_is_empty_in_the_rows_before(tmp_path):
+    path = tmp_path / "rows.csv"
+    harness.append_rows(path, [{"a": 1, "b": "x, y"}])
+    harness.append_rows(path, [{"a": 2, "new": "z", "b": ""}])
+    rows = list(csv.DictReader(path.open()))
+    assert rows == [{"a": "1", "new": "", "b": "x, y"}, {"a": "2", "new": "z", "b": ""}]
+    with pytest.raises(ValueError, match="write to another file"):
+        harness.append_rows(path, [{"a": 3, "b": "without what the file has"}])
+    assert list(csv.DictReader(path.open())) == rows and [one.name for one in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize("name", ["generator_cpu", "step_cpu", "suite_cpu", "kernels_cpu"])
+def test_committed_results_take_rows_under_the_conditions_of_today(name, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text((harness.RESULTS / f"{name}.csv").read_text())
+    before = list(csv.DictReader(path.open()))
+    own = [column for column in before[0] if column not in harness.CONDITIONS]
+    harness.append_rows(path, [dict.fromkeys((*harness.CONDITIONS, *own), "x")])
+    *old, new = csv.DictReader(path.open())
+    assert [{column: row[column] for column in before[0]} for row in old] == before and set(new.values()) == {"x"}
+
+
+def test_peak_memory_of_a_gpu_adds_the_pools_of_graphs_that_a_call_replays(monkeypatch):
+    counted = {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 2**20,
+        "max_memory_allocated": 3 * 2**20,
+    }
+    for function, value in counted.items():
+        monkeypatch.setattr(torch.cuda, function, lambda value=value: value)
+    assert harness.peak_mib(lambda: None, "cuda") == 2
+    assert harness.peak_mib(lambda: None, "cuda", pool_bytes=5 * 2**20) == 7
+
+
 def test_conditions_name_commit_device_and_versions():
     row = harness.conditions("cpu")
     assert tuple(row) == harness.CONDITIONS
+    assert row["diffusers"] and isinstance(row["xformers"], str)
     assert row["torch"].startswith("2.") and "cores" in row["device"] and len(row["date"]) == 16
 
 

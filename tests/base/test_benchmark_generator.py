@@ -1,0 +1,218 @@
+"""The generator's benchmark: techniques side by side, each peer at its own best batch, one UNet call apart."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import batches, generator, harness, inputs, peers
+from benchmarks.inputs import Setting
+from benchmarks.techniques import Bench
+from tests.tiny import pipeline_folder
+
+SETTING = Setting(images=4, num_inference_steps=6)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return inputs.load(str(pipeline_folder()), torch.device("cpu"))
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def rows_of(path) -> list[dict]:
+    return list(csv.DictReader(path.open()))
+
+
+def only_peers(self, name: str) -> None:
+    if name != "diffusers, compiled + channels_last":
+        raise peers.Unavailable(name, "no compiler")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of one number that stands still but for what a test adds."""
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_da_fusions_loop_writes_one_png_an_image(pipeline, tmp_path):
+    sources = [Image.fromarray(row.numpy()) for row in inputs.smooth_images(3, 48)]
+    peers.da_fusion(pipeline, sources, inputs.prompts(3), SETTING, tmp_path)(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aug-0.png", "aug-1.png"]
+    assert Image.open(tmp_path / "aug-1.png").size == (32, 32)
+
+
+def test_batches_make_as_many_images_as_asked(pipeline):
+    images = inputs.smooth_images(4, 32).permute(0, 3, 1, 2).div(255)
+    call = peers.batched(peers.image_to_image(pipeline, SETTING), images, inputs.prompts(4), 2, SETTING)
+    assert call(2).shape == (2, 32, 32, 3) and call(4).dtype == torch.uint8
+
+
+def test_without_a_gpu_xformers_is_a_technique_with_a_reason(pipeline):
+    own = inputs.own_copy(pipeline)
+    with pytest.raises(peers.Unavailable) as caught:
+        peers.with_xformers(peers.image_to_image(own, SETTING), "diffusers, xformers")
+    assert caught.value.technique == "diffusers, xformers" and caught.value.reason
+
+
+def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
+    out = tmp_path / "generator.csv"
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "4", "--batch", "2"]
+    arguments += ["--blocks", "2", "--no-compile", "--da-fusion-images", "1", "--out", str(out)]
+    arguments += ["--unet-rows", "6"]
+    generator.main(arguments)
+    document = last_line(capsys)
+    assert document["ratios"].keys() == {"da_fusion_loop", "diffusers_best_batch"}
+    peers_left_out = {"diffusers, xformers", "diffusers, compiled + channels_last"}
+    own_left_out = {"slots, attention tuned", "slots, compiled", "slots, compiled, Triton kernels"}
+    own_left_out |= {"slots, compiled, preset fast"}
+    assert document["skipped"].keys() == peers_left_out | own_left_out
+    assert document["tick"]["rows"] == 4
+    rows = {row["technique"]: row for row in rows_of(out)}
+    calls = {f"one UNet call, {count} rows, slots" for count in (4, 6)}
+    assert rows.keys() == {"DA-Fusion's loop", "diffusers", "slots"} | document["skipped"].keys() | calls
+    for name in calls:
+        row = rows[name]
+        assert float(row["mfu_pct"]) > 0 and float(row["unet_evaluations_per_s"]) > 0 and not row["images_per_s"]
+    assert document["unet_call"]["rows"] == 6 and "batch 2 as asked" in rows["diffusers"]["switches"]
+    assert all(row["quality"].startswith("skipped: ") for name, row in rows.items() if name in document["skipped"])
+    assert not list(tmp_path.glob("*.partial.json"))
+    slots, loop = rows["slots"], rows["DA-Fusion's loop"]
+    assert float(slots["unet_evaluations_per_s"]) == pytest.approx(50 * float(slots["images_per_s"]), rel=1e-3)
+    assert float(slots["floor_pct"]) == pytest.approx(float(slots["mfu_pct"]), rel=0.02)
+    assert float(slots["quality"].split()[1]) > 80 and slots["blocks"] == "2"
+    ratio = float(slots["images_per_s"]) / float(loop["images_per_s"])
+    assert document["ratios"]["da_fusion_loop"] == pytest.approx(ratio, rel=1e-2)
+
+
+def test_each_peer_runs_at_its_own_best_batch_and_its_row_says_what_was_tried(tmp_path, monkeypatch, capsys):
+    best = {"diffusers": 2, "diffusers, xformers": 4}
+    monkeypatch.setattr(batches, "best_batch", lambda *a: (best[a[3]], f"batches tried: 2, 4 for {a[3]}"))
+    monkeypatch.setattr(peers, "with_xformers", lambda peer, technique: peer)  # a stand-in that runs on a CPU
+    monkeypatch.setattr(peers, "compiled", lambda peer: peer)
+    monkeypatch.setattr(Bench, "_need_compiler", only_peers)
+    monkeypatch.setattr(Bench, "_batches_to_compile", lambda self: (2, 4))
+    rates = {2: 0.5, 4: 9.0}
+    monkeypatch.setattr(batches, "compiled_rates", lambda call_at, tried, *_: {b: rates[b] for b in tried})
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "4", "--blocks", "1"]
+    out = tmp_path / "generator.csv"
+    generator.main([*arguments, "--da-fusion-images", "1", "--unet-rows", "0", "--out", str(out)])
+    rows = {row["technique"]: row for row in rows_of(out)}
+    assert {name: rows[name]["batch"] for name in best} == {"diffusers": "2", "diffusers, xformers": "4"}
+    for name in best:
+        assert f"batches tried: 2, 4 for {name}" in rows[name]["switches"]
+        assert float(rows[name]["quality"].split()[1]) > 80, "the same images, at whatever batch"
+    compiled = rows["diffusers, compiled + channels_last"]
+    assert compiled["batch"] == "4" and "batches tried: 2 0.5 images/s, 4 9 images/s" in compiled["switches"]
+    assert all(rows[name]["images_a_block"] == "4" for name in ("slots", *best)), "whole batches of every candidate"
+    assert last_line(capsys)["ratios"].keys() >= {"diffusers_xformers", "diffusers_compiled"}
+
+
+def test_a_compiled_pipeline_is_tried_at_as_many_batches_as_there_is_time_for(clock):
+    def call_at(batch):
+        first = [True]
+
+        def call(count):
+            assert count == batch
+            if batch == 64:
+                raise torch.OutOfMemoryError("no room")
+            clock[0] += 100.0 * first.pop() if first else batch / (batch + 8)
+
+        return call
+
+    device = torch.device("cpu")
+    found = batches.compiled_rates(call_at, (16, 32), device, lambda: float("inf"))
+    assert found == {16: pytest.approx(24), 32: pytest.approx(40)}
+    assert batches.fastest(found) == (32, "batches tried: 16 24 images/s, 32 40 images/s")
+    short = batches.compiled_rates(call_at, (16, 32), device, lambda: 99.0)
+    assert short == {16: pytest.approx(24), 32: "no time"} and batches.fastest(short)[0] == 16
+    large = batches.compiled_rates(call_at, (32, 64), device, lambda: float("inf"))
+    assert batches.fastest(large) == (32, "batches tried: 32 40 images/s, 64 does not fit")
+    with pytest.raises(torch.OutOfMemoryError):
+        batches.compiled_rates(call_at, (64,), device, lambda: float("inf"))
+
+
+def test_a_compiled_pipelines_other_batch_is_the_next_one_on_a_gpu_alone():
+    gpu = torch.device("cuda")
+    assert batches.next_to(16, 64, gpu) == (32,) and batches.next_to(64, 64, gpu) == (32,)
+    assert batches.next_to(8, 8, gpu) == () and batches.next_to(3, 3, gpu) == ()
+    bench = SimpleNamespace(options=SimpleNamespace(batch=0, images=64), device=gpu, batch=32)
+    assert Bench._batches_to_compile(bench) == (32, 64)
+    bench.device = torch.device("cpu")
+    assert Bench._batches_to_compile(bench) == (32,)
+    bench.device, bench.options.batch = gpu, 32
+    assert Bench._batches_to_compile(bench) == (32,), "asked for"
+
+
+def test_the_best_batch_is_searched_within_its_share_of_the_time(pipeline, clock, monkeypatch):
+    costs = iter([8.0, 4.0, 3.99])  # an image at 2, 4 and 8; the last is no better than the one before by 2 %
+
+    def compare(parts, device, **_):
+        clock[0] += 10.0
+        cost = next(costs)
+        batch = {8.0: 2, 4.0: 4, 3.99: 8}[cost]
+        calls = SETTING.calls(pipeline.scheduler)[0]
+        ms = {"unet": cost * batch / calls, "encode": 0.0, "decode": 0.0}
+        timings = {name: SimpleNamespace(median_ms=value) for name, value in ms.items()}
+        return SimpleNamespace(failures={}, timings=timings)
+
+    monkeypatch.setattr(batches, "BATCHES", {"cpu": (2, 4, 8)})
+    monkeypatch.setattr(harness, "compare", compare)
+    batch, tried = batches.best_batch(pipeline, SETTING, 8, "diffusers", float("inf"))
+    assert batch == 4 and tried == "batches tried: 2 8 ms an image, 4 4 ms an image, 8 3.99 ms an image"
+    costs = iter([8.0])
+    assert batches.best_batch(pipeline, SETTING, 8, "diffusers", 40.0) == (
+        2, "batches tried: 2 8 ms an image, 4 no time, 8 no time",
+    )  # fmt: skip
+
+
+def test_a_budget_takes_images_from_the_blocks_not_blocks():
+    candidates = [generator.Candidate(name, None, 8, False, "", "", batch_s=1.0) for name in "ab"]
+    assert generator.images_a_block(candidates, 64, 8, 5, float("inf")) == 64
+    assert generator.images_a_block(candidates, 64, 8, 5, 45.0) == 24  # 5 rounds x 3 blocks x 3 batches of 1 s
+    assert generator.images_a_block(candidates, 64, 8, 5, 0.0) == 8
+    candidates[1].batch = 32
+    assert generator.images_a_block(candidates, 64, 8, 5, 45.0) == 32, "whole batches of every candidate"
+
+
+def test_the_first_candidate_is_compared_with_itself():
+    calls = []
+    candidates = [
+        generator.Candidate(name, lambda count, name=name: calls.append((name, count)), 2, False, "", "")
+        for name in "ab"
+    ]
+    found = generator.alternate(candidates, 6, "cpu", 2, 60.0)
+    assert calls == [("a", 6), ("b", 6), ("a", 6)] * 2 and len(found.timings["b"].seconds) == 2
+
+
+def test_a_technique_that_fails_costs_no_other():
+    def fails(count):
+        if count > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    calls = {"a": lambda count: None, "b": fails}
+    candidates = [generator.Candidate(name, call, 2, False, "", "") for name, call in calls.items()]
+    rounds = []
+    found = generator.alternate(candidates, 6, "cpu", 2, 60.0, rounds.append)
+    assert found.timings.keys() == {"a"} and found.failures == {"b": "no room"} and len(rounds) == 2
+
+    def unavailable():
+        raise peers.Unavailable("c", "not installed")
+
+    def wrong():
+        raise RuntimeError("does not compile\nand a trace")
+
+    makers = {"a": lambda: candidates[0], "c": unavailable, "d": wrong}
+    bench = SimpleNamespace(makers=lambda: makers, skipped={}, batch=2, device=torch.device("cpu"), wait=lambda: None)
+    assert generator.ready(bench, harness.Budget(0)) == [candidates[0]]
+    assert bench.skipped == {"c": "not installed", "d": "failed: RuntimeError: does not compile"}
+    bench.skipped.clear()
+    spent = SimpleNamespace(seconds=100.0, left=30.0)  # what is left is for the blocks; one is always made ready
+    assert generator.ready(bench, spent) == [candidates[0]] and set(bench.skipped.values()) == {"budget"}
