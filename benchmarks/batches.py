@@ -81,12 +81,13 @@ def compiled_rates(
 
     Args:
         call_at: a call of the pipeline in batches of a size, which compiles when it is first called.
-        left: seconds that may still be spent; after the first, a batch is begun only if it can be as slow as that.
+        left: seconds that may still be spent; after the first, a batch is begun only if there is time for it and for the
+            engine's own compilation after it, should each be as slow as the first.
     """
     rates: dict[int, float | str] = {}
     longest = 0.0
     for batch in batches:
-        if rates and left() < longest:
+        if rates and left() < 2 * longest:
             rates[batch] = "no time"
             continue
         begin = time.perf_counter()
