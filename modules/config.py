@@ -130,7 +130,10 @@ class Gate:
     enabled: bool = False
     start_step: int = 50  # optimizer step from which images are judged, for the gate and for the controller
     refresh_every: int = 25  # steps between refreshes of the class statistics
-    quantile: float = 0.05  # leave-one-out similarity quantile of the class, (0, 1)
+    quantile: float = 0.05  # leave-one-out similarity quantile of the class that a positive must reach, (0, 1)
+    near_ood_quantile: float = (
+        0.5  # the one a near-OOD image must stay below; at .05 not even real ones pass a young learner
+    )
     far_floor: float = -0.2  # [-1, 1]: cosine to the nearest class below which a near-OOD image is too far
     retries: int = 2  # draws again before falling back
 

@@ -78,6 +78,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "gate.start_step": (0, None, ""),
     "gate.refresh_every": (1, None, ""),
     "gate.quantile": (0, 1, "()"),
+    "gate.near_ood_quantile": (0, 1, "()"),
     "gate.far_floor": (-1, 1, ""),
     "gate.retries": (0, None, ""),
     "controller.gain": (0, 1, "("),

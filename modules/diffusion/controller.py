@@ -23,8 +23,14 @@ FAR = ("accepted", "too_far")  # verdicts on a near-OOD image that the learner k
 class Controller:
     """Offsets of strengths, weights of classes and recipes; moves every `update_every` steps."""
 
-    def __init__(self, cfg: ControllerConfig, num_classes: int):
-        self.cfg = cfg
+    def __init__(self, cfg: ControllerConfig, num_classes: int, bases: dict[str, tuple[float, ...]] | None = None):
+        """A controller that has seen nothing.
+
+        Args:
+            bases: recipe -> the strengths it moves. An offset goes no further than one of them can follow between 0 and
+                1, so that it turns back at once.
+        """
+        self.cfg, self.bases = cfg, bases or {}
         self.offsets: dict[tuple[str, int], float] = {}  # (recipe, class) -> change of strength
         self.sums: dict[tuple[str, int], list[float]] = {}  # (recipe, class) -> [likenesses, images] since the update
         self.confusion = [0.0] * num_classes  # share of positives whose nearest class is another
@@ -77,7 +83,9 @@ class Controller:
             mean = (likeness + PRIOR_IMAGES * of_all) / (images + PRIOR_IMAGES)
             move = self.cfg.gain * ((mean > top) - (mean < bottom))
             offset = self.offsets.get((recipe, label), 0.0) + move
-            self.offsets[recipe, label] = min(MAX_OFFSET, max(-MAX_OFFSET, offset))
+            bases = self.bases.get(recipe, (0.0, 1.0))
+            lowest, highest = max(-MAX_OFFSET, -max(bases)), min(MAX_OFFSET, 1 - min(bases))
+            self.offsets[recipe, label] = min(highest, max(lowest, offset))
         self.sums.clear()
 
     def statistics(self) -> dict[str, float]:

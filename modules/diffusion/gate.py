@@ -36,6 +36,11 @@ COPY_DISTANCE = 1.0  # of 255: mean difference to the source below which nothing
 LEAST_TYPICAL = 0.1  # mean similarity of real images below which the learner knows nothing of their class yet
 ALARM_WINDOW = 200  # verdicts of a role that an alarm looks back on
 ALARM_RATES = (0.05, 0.98)
+TOO_FEW = {  # by role: what may help where nearly no image passes
+    False: "a milder strength may do",
+    True: "against too_close a higher near_ood.strength or gate.near_ood_quantile, against too_far a lower strength",
+}
+TOO_MANY = {False: "raise gate.quantile", True: "lower gate.near_ood_quantile"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class ClassStatistics:
 
     center_E: torch.Tensor  # mean of the unit features of all train images
     means_CE: torch.Tensor  # class means about the center, unit length
-    thresholds_C: torch.Tensor  # similarity quantile of each class's own images
+    thresholds_C: torch.Tensor  # similarity quantile of each class's own images: least of a positive
+    ood_thresholds_C: torch.Tensor  # the same, a higher quantile: where a near-OOD image comes too close
     typical_C: torch.Tensor  # mean similarity of each class's own images
 
 
@@ -52,9 +58,9 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(ClassStatistics))
 
 
 def class_statistics(
-    features_DE: torch.Tensor, labels: list[int], num_classes: int, quantile: float
+    features_DE: torch.Tensor, labels: list[int], num_classes: int, quantile: float, near_ood_quantile: float
 ) -> ClassStatistics:
-    """Unit class means, and per class quantile and mean of cos(z_i, mean of the class without i) over its images.
+    """Unit class means, and per class two quantiles and the mean of cos(z_i, mean of the class without i) over its images.
 
     z are unit features about their center, unit length again. A class of one image has no leave-one-out similarity; it
     gets the median of the other classes' figures (1 without others).
@@ -71,11 +77,12 @@ def class_statistics(
         if len(members) > 1:
             others_NE = torch.nn.functional.normalize(total_E - z_NE, dim=1)
             own_N = (z_NE * others_NE).sum(1)
-            figures.append(torch.stack([torch.quantile(own_N, quantile), own_N.mean()]))
-    known_C2 = torch.stack(figures) if figures else torch.ones(1, 2, device=z_DE.device)
-    found, typical_2 = iter(figures), known_C2.median(0).values
-    filled_C2 = torch.stack([next(found) if len(members) > 1 else typical_2 for members in rows])
-    return ClassStatistics(center_E, torch.stack(means), filled_C2[:, 0], filled_C2[:, 1])
+            ends = (torch.quantile(own_N, q) for q in (quantile, near_ood_quantile))
+            figures.append(torch.stack([*ends, own_N.mean()]))
+    known_C3 = torch.stack(figures) if figures else torch.ones(1, 3, device=z_DE.device)
+    found, typical_3 = iter(figures), known_C3.median(0).values
+    filled_C3 = torch.stack([next(found) if len(members) > 1 else typical_3 for members in rows])
+    return ClassStatistics(center_E, torch.stack(means), *filled_C3.unbind(1))
 
 
 def broken_codes(pixels_N3HW: torch.Tensor, stored_NHWC: torch.Tensor, sources_NHWC: torch.Tensor) -> torch.Tensor:
@@ -107,8 +114,8 @@ def judge(
     LEAST_TYPICAL): 1 is as typical as a real image, however far the learner has come.
 
     A positive passes if its nearest class mean is its own and its cosine to it is at least the class's threshold. A
-    near-OOD image passes if its cosine to every class is below that class's threshold and the largest is above
-    `far_floor`.
+    near-OOD image passes if its cosine to every class is below that class's threshold for near-OOD and the largest is
+    above `far_floor`.
     """
     unit_NE = torch.nn.functional.normalize(features_NE.float(), dim=1)
     similarity_NC = torch.nn.functional.normalize(unit_NE - known.center_E, dim=1) @ known.means_CE.T
@@ -118,7 +125,7 @@ def judge(
     positive_N = torch.where(own_N < known.thresholds_C[labels_N], code("unlike_class"), 0)
     positive_N = torch.where(is_nearest_N, positive_N, code("other_class"))
     negative_N = torch.where(similarity_NC.amax(1) <= far_floor, code("too_far"), 0)
-    negative_N = torch.where((similarity_NC >= known.thresholds_C).any(1), code("too_close"), negative_N)
+    negative_N = torch.where((similarity_NC >= known.ood_thresholds_C).any(1), code("too_close"), negative_N)
     likeness_N = own_N / known.typical_C[labels_N].clamp(min=LEAST_TYPICAL)
     return torch.where(is_ood_N, negative_N, positive_N), likeness_N, is_nearest_N
 
@@ -179,7 +186,8 @@ class Gate:
 
     def refresh(self, features_DE: torch.Tensor, labels: list[int], num_classes: int) -> None:
         """Take the learner's present view of the train split; from now on its verdicts count, if the gate is enabled."""
-        self.known = class_statistics(features_DE, labels, num_classes, self.cfg.quantile)
+        quantiles = self.cfg.quantile, self.cfg.near_ood_quantile
+        self.known = class_statistics(features_DE, labels, num_classes, *quantiles)
         self.rejects = self.cfg.enabled
 
     @torch.no_grad()
@@ -221,8 +229,8 @@ class Gate:
             if self.observe is not None and reason not in (*BROKEN, UNJUDGED):
                 self.observe(request, reason, likeness, bool(is_nearest))
             passes = reason in (ACCEPTED, UNJUDGED) or (reason in JUDGED and not self.rejects)
-            if reason != UNJUDGED:
-                self.recent[request.is_ood].append(int(passes))
+            if reason != UNJUDGED or self.embed is None:  # verdicts, also where they do not count
+                self.recent[request.is_ood].append(int(reason in (ACCEPTED, UNJUDGED)))
             if passes:
                 kept.append(row)
             elif request.attempt < self.cfg.retries:
@@ -254,21 +262,18 @@ class Gate:
         return rows
 
     def alarms(self) -> list[str]:
-        """What is wrong if nearly all or nearly none of a role's last images passed."""
+        """What is wrong if the verdicts on nearly all or nearly none of a role's last images were good."""
         found = []
         for is_ood, verdicts in self.recent.items():
-            role = "near-OOD images" if is_ood else "positives"
             if len(verdicts) < ALARM_WINDOW:
                 continue
             rate = sum(verdicts) / len(verdicts)
+            verb = "passes" if self.rejects or self.embed is None else "would pass"
+            told = f"the gate {verb} {rate:.0%} of {'near-OOD images' if is_ood else 'positives'}"
             if rate <= ALARM_RATES[0]:
-                found.append(
-                    f"the gate passes {rate:.0%} of {role}: see the reasons by recipe; a milder strength may do"
-                )
+                found.append(f"{told}: see the reasons by recipe; {TOO_FEW[is_ood]}")
             elif rate >= ALARM_RATES[1] and self.rejects:
-                found.append(
-                    f"the gate passes {rate:.0%} of {role}: it decides nothing; raise gate.quantile or drop it"
-                )
+                found.append(f"{told}: it decides nothing; {TOO_MANY[is_ood]} or drop it")
         return found
 
     def state_dict(self) -> dict:

@@ -17,7 +17,7 @@ from modules.diffusion.fit import fit_slots
 from modules.diffusion.gate import Gate
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.presets import Plan
-from modules.diffusion.recipes import Recipes
+from modules.diffusion.recipes import POSITIVE, Recipes
 from modules.diffusion.requests import Request
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
@@ -71,7 +71,10 @@ class Generator:
         self.grid = plan.grid(pipeline.scheduler)
         bank = PromptBank(pipeline, tokens, config.inversion.initializer)
         self.conditioning = Conditioning(bank, seed)
-        self.controller = Controller(config.controller, num_classes) if config.controller.enabled else None
+        bases = dict.fromkeys(config.near_ood.recipes, (config.near_ood.strength,))
+        bases[POSITIVE] = tuple(strength for strength, weight in generation.strengths.items() if weight > 0)
+        enabled = config.controller.enabled
+        self.controller = Controller(config.controller, num_classes, bases) if enabled else None
         self.recipes = Recipes(
             generation,
             config.near_ood,
@@ -134,7 +137,7 @@ class Generator:
                 raise ConfigError(
                     f"generation.prefill: {self.slots.counts['finished']} images were made and "
                     f"{sum(wanted.values())} of {total} places are still empty, because nearly all were rejected; "
-                    f"verdicts: {self.gate.statistics()}; choose a milder strength, or look with preview"
+                    f"verdicts: {self.gate.statistics()}; look with preview at what the strengths and recipes give"
                 )
         self.reservoir.end_prefill()
         if progress is not None and total:

@@ -116,3 +116,20 @@ def test_state_goes_through_a_checkpoint(tmp_path):
 
 def test_the_loop_is_open_unless_it_is_asked_for():
     assert config.Config().controller.enabled is False
+
+
+@pytest.mark.parametrize("recipe, base, likeness", [("positive", 0.16, 0.1), ("strength", 0.75, 2.0)])
+def test_an_offset_goes_no_further_than_its_strength_and_turns_back_at_once(recipe, base, likeness):
+    controller = Controller(CFG, 1, {recipe: (base,)})
+
+    def push(value):
+        for _ in range(20):
+            show(controller, value, is_ood=recipe != "positive", recipe=recipe)
+        controller.update(10)
+        return controller.strength(recipe, 0, base)
+
+    for _ in range(12):
+        end = push(likeness)
+    assert end == pytest.approx(0.0 if likeness < 1 else 1.0)
+    back = push(2.0 if likeness < 1 else -1.0)
+    assert abs(back - end) == pytest.approx(CFG.gain)

@@ -35,11 +35,12 @@ def image(seed: int) -> torch.Tensor:
     return torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(100 + seed)) * 2 - 1
 
 
-def axes(classes: int, thresholds: list[float], typical: float = 1.0) -> ClassStatistics:
+def axes(
+    classes: int, thresholds: list[float], typical: float = 1.0, ood: list[float] | None = None
+) -> ClassStatistics:
     """Class means at the first axes of three dimensions, the center at the origin."""
-    return ClassStatistics(
-        torch.zeros(3), torch.eye(3)[:classes], torch.tensor(thresholds), torch.full((classes,), typical)
-    )
+    ends = torch.tensor([thresholds, ood or thresholds])
+    return ClassStatistics(torch.zeros(3), torch.eye(3)[:classes], *ends, torch.full((classes,), typical))
 
 
 class Loop:
@@ -73,7 +74,7 @@ class Loop:
 def test_class_statistics_by_hand():
     features = torch.randn(11, 5, generator=torch.Generator().manual_seed(2))
     labels = [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2]
-    known = class_statistics(features, labels, 3, 0.25)
+    known = class_statistics(features, labels, 3, 0.25, 0.75)
     unit = [f / f.norm() for f in features]
     center = sum(unit) / 11
     z = [(f - center) / (f - center).norm() for f in unit]
@@ -87,11 +88,12 @@ def test_class_statistics_by_hand():
             rest = sum(z[j] for j in members if j != i)
             similarities.append(z[i] @ rest / rest.norm())
         torch.testing.assert_close(known.thresholds_C[label], torch.stack(similarities).quantile(0.25))
+        torch.testing.assert_close(known.ood_thresholds_C[label], torch.stack(similarities).quantile(0.75))
         torch.testing.assert_close(known.typical_C[label], torch.stack(similarities).mean())
     torch.testing.assert_close(known.means_CE[2], z[10])
     assert known.thresholds_C[2] == known.thresholds_C[:2].median()
     assert known.typical_C[2] == known.typical_C[:2].median()
-    alone = class_statistics(features[:1], [0], 1, 0.05)
+    alone = class_statistics(features[:1], [0], 1, 0.05, 0.5)
     assert alone.thresholds_C.tolist() == alone.typical_C.tolist() == [1.0]
 
 
@@ -103,7 +105,7 @@ def test_features_that_are_never_negative_still_tell_classes_apart():
     labels = [row // 8 for row in range(32)]
     raw = torch.nn.functional.normalize(features, dim=1)
     assert (raw @ raw.T).min() > 0.97
-    known = class_statistics(features, labels, 4, 0.05)
+    known = class_statistics(features, labels, 4, 0.05, 0.5)
     everyone = torch.arange(32) < 0
     codes, likeness, nearest = judge(features, torch.tensor(labels), everyone, known, -0.2)
     assert nearest.all() and (codes == 0).float().mean() > 0.9
@@ -141,6 +143,9 @@ def test_verdicts_by_hand():
     codes, likeness, nearest = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), known, -0.2)
     assert [REASONS[code] for code in codes] == list(expected)
     assert likeness[0] == pytest.approx(1 / 1.01**0.5 / 0.5) and nearest.tolist()[:3] == [True, False, True]
+    looser = axes(2, [0.2, 0.2], ood=[0.9, 0.95])
+    codes = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), looser, -0.2)[0]
+    assert [REASONS[code] for code in codes[3:6]] == ["accepted", "accepted", "too_close"], "a quantile of their own"
     unlearned = axes(2, [0.9, 0.8], typical=-0.01)
     likeness = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), unlearned, -0.2)[1]
     assert likeness[0] == pytest.approx(1 / 1.01**0.5 / LEAST_TYPICAL), "no division by what has not been learned"
@@ -205,7 +210,42 @@ def test_alarms_stand_at_both_ends():
     assert not loop.gate.alarms()
     loop.gate.settle(everything=True)
     low, high = loop.gate.alarms()
-    assert "0% of positives" in low and "100% of near-OOD" in high
+    assert "0% of positives" in low and "milder strength" in low
+    assert "100% of near-OOD" in high and "lower gate.near_ood_quantile" in high
+
+
+def test_negatives_that_come_too_close_ring_with_the_way_out():
+    loop = Loop(enabled=True, retries=0)
+    loop.know()
+    for _ in range(ALARM_WINDOW):
+        loop.finish(([1.0, 0.1, 0.0], request(0, True)))
+    loop.gate.settle(everything=True)
+    (alarm,) = loop.gate.alarms()
+    assert "0% of near-OOD" in alarm and "a higher near_ood.strength or gate.near_ood_quantile" in alarm
+
+
+def test_verdicts_that_do_not_count_are_still_told():
+    """Under a controller alone every image passes; what the learner makes of it is what the rate says."""
+    loop = Loop(enabled=False, retries=0)
+    loop.know()
+    for _ in range(ALARM_WINDOW):
+        loop.finish(([1.0, 0.1, 0.0], request(0, True)))
+    loop.gate.settle(everything=True)
+    assert len(loop.accepted) == ALARM_WINDOW and loop.gate.statistics()["gate.near_ood.passed"] == 0.0
+    assert "would pass 0% of near-OOD" in loop.gate.alarms()[0]
+
+
+def test_a_gate_without_a_learner_rings_for_broken_images_only():
+    loop = Loop(enabled=False, retries=0)
+    loop.gate.embed = None
+    for _ in range(ALARM_WINDOW):
+        loop.finish(([0, 1, 0], request(0)))
+    loop.gate.settle(everything=True)
+    assert loop.gate.statistics()["gate.positive.passed"] == 1.0 and not loop.gate.alarms()
+    for _ in range(ALARM_WINDOW):
+        loop.gate.finish(torch.full((1, 3, 8, 8), float("nan")), [request(1)])
+    loop.gate.settle(everything=True)
+    assert "passes 0% of positives" in loop.gate.alarms()[0]
 
 
 def test_images_that_no_learner_judged_are_counted_apart_and_ring_no_alarm():
