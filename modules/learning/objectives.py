@@ -73,8 +73,8 @@ class Contrastive:
     ) -> tuple[torch.Tensor, Logs]:
         """(loss, figures) of unit embeddings, all scalars on the device; without `log` the figures are the loss alone.
 
-        Figures: loss, reference_level (the contrastive loss if all embeddings coincided: chance), prototype_push
-        where it is on, and those of `describe_embeddings`.
+        Figures: loss, reference_level (the loss if all embeddings coincided: chance), prototype_push where it is on, and
+        those of `describe_embeddings`.
         """
         if not self.by_class:
             labels_B = torch.arange(len(labels_B), device=labels_B.device)
@@ -83,7 +83,10 @@ class Contrastive:
         logs = {}
         if log:
             with torch.no_grad():
-                logs["reference_level"] = self._contrast(torch.ones_like(z_RE[:, :1]), labels_R, is_ood_R)
+                same_R1 = torch.ones_like(z_RE[:, :1])
+                logs["reference_level"] = self._contrast(same_R1, labels_R, is_ood_R)
+                if self.ood_variant == "prototype_push":  # 1 / temperature + log C, or 0
+                    logs["reference_level"] += prototype_push(same_R1, labels_R, is_ood_R, self.temperature)
             logs |= describe_embeddings(
                 z_RE,
                 labels_R,

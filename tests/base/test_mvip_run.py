@@ -55,6 +55,9 @@ def test_a_run_on_an_mvip_tree_from_masks_to_far_ood(tmp_path):
     assert {f"test.{role}.knn.auroc_low" for role in ("near_ood", "far_ood")} <= results.keys()
     recipes = {row["recipe"] for row in json.loads((run / "gate.json").read_text())}
     assert recipes == {"positive", "mask_split", "foreign"}
+    table = [row for row in json.loads((run / "recipes.json").read_text()) if row["class"] == "all"]
+    assert {row["recipe"] for row in table} == recipes
+    assert all(isinstance(row["agreement"], float) and row["distance_share"] > 0 for row in table)
     tokens = {row["class"]: row["initializer"] for row in json.loads((run / "tokens/report.json").read_text())}
     assert tokens == {"Bolt": "bolt", "Gear": "gear", "Nut": "nut"}
     provenance = (run / "report.html").read_text()

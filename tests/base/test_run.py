@@ -197,8 +197,14 @@ def test_every_recipe_has_examples_figures_and_counted_verdicts(arm):
     if arm == "everything":
         judged = {"other_class", "unlike_class", "too_close", "too_far"}
         assert judged & {reason for row in verdicts for reason in row if row[reason]}, "the learner judged"
-    suitable = {row["recipe"] for row in json.loads((run.path / "recipes.json").read_text())}
+    table = [row for row in json.loads((run.path / "recipes.json").read_text()) if row["class"] == "all"]
+    suitable = {row["recipe"] for row in table}
     assert suitable == recipes
+    for row in table:
+        figures = {name: row[name] for name in ("agreement", "real_agreement", "diversity_share", "distance_share")}
+        if row["images"] < 2 * len(COLORS):  # diversity is among images of a class, and needs two of one
+            figures.pop("diversity_share")
+        assert all(isinstance(figure, float) and figure >= 0 for figure in figures.values()), row
     html = (run.path / "report.html").read_text()
     section = html.split('id="recipes"')[1].split("</section>")[0]
     for recipe in suitable:

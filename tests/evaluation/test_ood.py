@@ -101,6 +101,17 @@ def test_mahalanobis_orders_as_pytorch_ood_where_images_abound():
         assert float(order[0, 1]) > 0.98, name
 
 
+def test_cosine_and_binary_by_hand(fitted):
+    given, states, queries, _, scores = fitted
+    train, unit = given["train"], normalize(queries.double(), dim=1)
+    means = [normalize(train.features_DF[train.labels_D == c].double(), dim=1).mean(0) for c in range(4)]
+    expected = torch.stack([unit @ (mean / mean.norm()) for mean in means]).max(0).values
+    torch.testing.assert_close(scores["cosine"], expected)
+    weight, bias = states["binary"]["weight_F2"], states["binary"]["bias_2"]
+    probability = torch.softmax(queries.double() @ weight + bias, 1)
+    torch.testing.assert_close(scores["binary"], (probability[:, 1] / probability[:, 0]).log())
+
+
 def test_mahalanobis_stays_above_chance_with_few_images_in_many_dimensions():
     options = {"width": 256, "spread": 1.0}
     train, test = clusters("few", range(8), 4, **options), clusters("test", range(8), 20, **options)

@@ -143,9 +143,14 @@ def test_prototype_push_is_added_and_is_nothing_without_ood_rows():
 
 @pytest.mark.parametrize("method", ["supcon", "simclr"])
 @pytest.mark.parametrize("variant", ["none", "ood_instance", "prototype_push"])
-def test_reference_level_is_the_contrastive_loss_of_coinciding_embeddings(method, variant):
+def test_reference_level_is_the_loss_of_coinciding_embeddings(method, variant):
     learning = dataclasses.replace(BASE, method=method, ood_variant=variant, ood_weight=0.7)
     _, logs = build_objective(learning)(embeddings(), LABELS_B, IS_OOD_B)
+    same = F.normalize(torch.ones_like(embeddings()), dim=1)
+    loss, _ = build_objective(learning)(same, LABELS_B, IS_OOD_B)
+    assert logs["reference_level"].item() == pytest.approx(loss.item(), rel=1e-5)
+    if variant == "prototype_push":
+        return
     # 8 ID rows and 4 OOD rows: |I| - 1 + lambda |O|; an OOD anchor sees 8 ID rows, its other view and 2 others
     terms = [math.log(7 + 0.7 * 4)] * 8 + ([math.log(8 + 1 + 0.7 * 2)] * 4 if variant == "ood_instance" else [])
     assert logs["reference_level"].item() == pytest.approx(sum(terms) / len(terms), rel=1e-6)
