@@ -14,7 +14,7 @@ import yaml
 
 from modules.config import Config
 from modules.errors import ConfigError
-from modules.rules import check_rules
+from modules.rules import CHOICES, check_rules
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -111,6 +111,8 @@ def _put(schema: type, values: dict, origins: dict, name: str, value, origin: st
         known = [f"{section_name}.{k}" for k in fields]
         hint = _full_names(key, schema) or _did_you_mean(name, known) or _did_you_mean(key, _all_keys(schema))
         raise ConfigError(f"{origin}: unknown setting `{name}`{hint}")
+    if isinstance(value, bool) and "on" in CHOICES.get(name, ()):  # YAML reads on and off as a truth value
+        value = "on" if value else "off"
     values.setdefault(section_name, {})[key] = _coerce(value, fields[key].type, name, origin)
     origins[name] = origin
 

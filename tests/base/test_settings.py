@@ -37,6 +37,14 @@ def test_command_line_beats_file_beats_default(file):
     assert config.run.name == "mine"
 
 
+@pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto")])
+def test_on_and_off_need_no_quotes(tmp_path, written, meant):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"pipeline: {{compile: {written}}}\n")
+    assert load_config(path)[0].pipeline.compile == meant
+    assert load_config(path, [f"pipeline.compile={written}"])[0].pipeline.compile == meant
+
+
 def test_resolved_yaml_reads_back_as_the_same_config(file):
     config, origins = load_config(file, ["generation.strengths={0.25: 1, 0.5: 2}", "data.near_ood_classes=[a, b]"])
     again = yaml.safe_load(to_yaml(config, origins))
