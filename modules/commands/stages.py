@@ -316,7 +316,24 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
         ("positives", _shares(generation.strengths, "strength "), "shares of the positives"),
         ("near-OOD", _shares(config.near_ood.recipes),
          f"{100 * generation.near_ood_fraction:.0f} % of generated images, strength {config.near_ood.strength:g}"),
+        *_noise_rows(job),
     ]  # fmt: skip
+
+
+def _noise_rows(job: Job) -> list[tuple[str, str, str]]:
+    """What near_ood.noise means in numbers, where a recipe uses it: literature gives sigma, not a share of the length."""
+    near_ood = job.config.near_ood
+    if job.tokens is None or not near_ood.recipes.get("token_noise", 0) > 0:
+        return []
+    vectors_CKE = job.tokens.vectors_CKE
+    sigma = near_ood.noise * vectors_CKE.norm(dim=-1).mean().item() / vectors_CKE.shape[-1] ** 0.5
+    return [
+        (
+            "token noise",
+            f"sigma {sigma:.3g}",
+            f"of each number of a vector; near_ood.noise is {near_ood.noise:g} of its length",
+        )
+    ]
 
 
 def _shares(weights: dict, prefix: str = "") -> str:

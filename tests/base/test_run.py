@@ -194,6 +194,8 @@ def test_every_recipe_has_examples_figures_and_counted_verdicts(arm):
     if arm == "supcon":  # images without diffusion are judged too, but not counted among the finished
         unsettled = run.results["generation.images_finished"] - sum(row["images"] for row in whole.values())
         assert 0 <= unsettled <= run.config.generation.decode_batch + run.config.generation.slots
+    if arm == "outliers":
+        assert "of each number of a vector; near_ood.noise is 1 of its length" in (run.path / "report.html").read_text()
     if arm == "everything":
         judged = {"other_class", "unlike_class", "too_close", "too_far"}
         assert judged & {reason for row in verdicts for reason in row if row[reason]}, "the learner judged"
