@@ -114,11 +114,6 @@ def jit(function):
     return function if triton is None else triton.jit(function)
 
 
-def on_device_of(tensor: torch.Tensor):
-    """A context in which Triton launches on the GPU that holds `tensor`, whichever is current; nothing on a CPU."""
-    return torch.cuda.device_of(tensor)
-
-
 def next_power_of_2(n: int) -> int:
     """The smallest power of two >= n, as Triton's block shapes must be."""
     return 1 << max(n - 1, 0).bit_length()

@@ -80,8 +80,7 @@ def _forward(x_N2D: torch.Tensor) -> torch.Tensor:
     D = x_N2D.shape[-1] // 2
     y_ND = torch.empty(*x_N2D.shape[:-1], D, dtype=x_N2D.dtype, device=x_N2D.device)
     N, tile = y_ND.numel() // D, _tile(D)
-    with backend.on_device_of(x_N2D):
-        _forward_kernel[_grid(N, D, tile)](x_N2D, y_ND, N, D, **tile)
+    _forward_kernel[_grid(N, D, tile)](x_N2D, y_ND, N, D, **tile)
     return y_ND
 
 
@@ -99,8 +98,7 @@ class _GEGLU(torch.autograd.Function):
         dx_N2D, dy_ND = torch.empty_like(x_N2D), dy_ND.contiguous()
         D = dy_ND.shape[-1]
         N, tile = dy_ND.numel() // D, _tile(D)
-        with backend.on_device_of(x_N2D):
-            _backward_kernel[_grid(N, D, tile)](x_N2D, dy_ND, dx_N2D, N, D, **tile)
+        _backward_kernel[_grid(N, D, tile)](x_N2D, dy_ND, dx_N2D, N, D, **tile)
         return dx_N2D
 
 

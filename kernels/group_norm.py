@@ -116,14 +116,12 @@ def group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch
     """The normalization of `group_norm_silu` by the kernels."""
     weight_C, bias_C = weight_C.contiguous(), bias_C.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_NCHW, weight_C, bias_C)):
-        y_NPC = _GroupNormSiLU.apply(x_NCHW, groups, weight_C, bias_C, eps, silu)
-    else:
-        y_NPC = _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)[0]
-    return _from_pixels(y_NPC, x_NCHW.shape)  # outside the Function: what is a view inside may not be changed in place
+        return _GroupNormSiLU.apply(x_NCHW, groups, weight_C, bias_C, eps, silu)
+    return _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)[0]
 
 
 def _forward(x_NCHW, groups, weight_C, bias_C, eps, silu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y_NPC, and what the backward pass reads: x_NPC and the mean and 1/sd of every group."""
+    """y_NCHW, and what the backward pass reads: x_NPC and the mean and 1/sd of every group."""
     x_NPC = _to_pixels(x_NCHW)
     N, P, C = x_NPC.shape
     K, size = _chunks(P)
@@ -133,42 +131,39 @@ def _forward(x_NCHW, groups, weight_C, bias_C, eps, silu) -> tuple[torch.Tensor,
     y_NPC = torch.empty_like(x_NPC)
     blocks, width = _blocks(C), C // groups
     grid = (-(-C // blocks["BLOCK_C"]), K, N)
+    _statistics_kernel[grid](x_NPC, *partial_2NKC, P, C, K, size, **blocks)
     tile = {"BLOCK_C": backend.next_power_of_2(width), "BLOCK_K": backend.next_power_of_2(K)}
     sums = (*partial_2NKC, weight_C, bias_C, *statistics_2NG, *affine_2NC)
-    with backend.on_device_of(x_NPC):
-        _statistics_kernel[grid](x_NPC, *partial_2NKC, P, C, K, size, **blocks)
-        _affine_kernel[(groups, N)](*sums, P, C, K, size, eps, width, groups, **tile)
-        _normalize_kernel[grid](x_NPC, *affine_2NC, y_NPC, P, C, size, SILU=silu, **blocks)
-    return y_NPC, x_NPC, statistics_2NG
+    _affine_kernel[(groups, N)](*sums, P, C, K, size, eps, width, groups, **tile)
+    _normalize_kernel[grid](x_NPC, *affine_2NC, y_NPC, P, C, size, SILU=silu, **blocks)
+    return _from_pixels(y_NPC, x_NCHW.shape), x_NPC, statistics_2NG
 
 
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NCHW, groups, weight_C, bias_C, eps, silu):
-        y_NPC, x_NPC, statistics_2NG = _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)
+        y_NCHW, x_NPC, statistics_2NG = _forward(x_NCHW, groups, weight_C, bias_C, eps, silu)
         ctx.save_for_backward(x_NPC, weight_C, bias_C, statistics_2NG)
         ctx.silu, ctx.shape = silu, x_NCHW.shape
-        return y_NPC
+        return y_NCHW
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy_NPC):
+    def backward(ctx, dy_NCHW):
         x_NPC, weight_C, bias_C, (mean_NG, rstd_NG) = ctx.saved_tensors
         N, P, C = x_NPC.shape
         (K, size), G, blocks = _chunks(P), mean_NG.shape[1], _blocks(C)
-        dy_NPC = dy_NPC.contiguous()
+        dy_NPC = _to_pixels(dy_NCHW)
         mean_NC, rstd_NC = (t.repeat_interleave(C // G, dim=1) for t in (mean_NG, rstd_NG))
         partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
         grid = (-(-C // blocks["BLOCK_C"]), K, N)
         shared = (x_NPC, dy_NPC, weight_C, bias_C, mean_NC, rstd_NC)
-        with backend.on_device_of(x_NPC):
-            _backward_sums_kernel[grid](*shared, *partial_2NKC, P, C, K, size, SILU=ctx.silu, **blocks)
+        _backward_sums_kernel[grid](*shared, *partial_2NKC, P, C, K, size, SILU=ctx.silu, **blocks)
         sum_2NC = partial_2NKC.sum(2)  # of g and of g x^
         group_2NG = (sum_2NC * weight_C.float()).unflatten(2, (G, C // G)).sum(3) / (P * C // G)
         group_2NC = group_2NG.repeat_interleave(C // G, dim=2)
         dx_NPC = torch.empty_like(x_NPC)
-        with backend.on_device_of(x_NPC):
-            _backward_kernel[grid](*shared, *group_2NC, dx_NPC, P, C, size, SILU=ctx.silu, **blocks)
+        _backward_kernel[grid](*shared, *group_2NC, dx_NPC, P, C, size, SILU=ctx.silu, **blocks)
         dbias_C, dweight_C = sum_2NC.sum(1)
         return (
             _from_pixels(dx_NPC, ctx.shape), None, dweight_C.to(weight_C.dtype), dbias_C.to(bias_C.dtype), None, None,

@@ -100,31 +100,30 @@ def guided_step_triton(
     latent = z_Schw[0].numel()
     block = 64 if backend.interpreted() else 1024
     absent = z_Schw
-    with backend.on_device_of(z_Schw):
-        _guided_step_kernel[(-(-latent // block), S)](
-            conditional_Schw,
-            absent if unconditional_Uchw is None else unconditional_Uchw,
-            z_Schw,
-            x0_prev_Schw,
-            table_K8,
-            row_S,
-            guidance_S,
-            row_S if unconditional_row_S is None else unconditional_row_S,
-            absent if noise_SNchw is None else noise_SNchw,
-            row_S if noise_step_S is None else noise_step_S,
-            *(absent if part is None else part for part in (mask_S1hw, source_Schw, eps_Schw)),
-            latent,
-            z_Schw[0, 0].numel(),
-            *_strides(conditional_Schw),
-            *_strides(absent if unconditional_Uchw is None else unconditional_Uchw),
-            0 if noise_SNchw is None else noise_SNchw.shape[1],
-            GUIDED=unconditional_Uchw is not None,
-            MAPPED=unconditional_row_S is not None,
-            EPSILON=prediction_type == "epsilon",
-            NOISE=noise_SNchw is not None,
-            MASK=mask_S1hw is not None,
-            BLOCK=block,
-        )
+    _guided_step_kernel[(-(-latent // block), S)](
+        conditional_Schw,
+        absent if unconditional_Uchw is None else unconditional_Uchw,
+        z_Schw,
+        x0_prev_Schw,
+        table_K8,
+        row_S,
+        guidance_S,
+        row_S if unconditional_row_S is None else unconditional_row_S,
+        absent if noise_SNchw is None else noise_SNchw,
+        row_S if noise_step_S is None else noise_step_S,
+        *(absent if part is None else part for part in (mask_S1hw, source_Schw, eps_Schw)),
+        latent,
+        z_Schw[0, 0].numel(),
+        *_strides(conditional_Schw),
+        *_strides(absent if unconditional_Uchw is None else unconditional_Uchw),
+        0 if noise_SNchw is None else noise_SNchw.shape[1],
+        GUIDED=unconditional_Uchw is not None,
+        MAPPED=unconditional_row_S is not None,
+        EPSILON=prediction_type == "epsilon",
+        NOISE=noise_SNchw is not None,
+        MASK=mask_S1hw is not None,
+        BLOCK=block,
+    )
 
 
 @jit

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kernels import backend
 from kernels.backend import jit, tl
-from kernels.checks import check_tensor
+from kernels.checks import check_number, check_tensor
 from kernels.resample import full_matrix
 
 
@@ -24,10 +24,7 @@ def pixels(decoded_N3HW: torch.Tensor, size: int, *, implementation: str = "auto
     check_tensor(
         "decoded_N3HW", decoded_N3HW, shape=(None, 3, None, None), dtypes=(torch.float32, torch.float16, torch.bfloat16)
     )
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size is {size!r}; expected a whole number of pixels >= 1")
-    if decoded_N3HW.numel() == 0 and len(decoded_N3HW):
-        raise ValueError(f"decoded_N3HW is {list(decoded_N3HW.shape)}; expected images of at least one pixel")
+    check_number("size", size, 1)
     if backend.choose("pixels", implementation, decoded_N3HW.device).name == "triton":
         return pixels_triton(decoded_N3HW, size)
     return pixels_reference(decoded_N3HW, size)
@@ -47,22 +44,21 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
     out_Nhw3 = torch.empty(N, size, size, 3, dtype=torch.uint8, device=decoded_N3HW.device)
     block = 16
     grid = (-(-size // block), -(-size // block), N * 3)
-    with backend.on_device_of(decoded_N3HW):
-        _pixels_kernel[grid](
-            decoded_N3HW,
-            full_matrix(H, size, decoded_N3HW.device),
-            full_matrix(W, size, decoded_N3HW.device),
-            out_Nhw3,
-            H,
-            W,
-            size,
-            H / size,
-            W / size,
-            *decoded_N3HW.stride(),
-            TAPS=int(2 * max(H / size, 1)) + 3,
-            BLOCK=block,
-            BLOCK_W=16 if backend.interpreted() else 64,
-        )
+    _pixels_kernel[grid](
+        decoded_N3HW,
+        full_matrix(H, size, decoded_N3HW.device),
+        full_matrix(W, size, decoded_N3HW.device),
+        out_Nhw3,
+        H,
+        W,
+        size,
+        H / size,
+        W / size,
+        *decoded_N3HW.stride(),
+        TAPS=int(2 * max(H / size, 1)) + 3,
+        BLOCK=block,
+        BLOCK_W=16 if backend.interpreted() else 64,
+    )
     return out_Nhw3
 
 

@@ -196,24 +196,23 @@ def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tenso
     B, H, W, _ = images_BHWC.shape
     R = len(tables[0])
     out_RHWC = torch.empty(R, *size, 3, dtype=out_dtype, device=images_BHWC.device)
-    with backend.on_device_of(out_RHWC):
-        _views_kernel[(R,)](
-            images_BHWC,
-            *tables,
-            out_RHWC,
-            B,
-            R // B,
-            H,
-            W,
-            *size,
-            *mean,
-            *(1 / s for s in std),
-            TAPS=math.ceil(2 * max(H / size[0], W / size[1], 1)),
-            BLOCK=32
-            if backend.interpreted()
-            else 512,  # two pixels a thread: 72 registers on sm_90, 24 warps a multiprocessor
-            num_warps=8,
-        )
+    _views_kernel[(R,)](
+        images_BHWC,
+        *tables,
+        out_RHWC,
+        B,
+        R // B,
+        H,
+        W,
+        *size,
+        *mean,
+        *(1 / s for s in std),
+        TAPS=math.ceil(2 * max(H / size[0], W / size[1], 1)),
+        BLOCK=32
+        if backend.interpreted()
+        else 512,  # two pixels a thread: 72 registers on sm_90, 24 warps a multiprocessor
+        num_warps=8,
+    )
     return out_RHWC.permute(0, 3, 1, 2)
 
 

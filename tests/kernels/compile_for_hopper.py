@@ -57,7 +57,6 @@ ALIGNED = INTEGERS - {
 }  # multiples of 16 in real shapes
 
 SUPCON = {"COLUMNS": 1, "OOD_ANCHORS": False, "BLOCK_E": 128}
-WIDE = SUPCON | {"BLOCK_E": 256}
 SHRINK = {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64}
 STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 1024}
 GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
@@ -65,8 +64,6 @@ TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
 CASES = (
     (supcon._forward_kernel, SUPCON | {"HARD": True, "BLOCK_I": 64, "BLOCK_J": 32}, {"num_warps": 8, "num_stages": 2}),
     (supcon._backward_kernel, SUPCON | {"BLOCK_I": 32, "BLOCK_J": 64}, {"num_warps": 8, "num_stages": 1}),
-    (supcon._forward_kernel, WIDE | {"HARD": True, "BLOCK_I": 16, "BLOCK_J": 32}, {"num_warps": 8, "num_stages": 2}),
-    (supcon._backward_kernel, WIDE | {"BLOCK_I": 16, "BLOCK_J": 16}, {"num_warps": 8, "num_stages": 2}),
     (group_norm._statistics_kernel, TILE, {}),
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 1, "K": 1}, {}),  # one chunk: an extent of 1 is a constant
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 256}, {}),
@@ -108,8 +105,5 @@ def resources(compiled) -> tuple[int, int]:
 
 if __name__ == "__main__":
     for kernel, constants, options in CASES:
-        compiled = compile_for_hopper(kernel, constants, options)
-        registers, stack = resources(compiled)
-        wide = " wide" if constants.get("BLOCK_E") == 256 else ""
-        shared = compiled.metadata.shared
-        print(f"{kernel.__module__}.{kernel.__name__}{wide} registers {registers} spilled {stack} shared {shared}")
+        registers, stack = resources(compile_for_hopper(kernel, constants, options))
+        print(f"{kernel.__module__}.{kernel.__name__} registers {registers} spilled {stack}")
