@@ -8,7 +8,7 @@ U unconditional rows, K table rows, N steps with noise, c h w latent.
 import torch
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_choice, check_tensor
 
 COLUMNS = 8  # of the table: alpha, sigma, a, b, c, d, alpha_next, sigma_next
@@ -100,7 +100,9 @@ def guided_step_triton(
     latent = z_Schw[0].numel()
     block = 64 if backend.interpreted() else 1024
     absent = z_Schw
-    _guided_step_kernel[(-(-latent // block), S)](
+    launch(
+        _guided_step_kernel,
+        (-(-latent // block), S),
         conditional_Schw,
         absent if unconditional_Uchw is None else unconditional_Uchw,
         z_Schw,

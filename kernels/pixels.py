@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_number, check_tensor
 from kernels.resample import full_matrix
 
@@ -44,7 +44,9 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
     out_Nhw3 = torch.empty(N, size, size, 3, dtype=torch.uint8, device=decoded_N3HW.device)
     block = 16
     grid = (-(-size // block), -(-size // block), N * 3)
-    _pixels_kernel[grid](
+    launch(
+        _pixels_kernel,
+        grid,
         decoded_N3HW,
         full_matrix(H, size, decoded_N3HW.device),
         full_matrix(W, size, decoded_N3HW.device),

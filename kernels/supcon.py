@@ -9,7 +9,7 @@ import math
 import torch
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_choice, check_number, check_tensor
 
 OOD_COLUMNS = ("none", "global", "own_class", "foreign_class")
@@ -186,7 +186,8 @@ class _SupCon(torch.autograd.Function):
         )
         blocks = _blocks(64, 32, num_stages=2)
         grid = (-(-R // blocks["BLOCK_I"]),)
-        _forward_kernel[grid](z_RE, key_R, loss_R, lse_R, shift_R, count_R, HARD=hardness > 0, **ctx.settings, **blocks)
+        rows = (z_RE, key_R, loss_R, lse_R, shift_R, count_R)
+        launch(_forward_kernel, grid, *rows, HARD=hardness > 0, **ctx.settings, **blocks)
         anchors = (count_R > 0).sum().clamp(min=1)
         ctx.save_for_backward(z_RE, key_R, lse_R, shift_R, count_R, anchors)
         return loss_R.sum() / anchors
@@ -199,7 +200,8 @@ class _SupCon(torch.autograd.Function):
         scale = (grad * ctx.settings["inverse_temperature"] / anchors).float()  # stays on the device
         blocks = _blocks(32, 64, num_stages=1)
         grid = (-(-z_RE.shape[0] // blocks["BLOCK_I"]),)
-        _backward_kernel[grid](z_RE, key_R, lse_R, shift_R, count_R, scale, dz_RE, **ctx.settings, **blocks)
+        rows = (z_RE, key_R, lse_R, shift_R, count_R, scale, dz_RE)
+        launch(_backward_kernel, grid, *rows, **ctx.settings, **blocks)
         return dz_RE.to(z_RE.dtype), None, None, None, None, None, None, None
 
 
@@ -232,7 +234,7 @@ def _columns(key_i, key_j, i, j, R, images, COLUMNS: tl.constexpr, OOD_ANCHORS: 
     return positive, candidate & is_id_j, ood_negative
 
 
-@jit
+@jit(unspecialized=("R", "images"))  # both change with the batch
 def _forward_kernel(
     z_ptr, key_ptr, loss_ptr, lse_ptr, shift_ptr, count_ptr,
     R, E, images, inverse_temperature, ood_weight, hardness,
@@ -298,7 +300,7 @@ def _share(s, positive, id_negative, ood_negative, lse, shift, count, ood_weight
     return tl.where(count > 0, g, 0.0)
 
 
-@jit
+@jit(unspecialized=("R", "images"))
 def _backward_kernel(
     z_ptr, key_ptr, lse_ptr, shift_ptr, count_ptr, scale_ptr, dz_ptr,
     R, E, images, inverse_temperature, ood_weight, hardness,
