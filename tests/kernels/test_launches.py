@@ -16,6 +16,7 @@ CHANGING = {  # integers that another batch changes, and extents that must stay 
     supcon._backward_kernel: (("R", "images"), "E"),
     geglu._forward_kernel: (("N",), "D"),
     geglu._backward_kernel: (("N",), "D"),
+    guided_step._guided_step_kernel: (("rows", "unconditional_rows"), "plane"),
 }
 
 

@@ -63,6 +63,21 @@ def test_a_guided_step_is_one_launch(device, monkeypatch):
     assert len(launches) == 1
 
 
+@pytest.mark.parametrize("wrong", ["row", "unconditional_row", "noise_step"])
+def test_a_row_that_does_not_exist_is_not_read_but_makes_nan_of_its_slot(wrong, device, monkeypatch):
+    """A GPU is not waited for to look at the rows; what the kernel would find beyond a table is not a latent."""
+    monkeypatch.setattr(guided_step_module, "_check_rows", lambda *_: None)
+    c, u, z, x0 = torch.randn(4, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    at = {name: torch.tensor([0, 1], device=device) for name in ("row", "unconditional_row", "noise_step")}
+    at[wrong][1] = 10**9
+    guided_step(
+        c, u, z, x0, torch.rand(2, 8, device=device) + 0.1, at["row"], torch.tensor([7.5, 7.5], device=device),
+        unconditional_row_S=at["unconditional_row"], noise_step_S=at["noise_step"],
+        noise_SNchw=torch.randn(2, 2, 4, 3, 3, device=device), implementation="triton",
+    )  # fmt: skip
+    assert z[0].isfinite().all() and z[1].isnan().all()
+
+
 def truth_of_a_step(conditional, unconditional, z, x0_prev, table, row, guidance, mask, source, eps):
     """One masked epsilon step in float64, slot by slot."""
     after, clean = torch.empty_like(z, dtype=torch.float64), torch.empty_like(z, dtype=torch.float64)
