@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import types
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ OPS = ("views", "supcon", "guided_step", "group_norm", "geglu", "pixels")
 JUDGED: dict[str, str] = {}
 
 _default = "auto"
+_launched = 0  # launches of kernels by this process, compiled graphs apart
 
 
 class Choice(NamedTuple):
@@ -109,9 +111,37 @@ def explain(device: torch.device | str, implementation: str = "auto") -> dict[st
     return {op: choose(op, implementation, device) for op in OPS}
 
 
-def jit(function):
-    """`triton.jit`, or `function` itself where there is no Triton."""
-    return function if triton is None else triton.jit(function)
+def jit(function=None, *, unspecialized: tuple[str, ...] = ()):
+    """`triton.jit`, or `function` itself where there is no Triton; as @jit or @jit(unspecialized=...).
+
+    unspecialized: integer arguments of which a new value never compiles the kernel anew. Triton compiles another one
+    where an integer becomes or ceases to be 1 or a multiple of 16, which for a size that changes within a run (rows of
+    a batch) falls into a step. Not for strides and widths: aligned, they make loads wide.
+    """
+    if function is None:
+        return lambda function: jit(function, unspecialized=unspecialized)
+    return function if triton is None else triton.jit(function, do_not_specialize=unspecialized)
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """`kernel[grid](*arguments, **constants)` on the device and the stream of the first argument, a tensor.
+
+    Triton launches on the current device; given tensors of another one it would follow foreign addresses.
+    """
+    global _launched
+    if torch.compiler.is_compiling():  # a compiled graph guards the device itself
+        kernel[grid](*arguments, **constants)
+        return
+    _launched += 1
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
+
+
+def launches_of(call: Callable[[], object]) -> int:
+    """How many kernels `call` launches by `launch`, its backward passes included."""
+    before = _launched
+    call()
+    return _launched - before
 
 
 def next_power_of_2(n: int) -> int:

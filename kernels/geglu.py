@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_tensor, describe
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -80,7 +80,7 @@ def _forward(x_N2D: torch.Tensor) -> torch.Tensor:
     D = x_N2D.shape[-1] // 2
     y_ND = torch.empty(*x_N2D.shape[:-1], D, dtype=x_N2D.dtype, device=x_N2D.device)
     N, tile = y_ND.numel() // D, _tile(D)
-    _forward_kernel[_grid(N, D, tile)](x_N2D, y_ND, N, D, **tile)
+    launch(_forward_kernel, _grid(N, D, tile), x_N2D, y_ND, N, D, **tile)
     return y_ND
 
 
@@ -98,7 +98,7 @@ class _GEGLU(torch.autograd.Function):
         dx_N2D, dy_ND = torch.empty_like(x_N2D), dy_ND.contiguous()
         D = dy_ND.shape[-1]
         N, tile = dy_ND.numel() // D, _tile(D)
-        _backward_kernel[_grid(N, D, tile)](x_N2D, dy_ND, dx_N2D, N, D, **tile)
+        launch(_backward_kernel, _grid(N, D, tile), x_N2D, dy_ND, dx_N2D, N, D, **tile)
         return dx_N2D
 
 
@@ -131,7 +131,7 @@ def _halves(x_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     return a, b, at, n * D + d, inside
 
 
-@jit
+@jit(unspecialized=("N",))  # rows change with the batch
 def _forward_kernel(x_ptr, y_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK_N rows by BLOCK_D columns of y."""
     a, b, _, at_y, inside = _halves(x_ptr, N, D, BLOCK_N, BLOCK_D)
@@ -139,7 +139,7 @@ def _forward_kernel(x_ptr, y_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.const
     tl.store(y_ptr + at_y, (a * (b * below)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(unspecialized=("N",))
 def _backward_kernel(x_ptr, dy_ptr, dx_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Both halves of dx of BLOCK_N rows by BLOCK_D columns of dy."""
     a, b, at, at_y, inside = _halves(x_ptr, N, D, BLOCK_N, BLOCK_D)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -128,15 +128,15 @@ def _forward(x_NCHW, groups, weight_C, bias_C, eps, silu) -> tuple[torch.Tensor,
     partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
     statistics_2NG = torch.empty(2, N, groups, dtype=torch.float32, device=x_NPC.device)
     affine_2NC = torch.empty(2, N, C, dtype=torch.float32, device=x_NPC.device)
-    y_NPC = torch.empty_like(x_NPC)
+    y_NCHW = _empty_pixels(x_NPC, x_NCHW.shape)
     blocks, width = _blocks(C), C // groups
     grid = (-(-C // blocks["BLOCK_C"]), K, N)
-    _statistics_kernel[grid](x_NPC, *partial_2NKC, P, C, K, size, **blocks)
+    launch(_statistics_kernel, grid, x_NPC, *partial_2NKC, P, C, K, size, **blocks)
     tile = {"BLOCK_C": backend.next_power_of_2(width), "BLOCK_K": backend.next_power_of_2(K)}
     sums = (*partial_2NKC, weight_C, bias_C, *statistics_2NG, *affine_2NC)
-    _affine_kernel[(groups, N)](*sums, P, C, K, size, eps, width, groups, **tile)
-    _normalize_kernel[grid](x_NPC, *affine_2NC, y_NPC, P, C, size, SILU=silu, **blocks)
-    return _from_pixels(y_NPC, x_NCHW.shape), x_NPC, statistics_2NG
+    launch(_affine_kernel, (groups, N), *sums, P, C, K, size, eps, width, groups, **tile)
+    launch(_normalize_kernel, grid, x_NPC, *affine_2NC, y_NCHW, P, C, size, SILU=silu, **blocks)
+    return y_NCHW, x_NPC, statistics_2NG
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -158,16 +158,14 @@ class _GroupNormSiLU(torch.autograd.Function):
         partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
         grid = (-(-C // blocks["BLOCK_C"]), K, N)
         shared = (x_NPC, dy_NPC, weight_C, bias_C, mean_NC, rstd_NC)
-        _backward_sums_kernel[grid](*shared, *partial_2NKC, P, C, K, size, SILU=ctx.silu, **blocks)
+        launch(_backward_sums_kernel, grid, *shared, *partial_2NKC, P, C, K, size, SILU=ctx.silu, **blocks)
         sum_2NC = partial_2NKC.sum(2)  # of g and of g x^
         group_2NG = (sum_2NC * weight_C.float()).unflatten(2, (G, C // G)).sum(3) / (P * C // G)
         group_2NC = group_2NG.repeat_interleave(C // G, dim=2)
-        dx_NPC = torch.empty_like(x_NPC)
-        _backward_kernel[grid](*shared, *group_2NC, dx_NPC, P, C, size, SILU=ctx.silu, **blocks)
+        dx_NCHW = _empty_pixels(x_NPC, ctx.shape)
+        launch(_backward_kernel, grid, *shared, *group_2NC, dx_NCHW, P, C, size, SILU=ctx.silu, **blocks)
         dbias_C, dweight_C = sum_2NC.sum(1)
-        return (
-            _from_pixels(dx_NPC, ctx.shape), None, dweight_C.to(weight_C.dtype), dbias_C.to(bias_C.dtype), None, None,
-        )  # fmt: skip
+        return dx_NCHW, None, dweight_C.to(weight_C.dtype), dbias_C.to(bias_C.dtype), None, None
 
 
 def _to_pixels(x_NCHW: torch.Tensor) -> torch.Tensor:
@@ -175,8 +173,17 @@ def _to_pixels(x_NCHW: torch.Tensor) -> torch.Tensor:
     return x_NCHW.flatten(2).transpose(1, 2).contiguous()
 
 
-def _from_pixels(x_NPC: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    return x_NPC.transpose(1, 2).unflatten(2, shape[2:])
+def _empty_pixels(x_NPC: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[N, C, ...] whose memory is that of a contiguous [N, P, C], with x's dtype.
+
+    Not a view of one: what a Function answers as a view of its own tensor may not be changed in place.
+    """
+    N, P, C = x_NPC.shape
+    strides, below = [], C
+    for extent in reversed(shape[2:]):
+        strides.insert(0, below)
+        below *= extent
+    return torch.empty_strided(shape, (P * C, 1, *strides), dtype=x_NPC.dtype, device=x_NPC.device)
 
 
 def _chunks(P: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ U unconditional rows, K table rows, N steps with noise, c h w latent.
 import torch
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_choice, check_tensor
 
 COLUMNS = 8  # of the table: alpha, sigma, a, b, c, d, alpha_next, sigma_next
@@ -46,7 +46,8 @@ def guided_step(
 
     Predictions: contiguous or channels_last; they, noise, mask, source and eps: fp32, fp16 or bf16; z, x0_prev, table_K8
     and guidance_S: fp32; row_S, unconditional_row_S, noise_step_S: int64. Arithmetic is fp32. Raises ValueError for a wrong shape,
-    dtype, device or layout, or parts of noise or mask that come without each other.
+    dtype, device or layout, parts of noise or mask that come without each other, and, on CPU tensors, a row or step
+    that does not exist; on a GPU the kernel makes NaN of that slot instead of waiting for the device.
     Source: DDIM 2010.02502 eq. 12; DPM-Solver++ 2211.01095; classifier-free guidance 2207.12598 eq. 6.
     """
     parts = dict(
@@ -59,6 +60,8 @@ def guided_step(
         eps_Schw=eps_Schw,
     )
     _check(conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, parts)
+    if z_Schw.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rows(table_K8, row_S, parts)
     run = guided_step_reference
     if backend.choose("guided_step", implementation, z_Schw.device).name == "triton":
         run = guided_step_triton
@@ -100,7 +103,9 @@ def guided_step_triton(
     latent = z_Schw[0].numel()
     block = 64 if backend.interpreted() else 1024
     absent = z_Schw
-    _guided_step_kernel[(-(-latent // block), S)](
+    launch(
+        _guided_step_kernel,
+        (-(-latent // block), S),
         conditional_Schw,
         absent if unconditional_Uchw is None else unconditional_Uchw,
         z_Schw,
@@ -116,6 +121,8 @@ def guided_step_triton(
         z_Schw[0, 0].numel(),
         *_strides(conditional_Schw),
         *_strides(absent if unconditional_Uchw is None else unconditional_Uchw),
+        len(table_K8),
+        S if unconditional_Uchw is None else len(unconditional_Uchw),
         0 if noise_SNchw is None else noise_SNchw.shape[1],
         GUIDED=unconditional_Uchw is not None,
         MAPPED=unconditional_row_S is not None,
@@ -126,30 +133,34 @@ def guided_step_triton(
     )
 
 
-@jit
+@jit(unspecialized=("rows", "unconditional_rows"))
 def _guided_step_kernel(
     conditional_ptr, unconditional_ptr, z_ptr, x0_prev_ptr, table_ptr, row_ptr, guidance_ptr, unconditional_row_ptr,
-    noise_ptr, noise_step_ptr, mask_ptr, source_ptr, eps_ptr, latent, plane, conditional_c, conditional_p, unconditional_c, unconditional_p, noise_steps,
+    noise_ptr, noise_step_ptr, mask_ptr, source_ptr, eps_ptr, latent, plane, conditional_c, conditional_p, unconditional_c, unconditional_p,
+    rows, unconditional_rows, noise_steps,
     GUIDED: tl.constexpr, MAPPED: tl.constexpr, EPSILON: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of one slot's latent."""
+    """BLOCK numbers of one slot's latent; a row or step that does not exist is never read, its numbers are NaN."""
     s = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < latent
     at, channel, place = s * latent + k, k // plane, k % plane
-    coefficient_ptr = table_ptr + tl.load(row_ptr + s) * 8
-    alpha, sigma = tl.load(coefficient_ptr), tl.load(coefficient_ptr + 1)
+    row = tl.load(row_ptr + s)
+    known = (row >= 0) & (row < rows)
+    coefficient_ptr = table_ptr + row * 8
+    alpha, sigma = _coefficient(coefficient_ptr, known), _coefficient(coefficient_ptr + 1, known)
     e_at = s * latent + channel * conditional_c + place * conditional_p
     e = tl.load(conditional_ptr + e_at, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
         w = tl.load(guidance_ptr + s)
-        source = s
+        own = s
         if MAPPED:
-            source = tl.load(unconditional_row_ptr + s)
-        if (w != 1.0) & (source >= 0):
-            u_at = source * latent + channel * unconditional_c + place * unconditional_p
-            u = tl.load(unconditional_ptr + u_at, mask=inside, other=0.0).to(tl.float32)
+            own = tl.load(unconditional_row_ptr + s)
+        if (w != 1.0) & (own >= 0):
+            u_at = own * latent + channel * unconditional_c + place * unconditional_p
+            there = inside & (own < unconditional_rows)
+            u = tl.load(unconditional_ptr + u_at, mask=there, other=float("nan")).to(tl.float32)
             e = u + w * (e - u)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     x0_prev = tl.load(x0_prev_ptr + at, mask=inside, other=0.0)
@@ -157,23 +168,46 @@ def _guided_step_kernel(
         x0 = (z - sigma * e) / alpha
     else:
         x0 = alpha * z - sigma * e
-    z = tl.load(coefficient_ptr + 2) * z + tl.load(coefficient_ptr + 3) * x0 + tl.load(coefficient_ptr + 4) * x0_prev
+    a, b = _coefficient(coefficient_ptr + 2, known), _coefficient(coefficient_ptr + 3, known)
+    z = a * z + b * x0 + _coefficient(coefficient_ptr + 4, known) * x0_prev
     if NOISE:
-        noise_at = (s * noise_steps + tl.load(noise_step_ptr + s)) * latent + k
-        z += tl.load(coefficient_ptr + 5) * tl.load(noise_ptr + noise_at, mask=inside, other=0.0).to(tl.float32)
+        step = tl.load(noise_step_ptr + s)
+        there = inside & (step >= 0) & (step < noise_steps)
+        noise = tl.load(noise_ptr + (s * noise_steps + step) * latent + k, mask=there, other=float("nan"))
+        z += _coefficient(coefficient_ptr + 5, known) * noise.to(tl.float32)
     if MASK:
         m = tl.load(mask_ptr + s * plane + place, mask=inside, other=1.0).to(tl.float32)
-        kept = tl.load(coefficient_ptr + 6) * tl.load(source_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        kept += tl.load(coefficient_ptr + 7) * tl.load(eps_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        source = tl.load(source_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        eps = tl.load(eps_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        kept = _coefficient(coefficient_ptr + 6, known) * source + _coefficient(coefficient_ptr + 7, known) * eps
         z = m * z + (1 - m) * kept
     tl.store(z_ptr + at, z, mask=inside)
     tl.store(x0_prev_ptr + at, x0, mask=inside)
+
+
+@jit
+def _coefficient(ptr, known):
+    return tl.load(ptr, mask=known, other=float("nan"))
 
 
 def _strides(x_Schw: torch.Tensor) -> tuple[int, int]:
     """Strides of a channel and of a place in the plane, which is 1 or, channels_last, the number of channels."""
     channels, plane = x_Schw.shape[1], x_Schw[0, 0].numel()
     return (plane, 1) if x_Schw.is_contiguous() else (1, channels)
+
+
+def _check_rows(table_K8, row_S, parts):
+    """Raise ValueError where a slot asks for a row or a step that does not exist."""
+    u, noise_SNchw = parts["unconditional_Uchw"], parts["noise_SNchw"]
+    asked = [("row_S", row_S, 0, len(table_K8), "table_K8")]
+    if parts["unconditional_row_S"] is not None:  # any negative number says that there is none
+        asked.append(("unconditional_row_S", parts["unconditional_row_S"], None, len(u), "unconditional_Uchw"))
+    if noise_SNchw is not None:
+        asked.append(("noise_step_S", parts["noise_step_S"], 0, noise_SNchw.shape[1], "noise_SNchw"))
+    for name, at_S, low, high, of in asked:
+        for s, at in enumerate(at_S.tolist()):
+            if at >= high or (low is not None and at < low):
+                raise ValueError(f"{name} is {at} in slot {s}; {of} has {high}")
 
 
 def _check(conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, parts):

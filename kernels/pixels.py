@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels import backend
-from kernels.backend import jit, tl
-from kernels.checks import check_number, check_tensor
+from kernels.backend import jit, launch, tl
+from kernels.checks import check_number, check_tensor, describe
 from kernels.resample import full_matrix
 
 
@@ -19,11 +19,16 @@ def pixels(decoded_N3HW: torch.Tensor, size: int, *, implementation: str = "auto
         out = floor(127.5 resize(clamp(x, -1, 1)) + 128), at most 255
 
     that is 255 (x+1)/2 rounded half up. Not a number counts as -1. decoded_N3HW: fp16, bf16 or fp32, contiguous or
-    channels_last; arithmetic is fp32. Raises ValueError for a wrong shape or dtype.
+    channels_last; arithmetic is fp32. Raises ValueError for a wrong shape or dtype, an empty image or a size that is no
+    whole number >= 1.
     """
     check_tensor(
         "decoded_N3HW", decoded_N3HW, shape=(None, 3, None, None), dtypes=(torch.float32, torch.float16, torch.bfloat16)
     )
+    if 0 in decoded_N3HW.shape[2:]:
+        raise ValueError(f"decoded_N3HW is {describe(decoded_N3HW)}; expected images of at least one pixel")
+    if not isinstance(size, int):
+        raise ValueError(f"size is {describe(size)}; expected an int >= 1")
     check_number("size", size, 1)
     if backend.choose("pixels", implementation, decoded_N3HW.device).name == "triton":
         return pixels_triton(decoded_N3HW, size)
@@ -44,7 +49,9 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
     out_Nhw3 = torch.empty(N, size, size, 3, dtype=torch.uint8, device=decoded_N3HW.device)
     block = 16
     grid = (-(-size // block), -(-size // block), N * 3)
-    _pixels_kernel[grid](
+    launch(
+        _pixels_kernel,
+        grid,
         decoded_N3HW,
         full_matrix(H, size, decoded_N3HW.device),
         full_matrix(W, size, decoded_N3HW.device),

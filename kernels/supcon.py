@@ -9,11 +9,12 @@ import math
 import torch
 
 from kernels import backend
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch, tl
 from kernels.checks import check_choice, check_number, check_tensor
 
 OOD_COLUMNS = ("none", "global", "own_class", "foreign_class")
 MAX_WIDTH = 256  # E up to which a block of rows fits in a program
+LABELS = 2**30  # the kernel packs label and kind into 32 bits
 
 
 def supcon(
@@ -50,7 +51,7 @@ def supcon(
         dL/dz = (G + G^T) z / temperature
 
     z_RE: fp16, bf16, fp32 or fp64, unit rows; similarities and sums are fp32 (fp64 for fp64). labels_R: int64 source
-    class >= 0, of OOD rows too. is_ood_R: bool. R is view-major, a multiple of num_views. `check_values` also checks
+    class in [0, 2^30), of OOD rows too. is_ood_R: bool. R is view-major, a multiple of num_views. `check_values` also checks
     labels and finiteness, None on CPU tensors only: on a GPU it waits for the device.
 
     Raises ValueError for a wrong shape, dtype, device, label or setting, for non-finite embeddings, and for one view
@@ -150,9 +151,12 @@ def _check_values(z_RE, labels_R, is_ood_R, num_views):
         raise ValueError(
             f"z_RE {shape} is not finite in {int((~finite_R).sum())} rows, first {row}; expected unit rows"
         )
-    if labels_R.min() < 0:
-        row = int((labels_R < 0).nonzero()[0])
-        raise ValueError(f"labels_R [{shape[0]}] is {int(labels_R[row])} in row {row}; expected source classes >= 0")
+    outside_R = (labels_R < 0) | (labels_R >= LABELS)
+    if outside_R.any():
+        row = int(outside_R.nonzero()[0])
+        raise ValueError(
+            f"labels_R [{shape[0]}] is {int(labels_R[row])} in row {row}; expected source classes >= 0 and below 2**30"
+        )
     id_labels = labels_R[~is_ood_R]
     if num_views == 1 and len(id_labels) and len(id_labels.unique()) == len(id_labels):
         raise ValueError(
@@ -182,11 +186,11 @@ class _SupCon(torch.autograd.Function):
             hardness=hardness,
             COLUMNS=OOD_COLUMNS.index(ood_columns),
             OOD_ANCHORS=ood_anchors,
-            BLOCK_E=max(16, backend.next_power_of_2(E)),
         )
-        blocks = _blocks(64, 32, num_stages=2)
+        blocks = _blocks(E)[0]
         grid = (-(-R // blocks["BLOCK_I"]),)
-        _forward_kernel[grid](z_RE, key_R, loss_R, lse_R, shift_R, count_R, HARD=hardness > 0, **ctx.settings, **blocks)
+        rows = (z_RE, key_R, loss_R, lse_R, shift_R, count_R)
+        launch(_forward_kernel, grid, *rows, HARD=hardness > 0, **ctx.settings, **blocks)
         anchors = (count_R > 0).sum().clamp(min=1)
         ctx.save_for_backward(z_RE, key_R, lse_R, shift_R, count_R, anchors)
         return loss_R.sum() / anchors
@@ -197,23 +201,40 @@ class _SupCon(torch.autograd.Function):
         z_RE, key_R, lse_R, shift_R, count_R, anchors = ctx.saved_tensors
         dz_RE = torch.empty(z_RE.shape, dtype=torch.float32, device=z_RE.device)
         scale = (grad * ctx.settings["inverse_temperature"] / anchors).float()  # stays on the device
-        blocks = _blocks(32, 64, num_stages=1)
-        grid = (-(-z_RE.shape[0] // blocks["BLOCK_I"]),)
-        _backward_kernel[grid](z_RE, key_R, lse_R, shift_R, count_R, scale, dz_RE, **ctx.settings, **blocks)
+        blocks = _blocks(z_RE.shape[1])[1]
+        grid = (-(-z_RE.shape[0] // blocks["BLOCK_I"]), blocks["PARTS"])
+        rows = (z_RE, key_R, lse_R, shift_R, count_R, scale, dz_RE)
+        launch(_backward_kernel, grid, *rows, **ctx.settings, **blocks)
         return dz_RE.to(z_RE.dtype), None, None, None, None, None, None, None
 
 
-def _blocks(rows: int, columns: int, num_stages: int) -> dict:
-    """Launch settings: the largest blocks that ptxas fits into sm_90 registers without spills at E = 128."""
+def _blocks(E: int) -> tuple[dict, dict]:
+    """Launch settings of forward and backward: the largest blocks found that fit into sm_90 without spilled registers.
+
+    Beyond 128 columns the backward pass makes dz in parts: whole rows spilled whatever the block was.
+    """
+    whole = max(16, backend.next_power_of_2(E))
+    part = min(whole, 16 if backend.interpreted() else 128)
+    forward, backward = {"BLOCK_E": whole}, {"BLOCK_E": part, "PARTS": whole // part}
     if backend.interpreted():
-        return {"BLOCK_I": 16, "BLOCK_J": 16}
-    return {"BLOCK_I": rows, "BLOCK_J": columns, "num_warps": 8, "num_stages": num_stages}
+        block = {"BLOCK_I": 16, "BLOCK_J": 16}
+        return forward | block, backward | block
+    forward |= {"BLOCK_I": 64, "BLOCK_J": 32, "num_warps": 8, "num_stages": 2}
+    backward |= {"BLOCK_I": 32 if whole == part else 16, "BLOCK_J": 64, "num_warps": 8, "num_stages": 1}
+    return forward, backward
+
+
+@jit
+def _rows(z_ptr, i, e, R, E):
+    """Columns e of rows i of z in fp32; 0 where there is none."""
+    inside = (i[:, None] < R) & (e[None, :] < E)
+    return tl.load(z_ptr + i[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
 def _columns(key_i, key_j, i, j, R, images, COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr):
     """Positives, ID negatives and OOD negatives of anchors i among columns j, as in `masks`."""
-    is_id_i, is_id_j = key_i % 2 == 0, key_j % 2 == 0
+    is_id_i, is_id_j = (key_i & 1) == 0, (key_j & 1) == 0
     other = (i != j) & (i < R) & (j < R)
     positive = other & is_id_i & (key_i == key_j)
     candidate = other
@@ -226,13 +247,13 @@ def _columns(key_i, key_j, i, j, R, images, COLUMNS: tl.constexpr, OOD_ANCHORS: 
     if COLUMNS == 0:
         ood_negative = ood_negative & (i == j)  # none: never
     if COLUMNS == 2:
-        ood_negative = ood_negative & (key_i // 2 == key_j // 2)
+        ood_negative = ood_negative & ((key_i >> 1) == (key_j >> 1))
     if COLUMNS == 3:
-        ood_negative = ood_negative & (key_i // 2 != key_j // 2)
+        ood_negative = ood_negative & ((key_i >> 1) != (key_j >> 1))
     return positive, candidate & is_id_j, ood_negative
 
 
-@jit
+@jit(unspecialized=("R", "images"))  # both change with the batch
 def _forward_kernel(
     z_ptr, key_ptr, loss_ptr, lse_ptr, shift_ptr, count_ptr,
     R, E, images, inverse_temperature, ood_weight, hardness,
@@ -247,8 +268,7 @@ def _forward_kernel(
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     e = tl.arange(0, BLOCK_E)
     key_i = tl.load(key_ptr + i, mask=i < R, other=0)
-    z_i = tl.load(z_ptr + i[:, None] * E + e[None, :], mask=(i[:, None] < R) & (e[None, :] < E), other=0.0)
-    z_i = z_i.to(tl.float32)
+    z_i = _rows(z_ptr, i, e, R, E)
     lowest = tl.full([BLOCK_I], -1e30, tl.float32)
     zero = tl.zeros([BLOCK_I], tl.float32)
     max_p, sum_p, count_p, exp_p = lowest, zero, zero, zero
@@ -256,8 +276,7 @@ def _forward_kernel(
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         key_j = tl.load(key_ptr + j, mask=j < R, other=0)
-        z_j = tl.load(z_ptr + j[:, None] * E + e[None, :], mask=(j[:, None] < R) & (e[None, :] < E), other=0.0)
-        s = tl.dot(z_i, tl.trans(z_j.to(tl.float32)), input_precision="tf32x3") * inverse_temperature
+        s = tl.dot(z_i, tl.trans(_rows(z_ptr, j, e, R, E)), input_precision="tf32x3") * inverse_temperature
         positive, id_negative, ood_negative = _columns(
             key_i[:, None], key_j[None, :], i[:, None], j[None, :], R, images, COLUMNS, OOD_ANCHORS
         )
@@ -298,22 +317,26 @@ def _share(s, positive, id_negative, ood_negative, lse, shift, count, ood_weight
     return tl.where(count > 0, g, 0.0)
 
 
-@jit
+@jit(unspecialized=("R", "images"))
 def _backward_kernel(
     z_ptr, key_ptr, lse_ptr, shift_ptr, count_ptr, scale_ptr, dz_ptr,
     R, E, images, inverse_temperature, ood_weight, hardness,
     COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dz of a block of rows: similarities once more, G as anchors plus G^T as columns, one product with z."""
+    """dz of a block of rows: similarities once more, G as anchors plus G^T as columns, one product with z.
+
+    A program makes BLOCK_E of the E columns of dz; with several PARTS of E it sums the similarities part by part and
+    reads its rows again for each, which registers could not hold.
+    """
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    e = tl.arange(0, BLOCK_E)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     key_i = tl.load(key_ptr + i, mask=i < R, other=0)
     lse_i = tl.load(lse_ptr + i, mask=i < R, other=0.0)
     shift_i = tl.load(shift_ptr + i, mask=i < R, other=0.0)
     count_i = tl.load(count_ptr + i, mask=i < R, other=0.0)
-    inside_i = (i[:, None] < R) & (e[None, :] < E)
-    z_i = tl.load(z_ptr + i[:, None] * E + e[None, :], mask=inside_i, other=0.0).to(tl.float32)
+    if PARTS == 1:
+        z_i = _rows(z_ptr, i, e, R, E)
     dz = tl.zeros([BLOCK_I, BLOCK_E], tl.float32)
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
@@ -321,9 +344,16 @@ def _backward_kernel(
         lse_j = tl.load(lse_ptr + j, mask=j < R, other=0.0)
         shift_j = tl.load(shift_ptr + j, mask=j < R, other=0.0)
         count_j = tl.load(count_ptr + j, mask=j < R, other=0.0)
-        inside_j = (j[:, None] < R) & (e[None, :] < E)
-        z_j = tl.load(z_ptr + j[:, None] * E + e[None, :], mask=inside_j, other=0.0).to(tl.float32)
-        s = tl.dot(z_i, tl.trans(z_j), input_precision="tf32x3") * inverse_temperature
+        if PARTS == 1:
+            z_j = _rows(z_ptr, j, e, R, E)
+            s = tl.dot(z_i, tl.trans(z_j), input_precision="tf32x3")
+        else:
+            s = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+            for part in range(PARTS):
+                d = part * BLOCK_E + tl.arange(0, BLOCK_E)
+                s += tl.dot(_rows(z_ptr, i, d, R, E), tl.trans(_rows(z_ptr, j, d, R, E)), input_precision="tf32x3")
+            z_j = _rows(z_ptr, j, e, R, E)
+        s *= inverse_temperature
         positive, id_negative, ood_negative = _columns(
             key_i[:, None], key_j[None, :], i[:, None], j[None, :], R, images, COLUMNS, OOD_ANCHORS
         )
@@ -339,4 +369,5 @@ def _backward_kernel(
             ood_weight, hardness,
         )  # fmt: skip
         dz += tl.dot(g, z_j, input_precision="tf32x3")
-    tl.store(dz_ptr + i[:, None] * E + e[None, :], dz * tl.load(scale_ptr), mask=inside_i)
+    inside = (i[:, None] < R) & (e[None, :] < E)
+    tl.store(dz_ptr + i[:, None] * E + e[None, :], dz * tl.load(scale_ptr), mask=inside)

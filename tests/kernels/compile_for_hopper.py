@@ -1,6 +1,6 @@
-"""Compile every kernel for sm_90, as launched on an H200, and print its registers and spilled bytes. Needs no GPU.
+"""Compile every kernel for sm_90, as launched on an H200, and print what it needs. Needs no GPU.
 
-python -m tests.kernels.compile_for_hopper
+python -m tests.kernels.compile_for_hopper: registers a thread, spilled bytes, shared memory of a program.
 """
 
 import re
@@ -42,7 +42,17 @@ INTEGERS = {
     "out_H",
     "out_W",
 }
-INTEGERS |= {"latent", "plane", "noise_steps", "stride_n", "stride_c", "stride_h", "stride_w"}
+INTEGERS |= {
+    "latent",
+    "plane",
+    "rows",
+    "unconditional_rows",
+    "noise_steps",
+    "stride_n",
+    "stride_c",
+    "stride_h",
+    "stride_w",
+}
 INTEGERS |= {"conditional_c", "conditional_p", "unconditional_c", "unconditional_p"}
 ALIGNED = INTEGERS - {
     "V",
@@ -56,14 +66,26 @@ ALIGNED = INTEGERS - {
     "unconditional_p",
 }  # multiples of 16 in real shapes
 
-SUPCON = {"COLUMNS": 1, "OOD_ANCHORS": False, "BLOCK_E": 128}
 SHRINK = {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64}
 STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 1024}
 GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
 TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
+
+
+def loss_cases(E: int) -> list[tuple]:
+    """Both kernels of the loss as launched at width E, with the rules that need most registers."""
+    kernels, rules = (supcon._forward_kernel, supcon._backward_kernel), {"COLUMNS": 2, "OOD_ANCHORS": True}
+    cases = []
+    for kernel, settings, own in zip(kernels, supcon._blocks(E), ({"HARD": True}, {}), strict=True):
+        options = {name: settings[name] for name in ("num_warps", "num_stages")}
+        constants = {name: value for name, value in settings.items() if name not in options}
+        cases.append((kernel, rules | own | constants, options))
+    return cases
+
+
 CASES = (
-    (supcon._forward_kernel, SUPCON | {"HARD": True, "BLOCK_I": 64, "BLOCK_J": 32}, {"num_warps": 8, "num_stages": 2}),
-    (supcon._backward_kernel, SUPCON | {"BLOCK_I": 32, "BLOCK_J": 64}, {"num_warps": 8, "num_stages": 1}),
+    *loss_cases(128),
+    *loss_cases(256),
     (group_norm._statistics_kernel, TILE, {}),
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 1, "K": 1}, {}),  # one chunk: an extent of 1 is a constant
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 256}, {}),
@@ -87,7 +109,9 @@ def compile_for_hopper(kernel, constants: dict, options: dict):
     pointers = POINTERS | {"out_ptr": "*u8" if kernel is pixels._pixels_kernel else "*fp16"}
     kinds = {name: pointers.get(name, "*fp32") if name.endswith("_ptr") else "fp32" for name in names}
     signature = kinds | {name: "i32" for name in names if name in INTEGERS} | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in ALIGNED}
+    multiples = {n for n in names if n.endswith("_ptr") or n in ALIGNED}
+    multiples -= {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -105,5 +129,7 @@ def resources(compiled) -> tuple[int, int]:
 
 if __name__ == "__main__":
     for kernel, constants, options in CASES:
-        registers, stack = resources(compile_for_hopper(kernel, constants, options))
-        print(f"{kernel.__module__}.{kernel.__name__} registers {registers} spilled {stack}")
+        compiled = compile_for_hopper(kernel, constants, options)
+        registers, stack = resources(compiled)
+        name = f"{kernel.__module__}.{kernel.__name__}"
+        print(f"{name} registers {registers} shared {compiled.metadata.shared} spilled {stack}")

@@ -1,9 +1,15 @@
-"""Which implementation runs is decided in one place, with a reason."""
+"""Which implementation runs is decided in one place, with a reason, and kernels are launched in one place."""
+
+import ast
+import contextlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import backend
+
+FOLDER = Path(backend.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +80,33 @@ def test_every_op_is_explained():
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_next_power_of_two(n, expected):
     assert backend.next_power_of_2(n) == expected
+
+
+def test_a_launch_is_on_the_device_of_its_tensor_and_is_counted(monkeypatch):
+    events, x = [], torch.zeros(2)
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        assert tensor is x
+        events.append("enter")
+        yield
+        events.append("exit")
+
+    kernel = {(3,): lambda *arguments, **constants: events.append((len(arguments), constants))}
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    backend.launch(kernel, (3,), x, 7, BLOCK=16)
+    assert events == ["enter", (2, {"BLOCK": 16}), "exit"]
+    assert backend.launches_of(lambda: [backend.launch(kernel, (3,), x) for _ in range(4)]) == 4
+    assert backend.launches_of(lambda: None) == 0
+
+
+def test_no_kernel_is_launched_past_the_guard():
+    """`kernel[grid](...)` stands in backend.launch only; views.py still launches by itself."""
+    found = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted(FOLDER.glob("*.py"))
+        if path.name not in ("backend.py", "views.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert not found

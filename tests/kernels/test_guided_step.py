@@ -155,6 +155,16 @@ def test_a_second_order_step_is_that_of_dpm_solver():
             dict(row_S=torch.zeros(2 * S, dtype=torch.int64)[::2]),
             r"row_S \[3\] has strides \(2,\); expected contiguous",
         ),
+        (dict(row_S=torch.tensor([0, 4, 1])), r"row_S is 4 in slot 1; table_K8 has 4"),
+        (dict(row_S=torch.tensor([0, 1, -1])), r"row_S is -1 in slot 2; table_K8 has 4"),
+        (
+            dict(unconditional_Uchw=normal(2), unconditional_row_S=torch.tensor([2, 0, 1])),
+            r"unconditional_row_S is 2 in slot 0; unconditional_Uchw has 2",
+        ),
+        (
+            dict(noise_SNchw=normal(S, 2), noise_step_S=torch.tensor([0, 1, 2])),
+            r"noise_step_S is 2 in slot 2; noise_SNchw has 2",
+        ),
         (dict(guidance_S=torch.tensor(7.5).expand(S)), r"guidance_S \[3\] has strides \(0,\); expected contiguous"),
     ],
 )

@@ -56,6 +56,9 @@ def test_matrices_of_crops_resize_the_crop_and_mirror_it():
         (torch.zeros(1, 4, 8, 8), 8, r"decoded_N3HW is float32\[1, 4, 8, 8\] on cpu; expected .*\[any, 3, any, any\]"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 8, r"decoded_N3HW is uint8"),
         (torch.zeros(1, 3, 8, 8), 0, r"size is 0; expected \[1, inf\]"),
+        (torch.zeros(1, 3, 8, 8), 8.5, r"size is float 8.5; expected an int >= 1"),
+        (torch.zeros(1, 3, 8, 8), (8, 8), r"size is tuple \(8, 8\); expected an int"),
+        (torch.zeros(1, 3, 0, 8), 4, r"decoded_N3HW is float32\[1, 3, 0, 8\] on cpu; .* at least one pixel"),
     ],
 )
 def test_bad_input_is_named(x, size, message):

@@ -187,6 +187,7 @@ def replace(**changes):
         (dict(labels_R=torch.zeros(17, dtype=torch.int64)), r"labels_R is int64\[17\] on cpu; expected int64\[18\]"),
         (dict(labels_R=torch.zeros(18)), r"labels_R is float32\[18\]"),
         (dict(labels_R=torch.full((18,), -1)), r"labels_R \[18\] is -1 in row 0; expected source classes >= 0"),
+        (dict(labels_R=torch.full((18,), 2**30)), r"labels_R \[18\] is 1073741824 in row 0; .* below 2\*\*30"),
         (dict(is_ood_R=torch.zeros(18)), r"is_ood_R is float32\[18\] on cpu; expected bool\[18\]"),
         (dict(z_RE=torch.full((18, 4), torch.nan)), r"z_RE \[18, 4\] is not finite in 18 rows, first 0"),
         (dict(labels_R=torch.zeros(18, dtype=torch.int64, device="meta")), r"labels_R .* on meta; expected .* on cpu"),

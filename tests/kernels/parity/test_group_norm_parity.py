@@ -75,6 +75,23 @@ def test_answers_in_channels_last_whatever_it_was_given(device, as_good_as_eager
     assert kernel[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 4, 6), (2, 8, 5), (1, 4, 2, 3, 2)])
+def test_the_answer_may_be_changed_in_place(shape, device):
+    """As the definition's: a view made inside a Function would refuse it."""
+    g = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(shape, generator=g).to(device) for _ in range(2))
+    weight, bias = (torch.randn(shape[1], generator=g).to(device) for _ in range(2))
+    gradients = []
+    for name in ("triton", "torch"):
+        leaf = x.clone().requires_grad_()
+        y = group_norm_silu(leaf, 2, weight, bias, implementation=name)
+        y.mul_(2)
+        y.backward(dy)
+        gradients.append((y.detach(), leaf.grad))
+    for ours, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_weight_and_bias_may_be_strided(device):
     x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(device)
     weight, bias = torch.arange(8.0, device=device)[::2], torch.tensor(0.5, device=device).expand(4)

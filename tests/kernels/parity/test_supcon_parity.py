@@ -91,6 +91,13 @@ def test_hard_weights_far_below_the_positives_do_not_vanish(device, as_good_as_e
     compare(as_good_as_eager, device, torch.float32, (z, labels, is_ood), temperature=0.05, hardness=6.0)
 
 
+def test_the_largest_labels_are_told_apart(device, as_good_as_eager):
+    """The kernel packs a label and whether a row is near-OOD into 32 bits."""
+    z, labels, is_ood = batch(8, 8, seed=7)
+    for columns in ("own_class", "foreign_class"):
+        compare(as_good_as_eager, device, torch.float32, (z, 2**30 - 1 - labels, is_ood), ood_columns=columns)
+
+
 def test_training_takes_the_same_course_with_the_kernel(device):
     """Eight steps of a small encoder: the loss traces of kernel and definition agree."""
     g = torch.Generator().manual_seed(5)
