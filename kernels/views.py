@@ -196,7 +196,9 @@ def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tenso
     B, H, W, _ = images_BHWC.shape
     R = len(tables[0])
     out_RHWC = torch.empty(R, *size, 3, dtype=out_dtype, device=images_BHWC.device)
-    _views_kernel[(R,)](
+    backend.launch(
+        _views_kernel,
+        (R,),
         images_BHWC,
         *tables,
         out_RHWC,
