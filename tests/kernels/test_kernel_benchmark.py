@@ -133,21 +133,40 @@ def test_the_form_for_compilers_is_the_definition():
     assert dense.stride() == definition.stride()
 
 
-@pytest.mark.parametrize("op", ["guided_step", "geglu", "group_norm", "pixels"])
-def test_candidates_of_small_cases_answer_what_their_truth_is(op):
-    small = {"guided_step": (2, 4), "geglu": (6, 5), "group_norm": (2, 32, 4, True), "pixels": (2, 8, 4)}[op]
+@pytest.mark.parametrize(
+    "op, small",
+    [
+        ("guided_step", (2, 4)),
+        ("guided_step", (4, 4, True)),
+        ("geglu", (6, 5)),
+        ("group_norm", (2, 32, 4, True)),
+        ("pixels", (2, 8, 4)),
+        ("pixels", (2, 8, 4, True)),
+    ],
+)
+def test_candidates_of_small_cases_answer_what_their_truth_is(op, small):
     own = SWEEPS[op].build(torch.device("cpu"), False, *small)
     for _ in range(2):
         errors = own.error("eager").removeprefix("relative error ").split()
         assert all(float(error) < (2e-2 if op == "pixels" else 1e-5) for error in errors)
 
 
-@pytest.mark.parametrize("op", list(SWEEPS))
+def test_layouts_and_parts_that_run_are_timed_and_named():
+    """On a GPU the decoder and the UNet answer in channels_last, and a step may have noise and a mask."""
+    for op, small in (("pixels", (2, 8, 4)), ("guided_step", (4, 4))):
+        assert any(size[-1] is True for size in SWEEPS[op].full) and any(s[-1] is True for s in SWEEPS[op].reduced)
+        plain, real = (SWEEPS[op].build(torch.device("cpu"), False, *small, flag) for flag in (False, True))
+        assert real.shape.startswith(plain.shape + " channels_last")
+    assert real.bytes_moved > plain.bytes_moved
+
+
+@pytest.mark.parametrize("op", [*SWEEPS, "guided_step production"])
 def test_a_compiler_traces_every_definition_whole(op, monkeypatch):
     """Traced without Inductor, which takes minutes: a break in the graph would be timed as what the compiler can do."""
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **_: plain(call, backend="eager", fullgraph=True, dynamic=False))
     small = {"views": (16, 8), "supcon": (16,), "guided_step": (2, 4), "geglu": (6, 5), "pixels": (2, 8, 4)}
-    own = SWEEPS[op].build(torch.device("cpu"), True, *small.get(op, (2, 32, 4, False)))
+    small |= {"group_norm": (2, 32, 4, False), "guided_step production": (2, 4, True)}
+    own = SWEEPS[op.split()[0]].build(torch.device("cpu"), True, *small[op])
     errors = own.error("torch.compile").removeprefix("relative error ").split()
     assert all(float(error) < (2e-2 if op == "pixels" else 1e-4) for error in errors)
