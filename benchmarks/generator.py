@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, inputs, peers
+from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.techniques import COMPILED, DA_FUSION, DIFFUSERS, SLOTS, SLOTS_FAST, XFORMERS, Bench, Candidate
 from kernels.linear import frozen_linear
 from modules.runtime import quiet_libraries
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_num_threads(options.threads)
     budget = harness.Budget(options.budget_s)
     bench = Bench(options)
-    conditions, ceilings = harness.conditions(bench.device), harness.measure_ceilings(bench.device)
+    conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
     candidates = ready(bench, budget)
     if not candidates:
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 @torch.no_grad()
-def matrix_peak(device: torch.device, ceilings: harness.Ceilings) -> float:
+def matrix_peak(device: torch.device, ceilings: Ceilings) -> float:
     """TFLOP/s of the matrix product that MFU and floor refer to: torch's, on a CPU the faster of torch's and oneDNN's."""
     if device.type != "cpu":
         return ceilings.matmul_tflop_per_s
