@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, inputs, peers, unet_call
+from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.techniques import (
     BLOCKS_SHARE,
     COMPILED,
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_num_threads(options.threads)
     budget = harness.Budget(options.budget_s)
     bench = Bench(options, budget)
-    conditions, ceilings = harness.conditions(bench.device), harness.measure_ceilings(bench.device)
+    conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
     candidates = ready(bench, budget)
     if not candidates:
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 @torch.no_grad()
-def matrix_peak(device: torch.device, ceilings: harness.Ceilings) -> float:
+def matrix_peak(device: torch.device, ceilings: Ceilings) -> float:
     """TFLOP/s of the matrix product that MFU and floor refer to: torch's, on a CPU the faster of torch's and oneDNN's."""
     if device.type != "cpu":
         return ceilings.matmul_tflop_per_s

@@ -56,11 +56,16 @@ class Comparison:
     timings: dict[str, Timing]
     spread_pct: float  # how far two sets of blocks of the baseline itself lie apart, in percent of its median
     failures: dict[str, str] = field(default_factory=dict)  # candidates that could not run, and why
+    held_mib: dict[str, float] = field(default_factory=dict)  # of those that ran out of memory: what they had got
+
+    @property
+    def baseline(self) -> str:
+        """The candidate that ratios are relative to: the first that ran."""
+        return next(iter(self.timings))
 
     def speedup(self, name: str) -> float:
         """Time of the baseline over time of `name`: > 1 is faster."""
-        baseline = next(iter(self.timings.values()))
-        return baseline.median_ms / self.timings[name].median_ms
+        return self.timings[self.baseline].median_ms / self.timings[name].median_ms
 
 
 class Budget:
@@ -83,25 +88,33 @@ def compare(
     block_seconds: float = 0.05,
     max_seconds: float = float("inf"),
     clock: str = "wall",
+    before: Callable[[], object] | None = None,
 ) -> Comparison:
     """Time candidates in alternating blocks after a warm-up call each.
 
     Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted; at least one round is
     run, and a new one only while `max_seconds` lasts. A candidate that cannot run its warm-up (no memory, not installed)
     is reported in `failures` with the reason; if that is the first, the next one is the baseline. Raises ValueError if
-    none is left. `clock`: see `block`.
+    none is left. `clock`, `before`: see `block`.
     """
-    repeats, failures = {}, {}
+    repeats, failures, held_mib = {}, {}, {}
+    apart = 0.0  # seconds of what precedes a call: no part of its time, but of how long a block lasts
+    if before is not None:
+        before()
+        apart = block(before, 1, device, clock)
     for name, function in candidates.items():
         if torch.device(device).type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
         try:
             block(function, 1, device, clock)  # compiles, allocates, fills caches
-            repeats[name] = max(1, round(block_seconds / max(block(function, 1, device, clock), 1e-9)))
+            seconds_a_call = apart + block(function, 1, device, clock, before)
+            repeats[name] = max(1, round(block_seconds / max(seconds_a_call, 1e-9)))
         except Exception as error:  # a peer that is not installed, a kernel that does not compile, no memory
             failures[name] = described(error)
             if isinstance(error, torch.OutOfMemoryError) and torch.device(device).type == "cuda":
-                failures[name] += f"; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB were held when it stopped"
+                held_mib[name] = round((torch.cuda.max_memory_allocated() - held) / 2**20, 2)
+                failures[name] += f"; {held_mib[name]:.0f} MiB were held when it stopped"
         if name in failures and torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     if not repeats:
@@ -114,17 +127,30 @@ def compare(
         if done and time.perf_counter() - start > max_seconds:
             break
         for name, count in repeats.items():
-            seconds[name].append(block(candidates[name], count, device, clock))
-        again.append(block(candidates[baseline], repeats[baseline], device, clock))
+            seconds[name].append(block(candidates[name], count, device, clock, before))
+        again.append(block(candidates[baseline], repeats[baseline], device, clock, before))
     timings = {name: Timing(name, tuple(values)) for name, values in seconds.items()}
     spread = abs(statistics.median(again) / statistics.median(seconds[baseline]) - 1)
-    return Comparison(timings, round(100 * spread, 2), failures)
+    return Comparison(timings, round(100 * spread, 2), failures, held_mib)
 
 
-def block(function: Callable[[], object], count: int, device: torch.device | str, clock: str = "wall") -> float:
+def block(
+    function: Callable[[], object],
+    count: int,
+    device: torch.device | str,
+    clock: str = "wall",
+    before: Callable[[], object] | None = None,
+) -> float:
     """Mean seconds a call of `count` calls: device events on a GPU; on a CPU the wall clock, or with clock "process"
-    the processor time of all our threads, which others on the machine disturb less (compare one thread with one)."""
-    if torch.device(device).type == "cuda":
+    the processor time of all our threads, which others on the machine disturb less (compare one thread with one).
+
+    before: what is called before each call, outside of its time.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if before is not None:
+        calls = _calls_apart_on_gpu if on_gpu else _calls_apart
+        return calls(function, count, before, time.process_time if clock == "process" else time.perf_counter) / count
+    if on_gpu:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         begin.record()
@@ -138,6 +164,30 @@ def block(function: Callable[[], object], count: int, device: torch.device | str
     for _ in range(count):
         function()
     return (now() - start) / count
+
+
+def _calls_apart(function, count: int, before, now: Callable[[], float]) -> float:
+    """Seconds of `count` calls without those of what precedes each."""
+    seconds = 0.0
+    for _ in range(count):
+        before()
+        start = now()
+        function()
+        seconds += now() - start
+    return seconds
+
+
+def _calls_apart_on_gpu(function, count: int, before, _now) -> float:
+    """The same by a pair of events a call; the host never waits between calls, so launches stay hidden."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    torch.cuda.synchronize()
+    for begin, end in events:
+        before()
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
 def described(error: BaseException) -> str:
@@ -187,36 +237,6 @@ def _capture(function: Callable[[], object], warm_up: int = 3) -> Callable[[], o
         return outputs
 
     return replay
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device gives a library at its best, in this run."""
-
-    matmul_tflop_per_s: float
-    copy_gib_per_s: float  # bytes read plus bytes written
-    note: str
-
-
-def measure_ceilings(
-    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, clock: str = "wall"
-) -> Ceilings:
-    """A large matrix product and a large copy of random numbers: fp16 of 8192 and 1 GiB on a GPU, fp32 of 1024 and
-    64 MiB on a CPU."""
-    on_gpu = torch.device(device).type == "cuda"
-    dtype = dtype or (torch.float16 if on_gpu else torch.float32)
-    n, mib = (8192, 1024) if on_gpu else (1024, 64)
-    generator = torch.Generator(device=device).manual_seed(0)
-    a, b = (torch.randn(n, n, generator=generator, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randint(0, 256, (mib * 2**20,), generator=generator, device=device, dtype=torch.uint8)
-    target, product = torch.empty_like(source), torch.empty_like(a)
-    calls = {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
-    timings = compare(calls, device, clock=clock).timings
-    return Ceilings(
-        matmul_tflop_per_s=2 * n**3 / timings["matmul"].median_ms / 1e9,
-        copy_gib_per_s=2 * mib / 2**10 / timings["copy"].median_ms * 1e3,
-        note=f"{str(dtype).removeprefix('torch.')} product of {n}, copy of {mib} MiB",
-    )
 
 
 def peak_mib(

@@ -79,8 +79,12 @@ def metric_learning(labels_R: torch.Tensor):
     return lambda z: loss(z, labels_R)
 
 
-def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
-    """Guidance and one DDIM-like update of S slots at their own steps; the peer is a diffusers call per slot."""
+def step_case(device: torch.device, compiled: bool, S: int, side: int, production: bool = False) -> Case:
+    """Guidance and one DDIM-like update of S slots at their own steps; the peer is a diffusers call per slot.
+
+    production: all that a step can have, as a tick meets it: predictions in channels_last, half as many unconditional
+    ones as slots, noise, and a mask with the source outside of it. diffusers' schedulers have no such step.
+    """
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     c, u, z, x0 = (torch.randn(S, 4, side, side, generator=g).to(device) for _ in range(4))
@@ -88,9 +92,20 @@ def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
     # a + b / alpha + c < 1, so that latents that are stepped again and again stay finite
     table = (torch.rand(50, 8, generator=g) / 10 + torch.tensor([0.9, 0.4, 0.3, 0.2, 0.1, 0, 0, 0])).to(device)
     row, w = torch.randint(0, 50, (S,), generator=g).to(device), torch.full((S,), 7.5, device=device)
+    parts = {}
+    if production:
+        c, u = (t.to(memory_format=torch.channels_last) for t in (c, u[: max(S // 2, 1)]))
+        u_row = torch.arange(S) // 2  # every second slot is past its guided steps
+        parts["unconditional_row_S"] = torch.where(torch.arange(S) % 2 == 0, u_row, -1).to(device)
+        parts["noise_SNchw"] = torch.randn(S, 2, 4, side, side, generator=g).to(device, dtype)
+        parts["noise_step_S"] = torch.randint(0, 2, (S,), generator=g).to(device)
+        parts["mask_S1hw"] = (torch.rand(S, 1, side, side, generator=g) > 0.5).to(device, dtype)
+        parts |= {
+            name: torch.randn(S, 4, side, side, generator=g).to(device, dtype) for name in ("source_Schw", "eps_Schw")
+        }
 
     def call(name):
-        guided_step(c, u, *state, table, row, w, implementation=name)
+        guided_step(c, u, *state, table, row, w, implementation=name, **parts)
         return state
 
     def prepare():
@@ -98,9 +113,18 @@ def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
             now.copy_(start)
 
     def truth():
-        alpha, sigma, a, b, k = table.double()[row][:, :5, None, None, None].unbind(1)
-        clean = (z.double() - sigma * (u.double() + 7.5 * (c.double() - u.double()))) / alpha
-        return a * z.double() + b * clean + k * x0.double(), clean
+        alpha, sigma, a, b, k, d, *after = table.double()[row][:, :, None, None, None].unbind(1)
+        e, own = c.double(), slice(None, None, 2) if production else slice(None)
+        e[own] = u.double() + 7.5 * (e[own] - u.double())
+        clean = (z.double() - sigma * e) / alpha
+        stepped = a * z.double() + b * clean + k * x0.double()
+        if production:
+            noise, mask, source, eps = (
+                parts[n].double() for n in ("noise_SNchw", "mask_S1hw", "source_Schw", "eps_Schw")
+            )
+            stepped += d * noise[torch.arange(S, device=device), parts["noise_step_S"]]
+            stepped = mask * stepped + (1 - mask) * (after[0] * source + after[1] * eps)
+        return stepped, clean
 
     @functools.cache
     def peer():
@@ -117,10 +141,12 @@ def step_case(device: torch.device, compiled: bool, S: int, side: int) -> Case:
 
     return Case(
         op="guided_step",
-        shape=f"S={S} 4x{side}x{side}",
+        shape=f"S={S} 4x{side}x{side}" + " channels_last, noise, mask" * production,
         dtype=str(dtype).removeprefix("torch."),
-        candidates=implementations(call, device, compiled) | {"diffusers step per slot": per_slot},
-        bytes_moved=c.numel() * (2 * dtype.itemsize + 4 * 4),
+        candidates=implementations(call, device, compiled)
+        | ({} if production else {"diffusers step per slot": per_slot}),
+        bytes_moved=z.numel() * 4 * 4
+        + dtype.itemsize * (c.numel() + u.numel() + production * (3 * z.numel() + z.numel() // 4)),
         truth=truth,
         unjudged={"diffusers step per slot": "its own coefficients"},
         prepare=prepare,
@@ -187,11 +213,16 @@ def gated_case(device: torch.device, compiled: bool, rows: int, D: int) -> Case:
     )
 
 
-def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: int) -> Case:
-    """Decoded images to reservoir slots; the peer is diffusers' way: numpy, then Pillow's resize, image by image."""
+def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: int, channels_last: bool = False) -> Case:
+    """Decoded images to reservoir slots; the peer is diffusers' way: numpy, then Pillow's resize, image by image.
+
+    channels_last: as a decoder in that layout answers, which is how it runs on a GPU.
+    """
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     x = torch.randn(N, 3, side, side, generator=g).mul(0.5).to(device, dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
 
     def truth():
         resized = F.interpolate(x.double().clamp(-1, 1), (size, size), mode="bilinear", antialias=True)
@@ -199,7 +230,7 @@ def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: in
 
     return Case(
         op="pixels",
-        shape=f"N={N} {side}->{size}px",
+        shape=f"N={N} {side}->{size}px" + " channels_last" * channels_last,
         dtype=str(dtype).removeprefix("torch."),
         candidates=implementations(lambda name: (pixels(x, size, implementation=name),), device, compiled)
         | {"diffusers + Pillow": pillow_rows(x, size)},
@@ -240,7 +271,7 @@ class Sweep:
 SWEEPS = {
     "views": Sweep(view_case, ((256, 64), (64, 64)), ((256, 224), (256, 64), (1024, 224), (1024, 64))),
     "supcon": Sweep(supcon_case, ((512,), (128,), (2048,)), ((8192,), (65536,), (512,), (2048,), (16384,))),
-    "guided_step": Sweep(step_case, ((16, 32),), ((64, 64), (16, 64))),
+    "guided_step": Sweep(step_case, ((16, 32), (16, 32, True)), ((64, 64), (64, 64, True), (16, 64))),
     "group_norm": Sweep(
         norm_case,
         ((2, 64, 32, False), (2, 64, 32, True), (8, 32, 64, False)),
@@ -254,5 +285,9 @@ SWEEPS = {
         ),
     ),
     "geglu": Sweep(gated_case, ((512, 128),), ((64 * 4096, 1280), (64 * 1024, 2560), (64 * 256, 5120))),
-    "pixels": Sweep(pixel_case, ((8, 256, 64), (8, 64, 64)), ((32, 512, 224), (32, 512, 64), (8, 512, 64))),
+    "pixels": Sweep(
+        pixel_case,
+        ((8, 256, 64), (8, 64, 64), (8, 256, 64, True)),
+        ((32, 512, 224), (32, 512, 224, True), (32, 512, 64), (8, 512, 64)),
+    ),
 }

@@ -2,12 +2,11 @@
 
 On a GPU the full sizes and the Triton kernels; on a CPU a reduced form that times the definitions against the peers.
 Rows are appended to benchmarks/results/kernels_gpu.csv or kernels_cpu.csv; the last line printed is one JSON document.
-A kernel stays if it is >= 1.05x torch.compile in time, or >= 2x better in memory at equal time (kernels/backend.py).
+Whether a kernel stays is said at the end (benchmarks/verdicts.py).
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,18 +15,28 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
+from benchmarks.ceilings import Ceilings, cold_cache, measure_ceilings
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_cases import SWEEPS
+from benchmarks.verdicts import verdicts
+from kernels import backend
 
-FASTER, LEANER = 1.05, 2.0  # than torch.compile, in time or in memory: what a kernel needs to stay
+COLUMNS = (  # of a row, after its conditions
+    "op", "implementation", "shape", "dtype", "median_ms", "p10_ms", "p90_ms", "blocks", "spread_pct", "speedup",
+    "gib_per_s", "tflop_per_s", "ceiling_pct", "peak_mib", "quality", "switches",
+    "launches",  # of Triton kernels in one call, counted on the host; empty for what launches none by itself
+    "baseline",  # the candidate that `speedup` is relative to
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the chosen ops, append their rows, print a table and the JSON document; returns that document."""
     options = _parse(argv)
     device = torch.device(options.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and graphs are those of the current device
     budget = harness.Budget(options.budget_seconds)
-    conditions, ceilings = harness.conditions(device), harness.measure_ceilings(device, clock=options.clock)
+    conditions, ceilings = harness.conditions(device), measure_ceilings(device, clock=options.clock)
     print(f"{conditions['device']}, torch {conditions['torch']}, triton {conditions['triton']}, "
           f"{conditions['threads']} threads, load {conditions['load']}")  # fmt: skip
     print(f"ceilings: {ceilings.matmul_tflop_per_s:.2f} TFLOP/s, {ceilings.copy_gib_per_s:.1f} GiB/s ({ceilings.note})")
@@ -65,24 +74,20 @@ def in_turns(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 
 def rows_of(
-    op: str, number: int, device: torch.device, ceilings: harness.Ceilings, options: argparse.Namespace, budget
+    op: str, number: int, device: torch.device, ceilings: Ceilings, options: argparse.Namespace, budget
 ) -> list[dict[str, object]]:
     """The rows of one op at one size; one row with the reason where it is left out or cannot be measured."""
     sweep = SWEEPS[op]
     size = (sweep.reduced if options.reduced else sweep.full)[number]
     switches = f"compile={options.compile} clock={options.clock}"
-    left_out = {"op": op, "implementation": "", "shape": " ".join(str(extent) for extent in size), "dtype": ""}
-    left_out |= dict.fromkeys(("median_ms", "p10_ms", "p90_ms"), "") | {"blocks": 0}
-    left_out |= dict.fromkeys(("spread_pct", "speedup", "gib_per_s", "tflop_per_s", "ceiling_pct", "peak_mib"), "")
+    left_out = dict.fromkeys(COLUMNS, "") | {"op": op, "shape": " ".join(str(extent) for extent in size), "blocks": 0}
     if budget.left <= 0:
         print(f"skipped: budget  {op} {left_out['shape']}", flush=True)
         return [left_out | {"quality": "skipped: budget", "switches": switches}]
     try:
         case = sweep.build(device, options.compile, *size)
-        timed_as = " graph replay" if case.captured and device.type == "cuda" else ""
-        return [
-            row | {"switches": switches + timed_as} for row in measure(case, device, ceilings, options, budget.left)
-        ]
+        rows = measure(case, device, ceilings, options, budget.left)
+        return [row | {"switches": switches + row["switches"]} for row in rows]
     except Exception as error:  # an op that cannot be measured is a row, not the end of the others
         reason = f"failed: {harness.described(error)}"
         print(f"{op} {left_out['shape']} {reason}", flush=True)
@@ -90,14 +95,21 @@ def rows_of(
 
 
 def measure(
-    case: Case, device: torch.device, ceilings: harness.Ceilings, options: argparse.Namespace, seconds: float
+    case: Case, device: torch.device, ceilings: Ceilings, options: argparse.Namespace, seconds: float
 ) -> list[dict[str, object]]:
-    """One row per candidate: time, ratio to eager, share of the ceiling, peak memory and error."""
+    """One row per candidate: time, ratio to the baseline, share of the ceiling, peak memory and error."""
     case.prepare()
-    timed = case.candidates
+    timed, switches, matmul = case.candidates, "", ceilings.tflop_per_s(case.dtype)
     if case.captured and device.type == "cuda":  # launched one by one, small kernels would measure the host
         timed = {name: harness.replayed(function) for name, function in timed.items()}
-    outcome = harness.compare(timed, device, blocks=options.blocks, max_seconds=seconds, clock=options.clock)
+        switches += " graph replay"
+    if before := cold_cache(device, case.bytes_moved):
+        switches += " L2 flushed before each call"
+    if case.operations and matmul != ceilings.matmul_tflop_per_s:
+        switches += f" ceiling={case.dtype}"
+    outcome = harness.compare(
+        timed, device, blocks=options.blocks, max_seconds=seconds, clock=options.clock, before=before
+    )
     print(f"{case.op} {case.shape} {case.dtype}  (A/A spread {outcome.spread_pct:.1f} %)")
     rows = []
     for name in case.candidates:
@@ -106,7 +118,9 @@ def measure(
         seconds_a_call = timing.median_ms / 1e3 if timing else float("inf")
         gib_per_s = case.bytes_moved / 2**30 / seconds_a_call
         tflop_per_s = case.operations / 1e12 / seconds_a_call
-        share = tflop_per_s / ceilings.matmul_tflop_per_s if case.operations else gib_per_s / ceilings.copy_gib_per_s
+        share = tflop_per_s / matmul if case.operations else gib_per_s / ceilings.copy_gib_per_s
+        held = outcome.held_mib.get(name, "")  # where memory ended, the peak is at least that
+        failed = "" if timing else f"failed: {outcome.failures[name]}" + "; peak_mib is a lower bound" * (held != "")
         row = {
             "op": case.op,
             "implementation": name,
@@ -118,37 +132,16 @@ def measure(
             "gib_per_s": round(gib_per_s, 3),
             "tflop_per_s": round(tflop_per_s, 4),
             "ceiling_pct": round(100 * share, 2),
-            "peak_mib": harness.peak_mib(case.candidates[name], device) if timing else "",
-            "quality": _quality(case, name) if timing else f"failed: {outcome.failures[name]}",
+            "peak_mib": harness.peak_mib(case.candidates[name], device) if timing else held,
+            "quality": failed or _quality(case, name),
+            "switches": switches,
+            "launches": backend.launches_of(case.candidates[name]) or "" if timing and name == "triton" else "",
+            "baseline": outcome.baseline if timing else "",
         }
         rows.append(row)
         print(f"  {name:26s} {row['median_ms'] or 'failed':>10} ms  x{row['speedup']}  {row['ceiling_pct']} % of ceiling  "
               f"{row['peak_mib']} MiB  {row['quality']}", flush=True)  # fmt: skip
     return rows
-
-
-def verdicts(rows: list[dict]) -> dict[str, str]:
-    """op -> whether its kernel stays, by the rule: over its sizes, the median ratio to torch.compile, else to eager."""
-    found = {}
-    for op in dict.fromkeys(row["op"] for row in rows):
-        by_shape: dict[str, dict[str, dict]] = {}
-        for row in rows:
-            if row["op"] == op and row["median_ms"]:
-                by_shape.setdefault(row["shape"], {})[row["implementation"]] = row
-        peer = next((p for p in ("torch.compile", "eager") if any(p in own for own in by_shape.values())), "")
-        pairs = [(own["triton"], own[peer]) for own in by_shape.values() if "triton" in own and peer in own]
-        if not pairs:
-            continue
-        faster = statistics.median(other["median_ms"] / kernel["median_ms"] for kernel, other in pairs)
-        leaner = statistics.median(
-            (other["peak_mib"] or 0) / max(kernel["peak_mib"] or 0, 2**-10) for kernel, other in pairs
-        )
-        stays = faster >= FASTER or (leaner >= LEANER and faster >= 1 / FASTER)
-        found[op] = (
-            f"{'stays' if stays else 'goes'}: {faster:.2f}x {peer} in time, {leaner:.1f}x in memory, "
-            f"median of {len(pairs)} sizes"
-        )
-    return found
 
 
 def _quality(case: Case, name: str) -> str:

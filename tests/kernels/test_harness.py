@@ -63,6 +63,22 @@ def test_rounds_end_with_the_budget_but_one_is_always_run(clock):
     assert budget.left < 0 and harness.Budget(0).left == float("inf")
 
 
+def test_what_precedes_a_call_is_no_part_of_its_time_but_of_how_long_a_block_lasts(clock):
+    events = []
+
+    def before():
+        events.append("before")
+        clock.sleep(0.009)
+
+    def call():
+        events.append("call")
+        clock.sleep(0.001)
+
+    outcome = harness.compare({"a": call}, blocks=2, block_seconds=0.05, before=before)
+    assert outcome.timings["a"].median_ms == pytest.approx(1.0)
+    assert events[-10:] == ["before", "call"] * 5 and events.count("call") == 2 + 4 * 5
+
+
 def test_the_process_clock_does_not_count_waiting():
     waited = harness.block(lambda: time.sleep(0.02), 1, "cpu", clock="process")
     assert waited < 0.01
@@ -74,6 +90,7 @@ def test_out_of_memory_is_an_outcome_of_its_candidate():
 
     outcome = harness.compare({"big": exhausts, "small": lambda: None}, blocks=1, block_seconds=0)
     assert outcome.failures == {"big": "no room for 17 GiB"} and set(outcome.timings) == {"small"}
+    assert outcome.baseline == "small", "what ratios are relative to is the first that ran"
     with pytest.raises(ValueError, match="no candidate of big could run"):
         harness.compare({"big": exhausts})
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import ceilings as ceilings_module
 from benchmarks import harness, kernels
+from benchmarks.ceilings import Ceilings, cold_cache
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_cases import SWEEPS, Sweep
 from benchmarks.kernel_views import MEAN, STD, dense_views
@@ -38,8 +40,8 @@ def broken(device, compiled, *size) -> Case:
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """run(sweeps, *arguments): the document and the rows of the CSV file."""
-    ceilings = harness.Ceilings(1.0, 1.0, "")
-    monkeypatch.setattr(harness, "measure_ceilings", lambda *args, **kwargs: ceilings)
+    ceilings = Ceilings(1.0, 1.0, "")
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *args, **kwargs: ceilings)
 
     def call(sweeps: dict, *arguments: str):
         monkeypatch.setattr(kernels, "SWEEPS", sweeps)
@@ -106,21 +108,80 @@ def test_inputs_that_a_candidate_changes_are_put_back_before_it_is_judged():
     assert own.error("eager") == own.error("eager") == "relative error 0.0e+00"
 
 
-def test_a_kernel_stays_by_the_rule_only():
-    def rows(ms: float, mib: float) -> list[dict]:
-        common = {"op": "x", "shape": "1"}
-        return [
-            common | {"implementation": "eager", "median_ms": 9.0, "peak_mib": 9.0},
-            common | {"implementation": "torch.compile", "median_ms": 1.0, "peak_mib": 4.0},
-            common | {"implementation": "triton", "median_ms": ms, "peak_mib": mib},
-            common | {"implementation": "", "median_ms": "", "peak_mib": ""},
-        ]
+def test_rows_name_their_baseline_and_what_a_kernel_launches(run):
+    def kernel():
+        for _ in range(3):
+            backend.launch({(1,): lambda *_: None}, (1,), torch.zeros(1))
+        return (torch.arange(1.0, 5.0),)
 
-    assert kernels.verdicts(rows(0.9, 4.0))["x"].startswith("stays: 1.11x torch.compile in time, 1.0x in memory")
-    assert kernels.verdicts(rows(1.0, 2.0))["x"].startswith("stays")
-    assert kernels.verdicts(rows(1.0, 4.0))["x"].startswith("goes")
-    assert kernels.verdicts(rows(1.3, 1.0))["x"].startswith("goes")
-    assert kernels.verdicts(rows(1.0, 2.0)[:2]) == {}
+    def build(device, compiled):
+        def missing():
+            raise RuntimeError("does not compile")
+
+        return case("own", {"eager": missing, "torch.compile": lambda: (torch.arange(1.0, 5.0),), "triton": kernel})
+
+    _, rows = run({"own": sweep(build, ())})
+    assert [(row["implementation"], row["launches"], row["baseline"]) for row in rows] == [
+        ("eager", "", ""),
+        ("torch.compile", "", "torch.compile"),
+        ("triton", "3", "torch.compile"),
+    ]
+
+
+def test_what_ran_out_of_memory_says_how_much_it_had_got(run, monkeypatch):
+    compare = harness.compare
+
+    def exhausted(candidates, *args, **settings):
+        outcome = compare({"small": candidates["small"]}, *args, **settings)
+        return harness.Comparison(outcome.timings, 0.0, {"eager": "no room"}, {"eager": 70000.5})
+
+    answer = lambda: (torch.arange(1.0, 5.0),)  # noqa: E731
+    monkeypatch.setattr(harness, "compare", exhausted)
+    _, (eager, small) = run({"own": sweep(lambda *_: case("own", {"eager": answer, "small": answer}))})
+    assert eager["peak_mib"] == "70000.5" and eager["quality"] == "failed: no room; peak_mib is a lower bound"
+    assert eager["median_ms"] == "" and "lower bound" not in small["quality"]
+
+
+def test_shares_of_float32_products_are_of_a_float32_ceiling(run, monkeypatch):
+    ceilings = Ceilings(8.0, 1.0, "", float32_tflop_per_s=2.0)
+    assert [ceilings.tflop_per_s(dtype) for dtype in ("float32", "float16")] == [2.0, 8.0]
+    assert Ceilings(8.0, 1.0, "").tflop_per_s("float32") == 8.0
+
+    def build(device, compiled):
+        return case("own", {"eager": lambda: (torch.arange(1.0, 5.0),)}, operations=10**9)
+
+    _, (plain,) = run({"own": sweep(build, ())})
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *args, **kwargs: ceilings)
+    (row,) = run({"own": sweep(build, ())})[1][1:]
+    assert row["switches"].endswith("ceiling=float32") and "ceiling" not in plain["switches"]
+    assert float(row["ceiling_pct"]) == pytest.approx(100 * float(row["tflop_per_s"]) / 2, rel=1e-2)
+
+
+def test_the_cache_is_emptied_before_each_call_of_what_would_fit(run, monkeypatch):
+    assert cold_cache("cpu", 0) is None, "a CPU's caches are left as they are"
+    read = []
+    monkeypatch.setattr(ceilings_module, "cache_bytes", lambda device: 256)
+    monkeypatch.setattr(torch, "zeros", lambda n, **_: SimpleNamespace(sum=lambda: read.append(4 * n)))
+    assert cold_cache("cuda", 4 * 256) is None
+    cold_cache("cuda", 100)()
+    assert read.pop() == 4 * 256
+    _, (row,) = run({"good": sweep(good)})
+    assert row["switches"].endswith(" L2 flushed before each call") and len(read) > 2
+
+
+def test_both_kinds_of_float32_product_are_timed_and_the_setting_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    exact, tf32 = ceilings_module._float32_ms(torch.ones(8, 8), torch.ones(8, 8), "cpu")
+    assert exact > 0 and tf32 > 0 and torch.get_float32_matmul_precision() == before
+
+
+def test_rows_fit_the_files_that_are_there(run):
+    _, rows = run({"good": sweep(good), "broken": sweep(broken)})
+    for path in harness.RESULTS.glob("kernels_*.csv"):
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+            assert [name for name in rows[0] if name in header] == header, f"{path.name}: a run could not be appended to it"
+            assert all(None not in row and None not in row.values() for row in csv.DictReader(file, header))
 
 
 def test_the_form_for_compilers_is_the_definition():
@@ -133,21 +194,40 @@ def test_the_form_for_compilers_is_the_definition():
     assert dense.stride() == definition.stride()
 
 
-@pytest.mark.parametrize("op", ["guided_step", "geglu", "group_norm", "pixels"])
-def test_candidates_of_small_cases_answer_what_their_truth_is(op):
-    small = {"guided_step": (2, 4), "geglu": (6, 5), "group_norm": (2, 32, 4, True), "pixels": (2, 8, 4)}[op]
+@pytest.mark.parametrize(
+    "op, small",
+    [
+        ("guided_step", (2, 4)),
+        ("guided_step", (4, 4, True)),
+        ("geglu", (6, 5)),
+        ("group_norm", (2, 32, 4, True)),
+        ("pixels", (2, 8, 4)),
+        ("pixels", (2, 8, 4, True)),
+    ],
+)
+def test_candidates_of_small_cases_answer_what_their_truth_is(op, small):
     own = SWEEPS[op].build(torch.device("cpu"), False, *small)
     for _ in range(2):
         errors = own.error("eager").removeprefix("relative error ").split()
         assert all(float(error) < (2e-2 if op == "pixels" else 1e-5) for error in errors)
 
 
-@pytest.mark.parametrize("op", list(SWEEPS))
+def test_layouts_and_parts_that_run_are_timed_and_named():
+    """On a GPU the decoder and the UNet answer in channels_last, and a step may have noise and a mask."""
+    for op, small in (("pixels", (2, 8, 4)), ("guided_step", (4, 4))):
+        assert any(size[-1] is True for size in SWEEPS[op].full) and any(s[-1] is True for s in SWEEPS[op].reduced)
+        plain, real = (SWEEPS[op].build(torch.device("cpu"), False, *small, flag) for flag in (False, True))
+        assert real.shape.startswith(plain.shape + " channels_last")
+    assert real.bytes_moved > plain.bytes_moved
+
+
+@pytest.mark.parametrize("op", [*SWEEPS, "guided_step production"])
 def test_a_compiler_traces_every_definition_whole(op, monkeypatch):
     """Traced without Inductor, which takes minutes: a break in the graph would be timed as what the compiler can do."""
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **_: plain(call, backend="eager", fullgraph=True, dynamic=False))
     small = {"views": (16, 8), "supcon": (16,), "guided_step": (2, 4), "geglu": (6, 5), "pixels": (2, 8, 4)}
-    own = SWEEPS[op].build(torch.device("cpu"), True, *small.get(op, (2, 32, 4, False)))
+    small |= {"group_norm": (2, 32, 4, False), "guided_step production": (2, 4, True)}
+    own = SWEEPS[op.split()[0]].build(torch.device("cpu"), True, *small[op])
     errors = own.error("torch.compile").removeprefix("relative error ").split()
     assert all(float(error) < (2e-2 if op == "pixels" else 1e-4) for error in errors)
