@@ -31,7 +31,7 @@ def key(kernel, **integers) -> str:
     return str(binder(**arguments, debug=False)[1])
 
 
-@pytest.mark.parametrize("kernel", CHANGING, ids=lambda kernel: f"{kernel.module}.{kernel.__name__}")
+@pytest.mark.parametrize("kernel", CHANGING, ids=lambda kernel: kernel.__name__)
 def test_another_batch_never_compiles_a_kernel_anew(kernel):
     changing, known = CHANGING[kernel]
     for name in changing:
