@@ -68,7 +68,8 @@ def supcontrast(z_RE: torch.Tensor, labels_R: torch.Tensor, temperature: float) 
     log_probability = logits - (logits.exp() * others).sum(1, keepdim=True).log()
     count = mask.sum(1)
     mean = (mask * log_probability).sum(1) / count.clamp(min=1)
-    return -mean[count > 0].mean()
+    anchors = count > 0  # not picked by index, for which a GPU would be waited for
+    return -torch.where(anchors, mean, 0.0).sum() / anchors.sum()
 
 
 def metric_learning(labels_R: torch.Tensor):

@@ -5,9 +5,9 @@ whole batch, each row with its own crop, are two batched products. Legend: R row
 pixels of it.
 """
 
-import functools
-
 import torch
+
+_kept: dict[tuple[int, int, torch.device], torch.Tensor] = {}  # what full_matrix made
 
 
 def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=None) -> torch.Tensor:
@@ -46,8 +46,21 @@ def _centers(start_R1, length_R1, m: int, flip_R) -> torch.Tensor:
     return (i_m + 0.5) * (length_R1 / m) + (start_R1 - 0.5)
 
 
-@functools.lru_cache(maxsize=16)
 def full_matrix(n: int, m: int, device: torch.device) -> torch.Tensor:
-    """Weights_mn (fp32) that resize a whole axis of n pixels to m; kept for the few sizes a run has. Do not modify."""
+    """Weights_mn (fp32) that resize a whole axis of n pixels to m; kept for the few sizes a run has. Do not modify.
+
+    Never forgotten: memory that is handed out again could be written while another stream still reads the matrix. What
+    a graph is being captured of, or compiled of, is not kept: its numbers are there only once the graph has run.
+    """
+    key = (n, m, device)
+    if key in _kept and not torch.compiler.is_compiling():
+        return _kept[key]
     zero_R = torch.zeros(1, device=device)
-    return resample_matrix(zero_R, torch.full_like(zero_R, n), n, m)[0]
+    matrix_mn = resample_matrix(zero_R, torch.full_like(zero_R, n), n, m)[0]
+    if not torch.compiler.is_compiling() and not _captures(device):
+        _kept[key] = matrix_mn
+    return matrix_mn
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import ceilings as ceilings_module
 from benchmarks import harness, kernels
 from benchmarks.ceilings import Ceilings, cold_cache
 from benchmarks.kernel_case import Case
-from benchmarks.kernel_cases import SWEEPS, Sweep
+from benchmarks.kernel_cases import SWEEPS, Sweep, supcontrast
 from benchmarks.kernel_views import MEAN, STD, dense_views
 from kernels import backend
 from kernels.views import UNIFORMS, draw_view_parameters, views
@@ -210,6 +211,12 @@ def test_candidates_of_small_cases_answer_what_their_truth_is(op, small):
     for _ in range(2):
         errors = own.error("eager").removeprefix("relative error ").split()
         assert all(float(error) < (2e-2 if op == "pixels" else 1e-5) for error in errors)
+
+
+def test_the_published_formula_never_waits_for_the_device():
+    """Its authors' code does not; a shape that depends on values would put a wait into the peer's time."""
+    with FakeTensorMode():
+        assert supcontrast(torch.ones(6, 4), torch.zeros(6, dtype=torch.int64), 0.1).shape == ()
 
 
 def test_layouts_and_parts_that_run_are_timed_and_named():

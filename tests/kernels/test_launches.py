@@ -57,7 +57,6 @@ CALLS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("op", CALLS)
 def test_a_compiler_traces_launches_without_a_break(op, monkeypatch):
     """A break at every kernel of a compiled UNet would cost more than the kernel gains."""
