@@ -218,7 +218,7 @@ def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tenso
     return out_RHWC.permute(0, 3, 1, 2)
 
 
-@jit
+@jit(unspecialized=("B",))
 def _views_kernel(
     images_ptr, geometry_ptr, op_ptr, factor_ptr, out_ptr, B, V, H, W, out_H, out_W,
     mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, BLOCK: tl.constexpr,

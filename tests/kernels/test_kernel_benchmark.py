@@ -181,7 +181,9 @@ def test_rows_fit_the_files_that_are_there(run):
     for path in harness.RESULTS.glob("kernels_*.csv"):
         with path.open(newline="") as file:
             header = next(csv.reader(file))
-            assert [name for name in rows[0] if name in header] == header, f"{path.name}: a run could not be appended to it"
+            assert [name for name in rows[0] if name in header] == header, (
+                f"{path.name}: a run could not be appended to it"
+            )
             assert all(None not in row and None not in row.values() for row in csv.DictReader(file, header))
 
 
