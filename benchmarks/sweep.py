@@ -80,14 +80,20 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         ("positives_ood", "roundtrip_rows", "separate_batchnorm"),
         {"as configured": []},
     ),
+    "weighting": (  # what else could make negatives count: the gate, their weight, the hardest ones
+        ("positives_ood",),
+        {
+            "gated": ["gate.enabled=true"],
+            "lambda .25": ["learning.ood_weight=0.25"],
+            "lambda 4": ["learning.ood_weight=4.0"],
+            "hardness 1": ["learning.hardness=1.0"],
+        },
+    ),
     "near_ood": (
         ("positives_ood",),
         {
-            f"{name}, lambda {weight}": [f"near_ood.recipes={{{name}: 1.0}}", f"learning.ood_weight={weight}"]
-            for name, weight in (
-                ("strength", 1.0), ("token_mix", 1.0), ("foreign", 1.0), ("mask_split", 1.0), ("jigsaw", 1.0),
-                ("strength", 0.25), ("strength", 4.0),
-            )
+            recipe: [f"near_ood.recipes={{{recipe}: 1.0}}"]
+            for recipe in ("strength", "token_mix", "foreign", "mask_split", "jigsaw")
         },
     ),
 }  # fmt: skip
