@@ -1,6 +1,6 @@
-"""At which batch a peer is at its best: a ratio to a peer at somebody else's best batch would flatter us.
+"""At which batch a technique is at its best: at somebody else's best batch its ratio to another would mean nothing.
 
-A pipeline that runs as it is is timed by its parts at every batch. One that is compiled is compiled anew for every batch,
+A pipeline that runs as it is is timed by its parts at every batch, the slot engine by its tick. One that is compiled is compiled anew for every batch,
 which takes a minute or two, so few are tried, and its row says which.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import harness
+from benchmarks.engine import SlotEngine
 from benchmarks.inputs import Setting
 from modules.diffusion.pipeline import StableDiffusion
 
@@ -29,30 +30,57 @@ def best_batch(
     the best the smallest is taken.
 
     Args:
-        seconds: time left of the budget, of which SEARCH_SHARE may be spent; the first batch is always timed.
+        seconds: time left of the budget, see `cheapest`.
+    """
+    calls = setting.calls(pipeline.scheduler)[0]
+
+    def image_ms(batch: int) -> float:
+        unet, encode, decode = _medians(_parts(pipeline, setting, batch), pipeline.device)
+        return (calls * unet + encode + decode) / batch
+
+    return cheapest(image_ms, possible(images, pipeline.device), name, seconds)
+
+
+@torch.no_grad()
+def best_slots(
+    build: Callable[[int], SlotEngine], images: int, device: torch.device, name: str, seconds: float = float("inf")
+) -> tuple[int, str]:
+    """The number of slots at which an engine takes least time a slot and tick, and what was tried; as `best_batch`.
+
+    Args:
+        build: the engine with that many slots.
+    """
+
+    def slot_ms(slots: int) -> float:
+        engine = build(slots)
+        engine.slots.tick()  # real latents
+        return _medians({"tick": engine.slots.in_flight.step}, device)[0] / slots
+
+    return cheapest(slot_ms, possible(images, device), name, seconds)
+
+
+def cheapest(cost_ms: Callable[[int], float], batches: list[int], name: str, seconds: float) -> tuple[int, str]:
+    """The smallest of the batches whose cost is within TOLERANCE of the least, and the costs of all in words.
+
+    Args:
+        cost_ms: milliseconds an image takes at a batch; one that raises RuntimeError (memory) or ValueError is out.
+        seconds: time left, of which SEARCH_SHARE may be spent; the first batch is always tried.
 
     Raises:
         ValueError: not one batch can be run.
     """
-    device, begin, costs, out = pipeline.device, time.perf_counter(), {}, []
-    for batch in possible(images, device):
+    begin, costs, out = time.perf_counter(), {}, []
+    for batch in batches:
         if costs and time.perf_counter() - begin > SEARCH_SHARE * seconds:
             out.append(f"{batch} no time")
             continue
-        parts = _parts(pipeline, setting, batch)
         try:
-            found = harness.compare(parts, device, blocks=3, block_seconds=0.0)
-        except ValueError as error:
-            found = None
-            print(f"{name}, batch {batch}: {error}", flush=True)
-        if found is None or found.failures:
+            costs[batch] = cost_ms(batch)
+        except (RuntimeError, ValueError) as error:
             out.append(f"{batch} does not run")
-            print(f"{name}, batch {batch}: {found and found.failures}", flush=True)
-            continue
-        unet, encode, decode = (found.timings[part].median_ms for part in parts)
-        costs[batch] = (setting.calls(pipeline.scheduler)[0] * unet + encode + decode) / batch
+            print(f"{name}, batch {batch}: {harness.described(error)}", flush=True)
     if not costs:
-        raise ValueError(f"{name}: no batch of {possible(images, device)} runs")
+        raise ValueError(f"{name}: no batch of {batches} runs")
     tried = [f"{batch} {cost:.4g} ms an image" for batch, cost in costs.items()]
     text = f"batches tried: {', '.join([*tried, *out])}"
     print(f"{name}, {text}", flush=True)
@@ -108,6 +136,14 @@ def fastest(rates: dict[int, float | str]) -> tuple[int, str]:
     known = {batch: rate for batch, rate in rates.items() if not isinstance(rate, str)}
     told = [f"{b} {rate if isinstance(rate, str) else f'{rate:.4g} images/s'}" for b, rate in rates.items()]
     return max(known, key=known.get), f"batches tried: {', '.join(told)}"
+
+
+def _medians(calls: dict[str, Callable[[], object]], device: torch.device) -> list[float]:
+    """Milliseconds of each call; ValueError if one fails."""
+    found = harness.compare(calls, device, blocks=3, block_seconds=0.0)
+    if found.failures:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in found.failures.items()))
+    return [found.timings[name].median_ms for name in calls]
 
 
 def _parts(pipeline: StableDiffusion, setting: Setting, batch: int) -> dict[str, Callable[[], object]]:

@@ -82,7 +82,7 @@ class SlotEngine:
             empty_TE=self.context[""] if guided else None,
             unconditional_rows=None if guided in (0, calls) else min(slots, math.ceil(slots * guided / calls) + 1),
         )
-        self.attention = self._tune_attention() if tune_attention else "sdpa"
+        self.attention = self._tune_attention() if tune_attention else "auto"
         with backend.using(kernels):
             self.compiled = accelerate(self.slots, compile_setting)
 

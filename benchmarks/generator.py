@@ -18,7 +18,6 @@ import argparse
 import math
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
@@ -282,12 +281,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--unet-rows", type=int, default=unet_call.ROWS, help="rows of one UNet call timed apart; 0: none"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
     options.pipeline = options.pipeline or inputs.default_pipeline(torch.device(options.device))
-    options.out = (
-        None if options.out == "none" else Path(options.out or inputs.results_file("generator", options.device))
-    )
+    options.out = harness.rows_file(options.out, "generator", options.device)
     return options
 
 

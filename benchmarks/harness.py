@@ -10,6 +10,7 @@ import csv
 import ctypes
 import datetime
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -288,6 +289,20 @@ def conditions(device: torch.device | str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load": _load(),
     }
+
+
+def results_file(name: str, device: torch.device | str) -> Path:
+    """Where rows of a benchmark go: <name>_gpu.csv or <name>_cpu.csv below $OUT where it is set, else results/."""
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
+    return folder / f"{name}_{'gpu' if torch.device(device).type == 'cuda' else 'cpu'}.csv"
+
+
+def rows_file(asked: str, name: str, device: torch.device | str) -> Path | None:
+    """Where the rows of --out go: "none" nowhere, "" to `results_file`, into a folder under that file's name."""
+    if asked == "none":
+        return None
+    usual = results_file(name, device)
+    return usual if not asked else Path(asked) / usual.name if Path(asked).is_dir() else Path(asked)
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:

@@ -9,7 +9,6 @@ Shapes: N images, T tokens, E text width, H W pixels, h w latent grid.
 
 import copy
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +17,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import RESULTS
 from modules import config
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.schedule import time_grid
 from modules.runtime import stream
 
 NOUNS = ("bolt", "gear", "nut", "ring", "screw", "bearing", "flange", "washer")
-
-
-def results_file(name: str, device: torch.device | str) -> Path:
-    """Where rows of a benchmark go: <name>_gpu.csv or <name>_cpu.csv below $OUT where it is set, else results/."""
-    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
-    return folder / f"{name}_{'gpu' if torch.device(device).type == 'cuda' else 'cpu'}.csv"
 
 
 @dataclass(frozen=True)

@@ -185,15 +185,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reduced", action=argparse.BooleanOptionalAction, default=None, help="small sizes; default on a CPU"
     )
-    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
     options.ops = [op.strip() for op in options.ops.split(",") if op.strip()]
     if unknown := [op for op in options.ops if op not in SWEEPS]:
         parser.error(f"--ops has {', '.join(unknown)}; known are {', '.join(SWEEPS)}")
     kind = torch.device(options.device).type
     options.reduced = kind == "cpu" if options.reduced is None else options.reduced
-    default = harness.RESULTS / f"kernels_{'gpu' if kind == 'cuda' else 'cpu'}.csv"
-    options.out = None if options.out == "none" else Path(options.out or default)
+    options.out = harness.rows_file(options.out, "kernels", options.device)
     return options
 
 

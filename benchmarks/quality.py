@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import trainer
-from benchmarks import harness, inputs
+from benchmarks import harness
 from benchmarks.session import DEMO, session
 from modules.commands.job import Job, State
 from modules.diffusion.suitability import ALL, judge_images, suitability
@@ -201,12 +201,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--budget-s", type=float, default=0.0, help="begin no run that may end after this; 0: no bound")
-    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
     options.choices = [name.strip() for name in options.choices.split(",") if name.strip()]
     if unknown := [name for name in options.choices if name not in CHOICES]:
         parser.error(f"--choices has {', '.join(unknown)}; known are {'; '.join(CHOICES)}")
-    options.out = None if options.out == "none" else Path(options.out or inputs.results_file("quality", options.device))
+    options.out = harness.rows_file(options.out, "quality", options.device)
     return options
 
 

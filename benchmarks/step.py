@@ -275,10 +275,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--train-images", action=argparse.BooleanOptionalAction, default=True, help="few against all")
     parser.add_argument("--budget-s", type=float, default=0.0, help="begin nothing after this; 0: no bound")
-    parser.add_argument("--out", default="", help="CSV to append to; 'none' writes nothing")
+    parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
     options.cases = [name for name in options.cases.split(",") if name]
-    options.out = None if options.out == "none" else Path(options.out or inputs.results_file("step", options.device))
+    options.out = harness.rows_file(options.out, "step", options.device)
     return options
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, inputs
+from benchmarks import harness
 from kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def _generator(options, seconds: float) -> list[str]:
 
 def _kernels(options, seconds: float) -> list[str]:
     name = "kernels_gpu.csv" if options.gpu else "kernels_cpu.csv"
-    out = inputs.results_file("kernels", options.device).with_name(name)
+    out = harness.results_file("kernels", options.device).with_name(name)
     right = [op for op in backend.OPS if op not in options.wrong]
     return _device(options) + ["--budget-seconds", f"{seconds:.0f}", "--out", str(out), "--ops", ",".join(right)]
 
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the parts, print the table and the JSON document; returns that document."""
     options = _parse(argv)
     budget = harness.Budget(options.budget_s)
-    conditions, out = harness.conditions(options.device), inputs.results_file("suite", options.device)
+    conditions, out = harness.conditions(options.device), harness.results_file("suite", options.device)
     outcomes: list[Outcome] = []
     for part in PARTS:
         if part.name not in options.only:

@@ -60,6 +60,7 @@ class Bench:
         self.texts = inputs.prompts(options.images)
         self.moments = self.pipeline.encode_moments(self.pixels_NHWC.to(self.device))
         self.batch, self.tried = self._best_batch(self.pipeline, DIFFUSERS)
+        self.rows, self.rows_tried = self._best_slots()
         self.skipped: dict[str, str] = {}
         self.engines: dict[str, SlotEngine] = {}
         self.how: dict[str, dict] = {}  # settings of an engine, to build it again for other rows
@@ -90,7 +91,7 @@ class Bench:
     def slots_tuned(self) -> Candidate:
         """The engine with the attention backend that is fastest at each of the UNet's shapes."""
         if self.device.type != "cuda":
-            raise peers.Unavailable(SLOTS_TUNED, "a CPU has one attention backend")
+            raise peers.Unavailable(SLOTS_TUNED, "on a CPU the shape decides, nothing is timed")
         return self._engine(SLOTS_TUNED, tune_attention=True)
 
     def slots_compiled(self) -> Candidate:
@@ -159,23 +160,23 @@ class Bench:
 
     def _engine(self, name: str, setting: Setting | None = None, **how) -> Candidate:
         own = inputs.own_copy(self.pipeline)
-        engine = SlotEngine(own, setting or self.setting, self.moments, self.texts, slots=self.batch, **how)
+        engine = SlotEngine(own, setting or self.setting, self.moments, self.texts, slots=self.rows, **how)
         made, z0, eps = first_images(engine)
         pool_bytes = engine.slots.pool_bytes
         switches = (
             f"{engine.compiled.value}; attention {engine.attention}; kernels {engine.kernels}; moments, prompts and their keys and values cached; "
-            f"decoding {engine.decode_batch} at once"
+            f"decoding {engine.decode_batch} at once; {self.rows_tried}"
         )
         if setting is not None:
             quality = f"another sampler, {setting.solver} in {setting.num_inference_steps}: see benchmarks.quality"
-            return Candidate(name, engine.make, self.batch, False, switches, quality, setting, pool_bytes=pool_bytes)
+            return Candidate(name, engine.make, self.rows, False, switches, quality, setting, pool_bytes=pool_bytes)
         if self._reference is None:
             peer = peers.image_to_image(self.pipeline, self.setting)
-            first = slice(0, min(QUALITY_IMAGES, self.batch))
+            first = slice(0, min(QUALITY_IMAGES, self.rows))
             reference = peers.from_noise(peer, z0[first], eps[first], self.texts[first], self.setting)
             self._reference = reference, z0, eps
         self.engines[name], self.how[name] = engine, how
-        return Candidate(name, engine.make, self.batch, False, switches, self._psnr(made), pool_bytes=pool_bytes)
+        return Candidate(name, engine.make, self.rows, False, switches, self._psnr(made), pool_bytes=pool_bytes)
 
     def _batched(self, name: str, peer, switches: str, batch: int) -> Candidate:
         quality = "not compared: the engine made no images"
@@ -196,9 +197,17 @@ class Bench:
             return self.options.batch, f"batch {self.options.batch} as asked"
         return batches.best_batch(pipeline, self.setting, self.options.images, name, self.budget.left)
 
+    def _best_slots(self) -> tuple[int, str]:
+        """The slots at which the engine is fastest as it is, and what was tried for it."""
+        if self.options.batch:
+            return self.options.batch, f"{self.options.batch} slots as asked"
+        own = inputs.own_copy(self.pipeline)
+        build = lambda slots: SlotEngine(own, self.setting, self.moments, self.texts, slots=slots)  # noqa: E731
+        return batches.best_slots(build, self.options.images, self.device, SLOTS, self.budget.left)
+
     def _batches_to_compile(self) -> tuple[int, ...]:
-        """The best batch of the pipeline as it comes and, on a GPU, the next one: each takes a compilation of its own."""
-        if self.options.batch or self.device.type != "cuda":
+        """The best batch of the pipeline as it comes and the next one: each takes a compilation of its own."""
+        if self.options.batch:
             return (self.batch,)
         return (self.batch, *batches.next_to(self.batch, self.options.images, self.device))
 

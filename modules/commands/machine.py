@@ -48,6 +48,10 @@ DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs 
     "run.precision",
 )
 CALIBRATION_STEPS = 8  # joint steps timed in each overlap mode, at least
+CPU_ATTENTION = {  # without timing, so that the same run gives the same bits
+    "auto": ("products where tokens are few, else sdpa", "auto: by shape on a CPU"),
+    "sdpa": ("sdpa", "pipeline.attention"),
+}
 ATTENTION_REPEATS = 5  # of which the median counts
 
 
@@ -202,7 +206,9 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     """Set the attention backend of every layer, and say which were taken; each shape's times are printed."""
     asked, unet = job.config.pipeline.attention, job.pipeline.unet
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
-        return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: a CPU has one backend")
+        for layer in attention.layers_of(unet):
+            layer.processor.backend = asked
+        return Choice(*CPU_ATTENTION[asked])
     measure = timer(job.device)
     if asked == "auto":
         job.console.line("  timing the attention backends at each shape of the UNet: this can take a minute")

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.attention import attention, attention_reference
 from kernels.staging import in_use
 from modules.errors import ConfigError
 
@@ -32,14 +33,16 @@ PLAIN = ("spatial_norm", "group_norm", "norm_q", "norm_k")  # absent in every St
 
 
 def attend(backend: str, q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in and out, by a named backend."""
+    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in and out, by a named backend; auto: as kernels/attention.py chooses."""
+    if backend == "auto":
+        return attention(q_BNHK, k_BTHK, v_BTHK)
+    if backend == "sdpa":
+        return attention_reference(q_BNHK, k_BTHK, v_BTHK)
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q_BNHK, k_BTHK, v_BTHK)
     q, k, v = (x.transpose(1, 2) for x in (q_BNHK, k_BTHK, v_BTHK))
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     with sdpa_kernel(SDPA[backend]):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -66,7 +69,7 @@ class SlotAttention:
 
     def __init__(self, columns: slice | None):
         self.columns = columns  # of the layer's keys and values in `kv`; None: self-attention
-        self.backend = "sdpa"
+        self.backend = "auto"
         self.seen: Seen | None = None  # collects inputs for the tuner
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, kv=None):
@@ -176,7 +179,7 @@ def tune(
         call: one UNet call on real shapes.
         timer: milliseconds of a function.
         asked: auto times the candidates; a name sets that backend everywhere.
-        candidates: what auto chooses from; on a CPU the caller has none to offer but sdpa.
+        candidates: what auto chooses from by time, on a GPU; on a CPU the shape alone decides (kernels/attention.py).
         kept: backend by shape as `chosen` returned it before; it is taken again.
 
     Raises:

@@ -139,14 +139,14 @@ def test_a_compiled_pipeline_is_tried_at_as_many_batches_as_there_is_time_for(cl
         batches.compiled_rates(call_at, (64,), device, lambda: float("inf"))
 
 
-def test_a_compiled_pipelines_other_batch_is_the_next_one_on_a_gpu_alone():
+def test_a_compiled_pipelines_other_batch_is_the_next_one():
     gpu = torch.device("cuda")
     assert batches.next_to(16, 64, gpu) == (32,) and batches.next_to(64, 64, gpu) == (32,)
     assert batches.next_to(8, 8, gpu) == () and batches.next_to(3, 3, gpu) == ()
     bench = SimpleNamespace(options=SimpleNamespace(batch=0, images=64), device=gpu, batch=32)
     assert Bench._batches_to_compile(bench) == (32, 64)
     bench.device = torch.device("cpu")
-    assert Bench._batches_to_compile(bench) == (32,)
+    assert Bench._batches_to_compile(bench) == (32, 16), "the next smaller where there is no larger"
     bench.device, bench.options.batch = gpu, 32
     assert Bench._batches_to_compile(bench) == (32,), "asked for"
 

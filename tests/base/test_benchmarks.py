@@ -6,6 +6,7 @@ Figures are not judged here; a tiny pipeline of random weights proves the paths.
 import csv
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -280,6 +281,10 @@ class TestSuite:
 
 def test_results_go_below_out_where_it_is_set(monkeypatch, tmp_path):
     monkeypatch.delenv("OUT", raising=False)
-    assert inputs.results_file("step", "cpu") == harness.RESULTS / "step_cpu.csv"
+    assert harness.results_file("step", "cpu") == harness.RESULTS / "step_cpu.csv"
     monkeypatch.setenv("OUT", str(tmp_path))
-    assert inputs.results_file("step", "cuda") == tmp_path / "step_gpu.csv"
+    assert harness.results_file("step", "cuda") == tmp_path / "step_gpu.csv"
+    assert harness.rows_file("", "step", "cpu") == tmp_path / "step_cpu.csv"
+    assert harness.rows_file("none", "step", "cpu") is None
+    assert harness.rows_file("mine.csv", "step", "cpu") == Path("mine.csv")
+    assert harness.rows_file(str(tmp_path / ".."), "step", "cpu") == tmp_path / ".." / "step_cpu.csv", "into a folder"

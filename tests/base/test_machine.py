@@ -71,7 +71,7 @@ def test_choices_stand_in_the_card_and_in_a_file_with_their_reasons(tmp_path):
         card = {name: (value, reason) for name, value, reason in job.card}
         kept = json.loads((job.workdir.path / machine.FILE).read_text())
     assert card["slots"] == ("4", "generation.slots") and card["decode batch"] == ("3", "generation.decode_batch")
-    assert card["attention"] == ("sdpa", "auto: a CPU has one backend")
+    assert card["attention"] == ("products where tokens are few, else sdpa", "auto: by shape on a CPU")
     assert card["tick"] == ("eager", "auto: compiling pays on a GPU only")
     assert card["preset"] == ("exact", "as configured")
     assert kept["device"] == "cpu" and kept["slots"] == [4, "generation.slots"]

@@ -1,0 +1,61 @@
+"""Attention without a mask, which on a CPU is two batched products where there are few scores.
+
+torch's fused CPU kernel works in tiles and spends most of its time around them where a head has few tokens: 64 rows of 64
+tokens, 4 heads of 20, took 2.8 ms fused and 1.6 as products; of 16 tokens .77 and .28; from about 128 x 128 scores on the
+fused one is ahead (2-core AMD EPYC with AVX2; benchmarks/LOG.md). The compiler would turn written-out products back into
+the fused kernel, so it is shown one op that it cannot look into. Legend: B rows, N tokens, T keys, H heads, K width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.checks import check_choice
+
+IMPLEMENTATIONS = ("auto", "torch", "products")
+FEW_SCORES = 64 * 64  # N x T up to which products are ahead
+
+
+def attention(
+    q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, *, implementation: str = "auto"
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) v for each head, [B, N, H, K] in any layout in and out.
+
+    auto is products for float32 on a CPU where N x T <= FEW_SCORES and no gradient is wanted, else torch's
+    scaled_dot_product_attention. Only the latter has a gradient.
+
+    Raises ValueError where products are demanded but a gradient is wanted.
+    Source: Vaswani et al. 2017 (1706.03762) eq. 1.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BNHK, k_BTHK, v_BTHK))
+    if implementation == "products" and trained:
+        raise ValueError("implementation='products' has no gradient; use torch, or torch.no_grad()")
+    few = q_BNHK.shape[1] * k_BTHK.shape[1] <= FEW_SCORES and not trained
+    on_cpu = q_BNHK.device.type == "cpu" and q_BNHK.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if implementation == "products" or (implementation == "auto" and few and on_cpu):
+        return torch.ops.trainer.products_attention.default(q_BNHK, k_BTHK, v_BTHK)
+    return attention_reference(q_BNHK, k_BTHK, v_BTHK)
+
+
+def attention_reference(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:
+    """The attention of `attention` by torch."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHK, k_BTHK, v_BTHK))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _products(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:
+    B, N, H, K = q_BNHK.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * H, -1, K) for x in (q_BNHK, k_BTHK, v_BTHK))
+    ignored = q.new_empty(1, 1, 1).expand(B * H, N, k.shape[1])
+    scores = torch.baddbmm(ignored, q, k.transpose(1, 2), beta=0, alpha=K**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(B, H, N, K).transpose(1, 2).contiguous()
+
+
+_LIBRARY = torch.library.Library("trainer", "FRAGMENT")
+_LIBRARY.define("products_attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+_LIBRARY.impl("products_attention", _products, "CPU")
+
+
+@torch.library.register_fake("trainer::products_attention")
+def _(q_BNHK, k_BTHK, v_BTHK):
+    return q_BNHK.new_empty(q_BNHK.shape)
