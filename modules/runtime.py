@@ -74,7 +74,7 @@ def resolve_runtime(run, pipeline) -> Runtime:
     if run.precision == "fp16" and not on_gpu:
         raise ConfigError("run.precision fp16 trains on a GPU only; use fp32 or bf16 on a CPU")
     if run.precision == "auto":
-        precision = Choice(torch.bfloat16 if on_gpu else torch.float32, "auto: bf16 on a GPU, fp32 on a CPU")
+        precision = _auto_precision(device.value)
     else:
         precision = Choice(DTYPES[run.precision], f"run.precision{_slow(run.precision, device.value)}")
     if pipeline.dtype == "auto":
@@ -84,6 +84,7 @@ def resolve_runtime(run, pipeline) -> Runtime:
     if run.kernels == "triton" and (obstacle := backend.obstacle(device.value)):
         raise ConfigError(f"run.kernels is triton, but {obstacle}; set it to auto or torch")
     backend.set_default(run.kernels)
+    torch.backends.cudnn.allow_tf32 = torch.float32 not in (precision.value, pipeline_dtype.value)  # fp32 is fp32
     if run.threads:
         torch.set_num_threads(run.threads)
     threads = Choice(
@@ -97,6 +98,14 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _auto_precision(device: torch.device) -> Choice:
+    """What the encoder trains in where nobody says: 16 bits where the device is fast in them."""
+    if device.type == "cuda" and not has_bf16(device):
+        return Choice(torch.float16, "auto: fp16 on a GPU that has no bf16")
+    on_gpu = device.type == "cuda"
+    return Choice(torch.bfloat16 if on_gpu else torch.float32, "auto: bf16 on a GPU, fp32 on a CPU")
 
 
 def _slow(precision: str, device: torch.device) -> str:

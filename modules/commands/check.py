@@ -19,6 +19,7 @@ from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
 from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, variant
 from modules.commands.timing import Timing, time_steps, window
 from modules.console import duration
+from modules.diffusion.generator import prefill_target
 from modules.diffusion.inversion import Inversion
 from modules.errors import OutOfMemory
 from modules.meter import timer
@@ -186,8 +187,7 @@ def _prefill_seconds(job: Job, state, timing: Timing) -> float:
     generation = job.config.generation
     if state.generator is None or not timing.images:
         return 0.0
-    roles = (generation.near_ood_fraction < 1) + (generation.near_ood_fraction > 0)
-    images = len(job.sets.index.classes) * roles * round(generation.prefill * generation.ring_size)
+    images = len(job.sets.index.classes) * sum(prefill_target(generation, is_ood) for is_ood in (False, True))
     return images * timing.phase_ms["generate"] / timing.images / 1e3
 
 

@@ -24,6 +24,8 @@ from modules.diffusion.attention import install
 
 META = torch.device("meta")
 
+STATE_BYTES = {"sgd": 4, "adamw": 8, "sgd8bit": 1, "adamw8bit": 2}  # of the optimizer, a parameter
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -151,3 +153,21 @@ class _LiveBytes(TorchDispatchMode):
         self._known[name] = weakref.ref(storage, dropped)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def prompt_bytes(pipeline) -> int:
+    """Of one prompt's keys and values in every cross-attention layer."""
+    return pipeline.num_tokens * key_value_columns(pipeline) * pipeline.dtype.itemsize
+
+
+def prompt_cache_bytes(generation, num_classes: int, pipeline) -> int:
+    """Of the keys and values of all prompts a run may see, within generation.kv_cache_gib."""
+    prompts = num_classes * len(generation.templates) * len(generation.conditions) + 1
+    return min(prompts * prompt_bytes(pipeline), int(generation.kv_cache_gib * 2**30))
+
+
+def optimizer_bytes(encoder: torch.nn.Module, learning) -> int:
+    """Of the state that the optimizer of a config section `learning` makes at its first step."""
+    if learning.optimizer == "sgd" and learning.momentum == 0:
+        return 0
+    return STATE_BYTES[learning.optimizer] * sum(p.numel() for p in encoder.parameters())

@@ -7,6 +7,7 @@ profile) say nothing about these.
 """
 
 import copy
+import gc
 import json
 import math
 from collections import Counter
@@ -18,6 +19,7 @@ import torch
 from kernels import backend
 from kernels.geglu import swap_geglu
 from kernels.group_norm import swap_group_norm
+from modules.commands import costs
 from modules.commands.job import Job, State
 from modules.commands.timing import copied, time_steps, window
 from modules.data.reservoir import Reservoir
@@ -29,6 +31,7 @@ from modules.diffusion.overlap import Overlap, choose_mode
 from modules.diffusion.slots import Slots
 from modules.diffusion.tick import Tick
 from modules.errors import OutOfMemory
+from modules.memory import ran_out
 from modules.meter import Meter, timer
 from modules.records import read_record
 from modules.rules import generated_rows
@@ -140,8 +143,15 @@ def choose_overlap(job: Job, state: State, step) -> None:
         judged = job.config.gate.enabled or job.config.controller.enabled
 
         def measure(mode: str) -> float:
-            with unchanged(state, Overlap(mode, job.device)) as trial:
-                return time_steps(trial, step, window(trial, CALIBRATION_STEPS)).step_ms
+            try:
+                with unchanged(state, Overlap(mode, job.device)) as trial:
+                    return time_steps(trial, step, window(trial, CALIBRATION_STEPS)).step_ms
+            except (RuntimeError, MemoryError) as error:  # what is held twice for a trial, or by a second stream
+                if mode == "sequential" or not ran_out(error):
+                    raise
+            gc.collect()
+            torch.cuda.empty_cache()
+            return math.inf
 
         choice = choose_mode(job.config.generation.mode, job.device, measure, judged)
         _write(job, mode=[choice.value, choice.reason])
@@ -172,14 +182,18 @@ def _swap_layers(job: Job) -> None:
 
 @contextmanager
 def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
-    """Inside, as much memory is held as a training step of the encoder takes: slots must fit beside it.
+    """Inside, as much memory is held as training will take: slots must fit beside a step of the encoder, the state that its
+    optimizer makes at the first one, and the prompts that are cached as they come.
 
     On a CPU nothing is held: there the system's memory is not a fixed bound.
     """
     if job.device.type != "cuda":
         yield
         return
-    held = torch.empty(_learner_bytes(state, train_DHWC), dtype=torch.uint8, device=job.device)
+    config, classes = job.config, len(job.sets.index.classes)
+    later = costs.optimizer_bytes(state.encoder, config.learning)
+    later += costs.prompt_cache_bytes(config.generation, classes, job.pipeline)
+    held = torch.empty(_learner_bytes(state, train_DHWC) + later, dtype=torch.uint8, device=job.device)
     try:
         yield
     finally:

@@ -16,7 +16,6 @@ from modules.learning.encoder import build_encoder
 from modules.rules import generated_rows
 
 VIEWS = 2
-STATE_BYTES = {"sgd": 4, "adamw": 8, "sgd8bit": 1, "adamw8bit": 2}  # of the optimizer, a parameter
 PROVENANCE_BYTES = 900  # of one request as JSON, measured
 HELD, WORKING = "held", "working"
 
@@ -98,7 +97,7 @@ def _learner_parts(job: Job) -> list[Part]:
     on_cpu = job.device.type == "cpu"
     parts = [
         Part("encoder weights", weights, "encoder.arch, encoder.width", saved=True),
-        Part("encoder optimizer state", numbers * _state_bytes(learning), "learning.optimizer", saved=True),
+        Part("encoder optimizer state", costs.optimizer_bytes(encoder, learning), "learning.optimizer", saved=True),
         Part(
             "train images", _pixels(len(sets.train.items), size), "data.image_size, data.shots_per_class", loaded=on_cpu
         ),
@@ -124,9 +123,7 @@ def _generation_parts(job: Job) -> list[Part]:
     rows = generation.slots * (1 + (recipes.guided and not pipeline.guidance_embedding_width))
     planes = 2 + stochastic + 3 * recipes.masked  # z, x0_prev; noise of every step; mask, z0 and eps of masked edits
     slots = (generation.slots * planes + generation.slots + generation.decode_batch) * latent * 4
-    prompt = pipeline.num_tokens * costs.key_value_columns(pipeline) * pipeline.dtype.itemsize
-    prompts = len(sets.index.classes) * len(generation.templates) * len(generation.conditions) + 1
-    cached = min(prompts * prompt, int(generation.kv_cache_gib * 2**30))
+    prompt = costs.prompt_bytes(pipeline)
     parts = [
         Part("UNet weights", costs.weight_bytes(pipeline.unet), "pipeline.dtype", loaded=True),
         Part("VAE weights", costs.weight_bytes(pipeline.vae), "pipeline.dtype, pipeline.vae", loaded=True),
@@ -139,7 +136,7 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("provenance (host)", rings * PROVENANCE_BYTES, "generation.ring_size", saved=True),
         Part("slots in flight", slots, "generation.slots", saved=True),
         Part("keys and values of prompts in flight", rows * prompt, "generation.slots"),
-        Part("keys and values of other prompts", cached, "generation.kv_cache_gib, generation.templates"),
+        Part("keys and values of other prompts", costs.prompt_cache_bytes(generation, len(sets.index.classes), pipeline), "generation.kv_cache_gib, generation.templates"),
         Part("UNet call", costs.unet_cost(pipeline, rows).peak_bytes,
              "generation.slots, pipeline.resolution, pipeline.dtype", WORKING),
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
@@ -155,10 +152,6 @@ def _generation_parts(job: Job) -> list[Part]:
             Part("val images to be judged", _pixels(val, pipeline.resolution), "pipeline.resolution", loaded=True)
         )
     return parts
-
-
-def _state_bytes(learning) -> int:
-    return 0 if learning.optimizer == "sgd" and learning.momentum == 0 else STATE_BYTES[learning.optimizer]
 
 
 def _pixels(count: int, size: int) -> int:

@@ -68,7 +68,9 @@ def class_statistics(
     unit_DE = torch.nn.functional.normalize(features_DE.float(), dim=1)
     center_E = unit_DE.mean(0)
     z_DE = torch.nn.functional.normalize(unit_DE - center_E, dim=1)
-    rows = [[i for i, other in enumerate(labels) if other == label] for label in range(num_classes)]
+    rows: list[list[int]] = [[] for _ in range(num_classes)]
+    for row, label in enumerate(labels):
+        rows[label].append(row)
     means, figures = [], []
     for members in rows:
         z_NE = z_DE[upload(members, z_DE.device)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.pixels import pixels
-from modules.config import Config
+from modules.config import Config, Generation
 from modules.data.reservoir import Entry, Reservoir
 from modules.diffusion.conditioning import Conditioning
 from modules.diffusion.controller import Controller
@@ -26,6 +26,15 @@ from modules.errors import ConfigError
 EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
 PREFILL_PATIENCE = 40  # images made per image wanted before prefill gives up
 SHARE_IMAGES = 200  # first images of a run, over which the share of guided steps is counted
+
+
+def prefill_target(generation: Generation, is_ood: bool) -> int:
+    """Images of a ring that stand ready before step 0: `prefill` of its size, of the rarer role as many fewer as it is rarer.
+
+    Images come in the ratio of the roles, so filling both alike would make many of the other one for nothing.
+    """
+    share = generation.near_ood_fraction if is_ood else 1 - generation.near_ood_fraction
+    return round(generation.prefill * generation.ring_size * share / max(share, 1 - share))
 
 
 class Generator:
@@ -120,7 +129,7 @@ class Generator:
 
     @torch.no_grad()
     def prefill(self, progress=None) -> None:
-        """Make images until every ring that is fed holds `generation.prefill` of its size.
+        """Make images until every ring that is fed holds its share of them (`prefill_target`).
 
         Raises:
             ConfigError: the rings do not fill, because nearly every image is rejected.
@@ -139,6 +148,7 @@ class Generator:
                     f"{sum(wanted.values())} of {total} places are still empty, because nearly all were rejected; "
                     f"verdicts: {self.gate.statistics()}; look with preview at what the strengths and recipes give"
                 )
+        self.slots.credit = 0.0  # ticks here were taken as needed, those of images made again too
         self.reservoir.end_prefill()
         if progress is not None and total:
             progress(total, total, "images in the reservoir")
@@ -223,9 +233,8 @@ class Generator:
         """Images still wanted by each ring that this run feeds."""
         generation = self.config.generation
         roles = [False] * (generation.near_ood_fraction < 1) + [True] * (generation.near_ood_fraction > 0)
-        target = round(generation.prefill * generation.ring_size)
         rings = {
-            (label, is_ood): target - self.reservoir.fill(label, is_ood)
+            (label, is_ood): prefill_target(generation, is_ood) - self.reservoir.fill(label, is_ood)
             for label in range(self.num_classes)
             for is_ood in roles
         }

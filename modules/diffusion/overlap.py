@@ -8,6 +8,7 @@ In stream mode the generation of a step is launched once its batch is mixed and 
 reading and writing of the reservoir never meet. The images are those of sequential mode; each comes one step later.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,7 +60,8 @@ def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float
 
     Args:
         asked: generation.mode: auto | sequential | stream.
-        measure: milliseconds of a step in a mode, on copies of the state; called for auto on a GPU only.
+        measure: milliseconds of a step in a mode, on copies of the state, infinite where memory runs out; called for auto
+            on a GPU only.
         judged: whether gate or controller look at images with the encoder that is being trained; it must not change
             under them, so generation then stays sequential.
 
@@ -81,4 +83,5 @@ def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float
         return Choice("sequential", "auto: gate or controller read the encoder while images are made")
     times = {mode: measure(mode) for mode in MODES}
     best = min(times, key=times.get)
-    return Choice(best, "auto: " + ", ".join(f"{mode} {ms:.1f} ms a step" for mode, ms in times.items()))
+    told = [f"{mode} {ms:.1f} ms a step" if math.isfinite(ms) else f"{mode} does not fit" for mode, ms in times.items()]
+    return Choice(best, f"auto: {', '.join(told)}")

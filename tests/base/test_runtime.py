@@ -7,7 +7,7 @@ import torch
 
 from modules import config, runtime
 from modules.errors import ConfigError
-from modules.runtime import commit, environment, resolve_runtime, stream, stream_seed
+from modules.runtime import Choice, commit, environment, resolve_runtime, stream, stream_seed
 
 
 def resolved(dtype="auto", **run):
@@ -33,9 +33,15 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 def test_a_gpu_that_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    runtime = resolved()
-    assert (runtime.device.value.type, runtime.device.reason) == ("cuda", "a GPU")
-    assert (runtime.precision.value, runtime.pipeline_dtype.value) == (torch.bfloat16, torch.float16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    found = resolved()
+    assert (found.device.value.type, found.device.reason) == ("cuda", "a GPU")
+    assert (found.precision.value, found.pipeline_dtype.value) == (torch.bfloat16, torch.float16)
+    assert torch.backends.cudnn.allow_tf32, "16 bits: nothing asks for fp32"
+    assert resolved(precision="fp32").precision.value == torch.float32
+    assert not torch.backends.cudnn.allow_tf32, "fp32 that was asked for is not a product of 10 bits"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolved().precision == Choice(torch.float16, "auto: fp16 on a GPU that has no bf16")
     assert resolved(device="cpu").device.value.type == "cpu"
 
 

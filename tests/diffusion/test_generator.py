@@ -5,7 +5,7 @@ import torch
 
 from modules.config import Config
 from modules.data.reservoir import Reservoir
-from modules.diffusion.generator import Generator
+from modules.diffusion.generator import Generator, prefill_target
 from modules.diffusion.presets import plan
 from modules.diffusion.slots import Sources
 from modules.errors import ConfigError
@@ -78,6 +78,31 @@ def test_rings_of_a_role_that_is_not_made_are_not_waited_for(share, fed):
     generator.prefill()
     fills = {is_ood: [generator.reservoir.fill(c, is_ood) for c in range(CLASSES)] for is_ood in (False, True)}
     assert min(fills[fed]) >= 2 and fills[not fed] == [0] * CLASSES
+
+
+def test_the_rarer_role_is_filled_less_so_that_little_is_made_for_nothing():
+    generator = build(generation__near_ood_fraction=0.2, generation__ring_size=8)
+    generator.prefill()
+    fills = {is_ood: [generator.reservoir.fill(c, is_ood) for c in range(CLASSES)] for is_ood in (False, True)}
+    assert min(fills[False]) >= 4 and min(fills[True]) >= 1
+    assert generator.statistics()["images_finished"] <= 2 * CLASSES * (4 + 1)
+    targets = [[prefill_target(build(generation__near_ood_fraction=f).config.generation, ood) for ood in (False, True)]
+               for f in (0.5, 0.25, 0.0, 1.0)]  # fmt: skip
+    assert targets == [[2, 2], [2, 1], [2, 0], [0, 2]]
+
+
+def test_images_made_again_before_the_first_step_are_no_debt_of_it():
+    generator = build(gate__retries=2)
+    finish, rejected = generator.gate.finish, []
+
+    def reject_some(pixels, requests):
+        black = [request.attempt == 0 and request.image_index % 3 == 0 for request in requests]
+        rejected.extend(request for request, bad in zip(requests, black, strict=True) if bad)
+        finish(torch.where(torch.tensor(black)[:, None, None, None], -1.0, pixels), requests)
+
+    generator.slots.finish = reject_some
+    generator.prefill()
+    assert len(rejected) > 2 and generator.slots.credit == 0.0
 
 
 def test_prefill_gives_up_where_nearly_all_is_rejected(monkeypatch):

@@ -1,10 +1,13 @@
 """Sharing a GPU: the mode that was asked for or measured, and the same images in either."""
 
+import math
+
 import pytest
 import torch
 
 from modules.diffusion.overlap import Overlap, choose_mode
 from modules.errors import ConfigError
+from modules.runtime import Choice
 from tests.diffusion.engine import Engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -32,6 +35,8 @@ def test_modes_and_their_reasons():
     measured = choose_mode("auto", GPU, {"sequential": 61.24, "stream": 55.0}.get)
     assert measured.value == "stream" and measured.reason == "auto: sequential 61.2 ms a step, stream 55.0 ms a step"
     assert choose_mode("auto", GPU, {"sequential": 50.0, "stream": 55.0}.get).value == "sequential"
+    crowded = choose_mode("auto", GPU, {"sequential": 50.0, "stream": math.inf}.get)
+    assert crowded == Choice("sequential", "auto: sequential 50.0 ms a step, stream does not fit")
 
 
 def test_streams_that_cannot_run_are_refused():

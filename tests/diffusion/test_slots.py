@@ -7,6 +7,7 @@ import torch
 
 from modules.data.masks import latent_edit_mask
 from modules.data.synthetic import jigsaw
+from modules.diffusion.requests import Prompt
 from modules.diffusion.schedule import alphas_cumprod
 from modules.runtime import stream
 from modules.state import load_newest, save_checkpoint
@@ -190,6 +191,17 @@ def test_a_rejected_image_is_drawn_again_before_any_new_one():
     assert again in engine.slots.occupants and engine.slots.next_index <= before + 1
     engine.slots.drain()
     assert (engine.finished[first.image_index] - old).abs().max() > 0.02
+
+
+def test_keys_and_values_of_a_prompt_are_kept_once_whatever_the_source_is():
+    engine = Engine(slots=2)
+    first = engine.request(0)
+    for prompt, expected in ((Prompt("0", classes=(1,), weights=(1.0,)), 1), (Prompt(""), 1), (Prompt("0"), 2)):
+        engine.slots.context = lambda request: engine.contexts[0]
+        before = engine.slots.key_values.misses
+        for label in (0, 1, 0):
+            engine.slots._key_values(dataclasses.replace(first, prompt=prompt, label=label))
+        assert engine.slots.key_values.misses - before == expected, "the initializer word alone depends on the class"
 
 
 def test_drain_finishes_what_was_begun_and_nothing_else():
