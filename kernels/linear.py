@@ -19,7 +19,8 @@ def frozen_linear(
 ) -> torch.Tensor:
     """y = x W^T + b, [..., I] to [..., O]; gradients flow to x only, so weight and bias must not require any.
 
-    auto is oneDNN for float32 on a CPU where torch was built with it, else torch's product.
+    auto is oneDNN for float32 on a CPU where torch was built with it, else torch's product; torch's too under
+    torch.compile, which packs the weights of a frozen model itself (see modules/diffusion/capture.py).
 
     Raises ValueError for weights that require a gradient, and where oneDNN is demanded but cannot run.
     """
@@ -33,7 +34,7 @@ def frozen_linear(
             f"implementation='onednn' needs float32 on a CPU and a torch with oneDNN; x_NI is {x_NI.dtype} on "
             f"{x_NI.device.type}"
         )
-    if implementation == "torch" or not able:
+    if implementation == "torch" or not able or torch.compiler.is_compiling():
         return frozen_linear_reference(x_NI, weight_OI, bias_O)
     if torch.is_grad_enabled() and x_NI.requires_grad:
         return _OneDNNLinear.apply(x_NI, weight_OI, bias_O)
@@ -60,23 +61,4 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    if torch.compiler.is_compiling():  # its own lowering of oneDNN's product wants packed constants
-        return torch.ops.trainer.onednn_linear.default(x_NI, weight_OI, bias_O)
-    return _onednn(x_NI, weight_OI, bias_O)
-
-
-# Through Library, not custom_op, whose wrapper takes 20 us a call: a UNet makes a hundred of them.
-_LIBRARY = torch.library.Library("trainer", "FRAGMENT")
-_LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
-
-def _onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x_NI, weight_OI, bias_O, "none", [], "")
-
-
-_LIBRARY.impl("onednn_linear", _onednn, "CPU")
-
-
-@torch.library.register_fake("trainer::onednn_linear")
-def _(x_NI, weight_OI, bias_O):
-    return x_NI.new_empty(*x_NI.shape[:-1], len(weight_OI))
