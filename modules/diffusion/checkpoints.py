@@ -63,6 +63,8 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         parts["vae"], vae_digest = read_vae(Path(cfg.vae).expanduser(), dtype)
         parts["digest"] = f"{parts['digest'][:32]}{vae_digest[:32]}"
     if cfg.lora:
+        from modules.diffusion.lora import fuse_lora
+
         lora = Path(cfg.lora).expanduser()
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
@@ -290,28 +292,3 @@ def vae_config(folder: Path) -> dict:
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise DataError(f"{folder}: its config names {kind}; an AutoencoderKL or AutoencoderTiny is needed")
     return config
-
-
-def fuse_lora(parts: dict, path: Path) -> None:
-    """Add a LoRA's products to the weights of the UNet (and of the text encoder, if it has a part for it), at scale 1.
-
-    Raises:
-        DataError: the file is missing, not safetensors, or made for another model.
-    """
-    if not path.is_file():
-        raise DataError(f"pipeline.lora: {path} does not exist")
-    if path.suffix != ".safetensors":
-        raise DataError(f"pipeline.lora: {path} is not a .safetensors file; {CONVERT}")
-    carrier = diffusers.StableDiffusionPipeline(
-        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet")},
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    try:
-        carrier.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-        carrier.fuse_lora(safe_fusing=True)
-        carrier.unload_lora_weights()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"pipeline.lora: {path} does not fit this pipeline ({first_line(error)})") from error
