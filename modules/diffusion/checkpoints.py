@@ -203,13 +203,15 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
 
 
 def _digest_of_all(parts: dict, scheduler: dict) -> str:
-    """sha256 of everything an image depends on: weights, schedule, scale of the latents, vocabulary."""
+    """sha256 of everything an image depends on: weights, schedule, scale of the latents, vocabulary, padding."""
+    tokenizer = parts["tokenizer"]
     known = {
         "weights": parts["digest"],
         "scheduler": scheduler,
         "scaling_factor": parts["vae"].config.scaling_factor,
-        "vocabulary": parts["tokenizer"].get_vocab(),
-        "longest_prompt": parts["tokenizer"].model_max_length,
+        "vocabulary": tokenizer.get_vocab(),
+        "start_end_padding": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "longest_prompt": tokenizer.model_max_length,
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 

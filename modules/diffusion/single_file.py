@@ -26,6 +26,7 @@ from modules.diffusion.files import digest, first_line, read_json, read_tokenize
 from modules.errors import ConfigError, DataError
 
 CLIP = "openai/clip-vit-large-patch14"  # the vocabulary of every Stable Diffusion 1.x and 2.x
+PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}  # what prompts are filled up with; the vocabulary is the same
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 GUIDANCE = tuple(  # of a UNet that takes its guidance as an input (LCM), under the names that converters give it
     f"model.diffusion_model.{name}.cond_proj.weight" for name in ("time_embed", "time_embedding")
@@ -64,8 +65,9 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
         }
     for name in ("unet", "vae", "text_encoder"):
         parts[name].to(dtype)
-    second = parts["text_encoder"].config.hidden_act == "gelu"
-    parts["tokenizer"] = _tokenizer(path, beside, "!" if second else None, cfg.allow_download)
+    parts["tokenizer"] = _tokenizer(path, beside, cfg.allow_download)
+    # whichever was found: any Stable Diffusion's vocabulary will do, and each says its own padding
+    parts["tokenizer"].pad_token = PADDING["sd2" if parts["text_encoder"].config.hidden_act == "gelu" else "sd1"]
     return parts | {"digest": digest([path], path.parent)}
 
 
@@ -189,7 +191,7 @@ def _text_encoder(weights: dict[str, torch.Tensor], configs: Path) -> CLIPTextMo
     return create_diffusers_clip_model_from_ldm(CLIPTextModel, own, "text_encoder", str(configs), local_files_only=True)
 
 
-def _tokenizer(path: Path, beside: Path | None, pad: str | None, allow_download: bool) -> CLIPTokenizer:
+def _tokenizer(path: Path, beside: Path | None, allow_download: bool) -> CLIPTokenizer:
     """The vocabulary: beside the file, else in the local cache, else fetched if that is allowed."""
     for folder in (beside, path.parent):
         if folder is not None and (folder / "tokenizer").is_dir():
@@ -203,6 +205,4 @@ def _tokenizer(path: Path, beside: Path | None, pad: str | None, allow_download:
             f"pipeline.path: {path} brings no vocabulary; put the tokenizer/ folder of any Stable Diffusion beside it "
             f"({path.parent / 'tokenizer'}), or set pipeline.allow_download=true to fetch {CLIP}'s"
         )
-    if pad is not None:
-        tokenizer.pad_token = pad
     return tokenizer

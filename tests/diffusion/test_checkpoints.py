@@ -103,6 +103,16 @@ def test_a_single_file_gives_the_same_parts_as_the_folder(single, second):
         assert torch.equal(tiny.embed(prompt), parts["text_encoder"](ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_a_single_file_pads_as_its_family_whosever_vocabulary_stands_beside_it(single, second):
+    path, parts = single(second=second)
+    words = path.with_suffix("") / "tokenizer"
+    shutil.rmtree(words)
+    shutil.copytree(pipeline_folder(second=not second) / "tokenizer", words)
+    ids = parts["tokenizer"](["a rusty screw"], padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(load(path).prompt_ids(["a rusty screw"]), ids)
+
+
 def test_built_in_shapes_are_stable_diffusions(tmp_path):
     with torch.device("meta"):
         unet = {name: shapes.UNet2DConditionModel(**shapes.shapes_of(name)["unet"]) for name in ("sd1", "sd2")}
