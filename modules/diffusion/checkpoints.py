@@ -154,7 +154,8 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
     """Parts that fit together, frozen on the device.
 
     Raises:
-        DataError: widths or channels of the parts differ, or the schedule is not a linear solver's.
+        DataError: widths or channels of the parts differ, the UNet asks for more than texts, or the schedule is not a
+            linear solver's.
         ConfigError: family, prediction type or resolution contradict the files.
     """
     unet, text_encoder, vae, scheduler = parts["unet"], parts["text_encoder"], parts["vae"], dict(parts["scheduler"])
@@ -173,6 +174,12 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
             f"{source}: the UNet takes {unet.config.in_channels} channels and the VAE makes {vae.config.latent_channels}; "
             "both must be 4 (inpainting and depth models cannot be used)"
         )
+    for name in ("class_embed_type", "num_class_embeds"):
+        if unet.config[name] is not None:
+            raise DataError(
+                f"{source}: the UNet takes an input beside texts ({name} is {unet.config[name]}), as those of unCLIP and of "
+                "upscalers do, and there is none to give it; use a model that paints from texts alone"
+            )
     if scheduler.get("thresholding"):
         raise DataError(
             f"{source}: scheduler asks for dynamic thresholding, which is for pixel models; set it to false"

@@ -28,6 +28,7 @@ from modules.errors import ConfigError, DataError
 CLIP = "openai/clip-vit-large-patch14"  # the vocabulary of every Stable Diffusion 1.x and 2.x
 PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}  # what prompts are filled up with; the vocabulary is the same
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+CLASSES = "model.diffusion_model.label_emb."  # of a UNet that is told a class, an image or a noise level
 GUIDANCE = tuple(  # of a UNet that takes its guidance as an input (LCM), under the names that converters give it
     f"model.diffusion_model.{name}.cond_proj.weight" for name in ("time_embed", "time_embedding")
 )
@@ -106,6 +107,11 @@ def _header(path: Path) -> Header:
         raise DataError(
             f"pipeline.path: {path} is no Stable Diffusion 1.x or 2.x checkpoint in CompVis layout (no {CROSS_ATTENTION}); "
             "a model of another kind cannot be used"
+        )
+    if any(key.startswith(CLASSES) for key in keys):
+        raise DataError(
+            f"pipeline.path: {path} has a UNet that takes an input beside texts ({CLASSES}), as those of unCLIP and of "
+            "upscalers do, and there is none to give it; use a model that paints from texts alone"
         )
     return Header(metadata, width, max(guidance))
 
