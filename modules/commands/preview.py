@@ -55,7 +55,7 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
 
     Raises:
         ConfigError: an unknown flag, class or recipe, a strength that takes no step.
-        DataError: --again names no readable provenance, or one of another pipeline.
+        DataError: --again names no readable provenance, or one of another pipeline or of masks that are not read.
     """
     flags, overrides = split_flags(overrides, FLAGS["preview"])
     config, origins = load_config(path, overrides)
@@ -71,6 +71,7 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
     with opened(config, origins, console, "preview") as job:
         with job.stage("data") as progress:
             stages.load_data(job, progress)
+        _check_sources(job, asked)
         labels = _classes(flags, job.sets.index.classes)
         with job.stage("tokens") as progress:
             console.line(f"  class tokens: {load_generation(job, progress, learn=True)}")
@@ -158,17 +159,29 @@ def _make_again(job: Job, asked: list[Request]) -> list[Path]:
     """A sheet for each provenance: its source, and the image made again."""
     files = []
     for request in asked:
-        if not 0 <= request.source < len(job.sets.train.items):
-            raise DataError(
-                f"image {request.image_index}: its source is row {request.source}, the train split has "
-                f"{len(job.sets.train.items)} images; use the data, seed and shots of its run"
-            )
         rows = [[_shown_source(job, request.source), _images(job, [request])[0]]]
         source = job.sets.train.items[request.source].path
         caption = f"{request.image_index}: {request.recipe} {request.strength:g} of {source}"
         files.append(job.workdir.path / f"again-{request.image_index}.png")
         write_atomic(files[-1], sheet_png(rows, [caption], scale=_scale(rows)))
     return files
+
+
+def _check_sources(job: Job, asked: list[Request]) -> None:
+    """Let requests through whose source, and the mask that they edit within, are in the train split as it was read."""
+    train = job.sets.train
+    for request in asked:
+        if not 0 <= request.source < len(train.items):
+            raise DataError(
+                f"image {request.image_index}: its source is row {request.source}, the train split has "
+                f"{len(train.items)} images; use the data, seed and shots of its run"
+            )
+        if request.mask_edit != "none" and train.masks_DHW is None:
+            raise DataError(
+                f"image {request.image_index}: it was edited within an object mask ({request.recipe}, mask_edit "
+                f"{request.mask_edit}), and this config reads none; use the config of its run, or set "
+                f"generation.mask_edit={request.mask_edit}"
+            )
 
 
 def _images(job: Job, requests: list[Request]) -> list[torch.Tensor]:

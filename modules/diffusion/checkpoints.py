@@ -63,6 +63,8 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         parts["vae"], vae_digest = read_vae(Path(cfg.vae).expanduser(), dtype)
         parts["digest"] = f"{parts['digest'][:32]}{vae_digest[:32]}"
     if cfg.lora:
+        from modules.diffusion.lora import fuse_lora
+
         lora = Path(cfg.lora).expanduser()
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
@@ -152,7 +154,8 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
     """Parts that fit together, frozen on the device.
 
     Raises:
-        DataError: widths or channels of the parts differ, or the schedule is not a linear solver's.
+        DataError: widths or channels of the parts differ, the UNet asks for more than texts, or the schedule is not a
+            linear solver's.
         ConfigError: family, prediction type or resolution contradict the files.
     """
     unet, text_encoder, vae, scheduler = parts["unet"], parts["text_encoder"], parts["vae"], dict(parts["scheduler"])
@@ -171,6 +174,12 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
             f"{source}: the UNet takes {unet.config.in_channels} channels and the VAE makes {vae.config.latent_channels}; "
             "both must be 4 (inpainting and depth models cannot be used)"
         )
+    for name in ("class_embed_type", "num_class_embeds"):
+        if unet.config[name] is not None:
+            raise DataError(
+                f"{source}: the UNet takes an input beside texts ({name} is {unet.config[name]}), as those of unCLIP and of "
+                "upscalers do, and there is none to give it; use a model that paints from texts alone"
+            )
     if scheduler.get("thresholding"):
         raise DataError(
             f"{source}: scheduler asks for dynamic thresholding, which is for pixel models; set it to false"
@@ -201,13 +210,15 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
 
 
 def _digest_of_all(parts: dict, scheduler: dict) -> str:
-    """sha256 of everything an image depends on: weights, schedule, scale of the latents, vocabulary."""
+    """sha256 of everything an image depends on: weights, schedule, scale of the latents, vocabulary, padding."""
+    tokenizer = parts["tokenizer"]
     known = {
         "weights": parts["digest"],
         "scheduler": scheduler,
         "scaling_factor": parts["vae"].config.scaling_factor,
-        "vocabulary": parts["tokenizer"].get_vocab(),
-        "longest_prompt": parts["tokenizer"].model_max_length,
+        "vocabulary": tokenizer.get_vocab(),
+        "start_end_padding": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "longest_prompt": tokenizer.model_max_length,
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -290,28 +301,3 @@ def vae_config(folder: Path) -> dict:
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise DataError(f"{folder}: its config names {kind}; an AutoencoderKL or AutoencoderTiny is needed")
     return config
-
-
-def fuse_lora(parts: dict, path: Path) -> None:
-    """Add a LoRA's products to the weights of the UNet (and of the text encoder, if it has a part for it), at scale 1.
-
-    Raises:
-        DataError: the file is missing, not safetensors, or made for another model.
-    """
-    if not path.is_file():
-        raise DataError(f"pipeline.lora: {path} does not exist")
-    if path.suffix != ".safetensors":
-        raise DataError(f"pipeline.lora: {path} is not a .safetensors file; {CONVERT}")
-    carrier = diffusers.StableDiffusionPipeline(
-        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet")},
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    try:
-        carrier.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-        carrier.fuse_lora(safe_fusing=True)
-        carrier.unload_lora_weights()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"pipeline.lora: {path} does not fit this pipeline ({first_line(error)})") from error

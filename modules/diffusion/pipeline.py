@@ -31,7 +31,7 @@ class StableDiffusion:
     device: torch.device
     dtype: torch.dtype
     resolution: int  # pixels a side
-    digest: str  # sha256 of weights, schedule and vocabulary
+    digest: str  # sha256 of weights, schedule, vocabulary and padding
     source: str  # where the weights came from
     family: str = "sd1"  # sd1 | sd2 | turbo | lcm
     notes: tuple[str, ...] = field(default=())  # choices made while loading, for the run card

@@ -31,7 +31,8 @@ class Plan:
 
     def grid(self, scheduler: dict) -> Grid:
         """The plan's time grid on a pipeline's scheduler config."""
-        return time_grid(scheduler, self.solver, self.num_inference_steps, self.guided_steps)
+        grid = time_grid(scheduler, self.solver, self.num_inference_steps, self.guided_steps)
+        return replace(grid, most_steps=TURBO_STEPS if self.preset == "turbo" else None)
 
     def settings(self, generation):
         """Config section `generation` as the plan runs it."""

@@ -38,6 +38,7 @@ class Grid:
     steps_N8: torch.Tensor  # float32 rows of COLUMNS
     starts_N8: torch.Tensor  # the same for a slot's first step
     guided_steps: int  # steps from the noisy end that guidance acts on
+    most_steps: int | None = None  # that the preset takes, however many are asked for; None: as many as are asked for
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -57,10 +58,13 @@ class Grid:
         """
         count = min(int(self.num_inference_steps * strength), self.num_inference_steps)
         if count < 1:
+            remedy = "raise generation.num_inference_steps"
+            if self.most_steps and int(self.most_steps * strength) < 1:
+                remedy = f"set pipeline.preset to exact, as this preset takes at most {self.most_steps} steps"
             raise ConfigError(
                 f"strength {strength:g} on a grid of {self.num_inference_steps} steps takes int({self.num_inference_steps}"
                 f" x {strength:g}) = 0 steps and returns the source; use a strength of at least "
-                f"{1 / self.num_inference_steps:.3g} or raise generation.num_inference_steps"
+                f"{1 / self.num_inference_steps:.3g} or {remedy}"
             )
         return self.num_inference_steps - count
 

@@ -26,7 +26,9 @@ from modules.diffusion.files import digest, first_line, read_json, read_tokenize
 from modules.errors import ConfigError, DataError
 
 CLIP = "openai/clip-vit-large-patch14"  # the vocabulary of every Stable Diffusion 1.x and 2.x
+PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}  # what prompts are filled up with; the vocabulary is the same
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+CLASSES = "model.diffusion_model.label_emb."  # of a UNet that is told a class, an image or a noise level
 GUIDANCE = tuple(  # of a UNet that takes its guidance as an input (LCM), under the names that converters give it
     f"model.diffusion_model.{name}.cond_proj.weight" for name in ("time_embed", "time_embedding")
 )
@@ -64,8 +66,9 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
         }
     for name in ("unet", "vae", "text_encoder"):
         parts[name].to(dtype)
-    second = parts["text_encoder"].config.hidden_act == "gelu"
-    parts["tokenizer"] = _tokenizer(path, beside, "!" if second else None, cfg.allow_download)
+    parts["tokenizer"] = _tokenizer(path, beside, cfg.allow_download)
+    # whichever was found: any Stable Diffusion's vocabulary will do, and each says its own padding
+    parts["tokenizer"].pad_token = PADDING["sd2" if parts["text_encoder"].config.hidden_act == "gelu" else "sd1"]
     return parts | {"digest": digest([path], path.parent)}
 
 
@@ -104,6 +107,11 @@ def _header(path: Path) -> Header:
         raise DataError(
             f"pipeline.path: {path} is no Stable Diffusion 1.x or 2.x checkpoint in CompVis layout (no {CROSS_ATTENTION}); "
             "a model of another kind cannot be used"
+        )
+    if any(key.startswith(CLASSES) for key in keys):
+        raise DataError(
+            f"pipeline.path: {path} has a UNet that takes an input beside texts ({CLASSES}), as those of unCLIP and of "
+            "upscalers do, and there is none to give it; use a model that paints from texts alone"
         )
     return Header(metadata, width, max(guidance))
 
@@ -189,7 +197,7 @@ def _text_encoder(weights: dict[str, torch.Tensor], configs: Path) -> CLIPTextMo
     return create_diffusers_clip_model_from_ldm(CLIPTextModel, own, "text_encoder", str(configs), local_files_only=True)
 
 
-def _tokenizer(path: Path, beside: Path | None, pad: str | None, allow_download: bool) -> CLIPTokenizer:
+def _tokenizer(path: Path, beside: Path | None, allow_download: bool) -> CLIPTokenizer:
     """The vocabulary: beside the file, else in the local cache, else fetched if that is allowed."""
     for folder in (beside, path.parent):
         if folder is not None and (folder / "tokenizer").is_dir():
@@ -203,6 +211,4 @@ def _tokenizer(path: Path, beside: Path | None, pad: str | None, allow_download:
             f"pipeline.path: {path} brings no vocabulary; put the tokenizer/ folder of any Stable Diffusion beside it "
             f"({path.parent / 'tokenizer'}), or set pipeline.allow_download=true to fetch {CLIP}'s"
         )
-    if pad is not None:
-        tokenizer.pad_token = pad
     return tokenizer

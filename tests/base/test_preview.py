@@ -94,6 +94,17 @@ def test_provenance_of_another_pipeline_or_no_provenance(drawn, tmp_path):
         draw(path, f"--again={file}")
 
 
+def test_an_edit_within_masks_that_are_not_read_is_refused_before_any_image_is_made(drawn, tmp_path):
+    files, provenance, path = drawn
+    file, stream = tmp_path / "x.json", io.StringIO()
+    mine = [provenance[0] | {"image_index": 70}, provenance[1] | {"image_index": 71, "mask_edit": "background"}]
+    file.write_text(json.dumps(mine))
+    with pytest.raises(DataError, match="image 71: it was edited within an object mask .*mask_edit=background$"):
+        preview.command(path, [f"--again={file}"], Console(stream), None, None)
+    assert not (files[0].parent / "again-70.png").exists()
+    assert "class tokens" not in stream.getvalue(), "known before tokens are learned"
+
+
 def test_defaults_are_the_runs_own(drawn):
     files, text = draw(drawn[2], "--images=2", "--recipes=none")
     provenance = json.loads((files[0].parent / "provenance.json").read_text())

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -101,6 +101,16 @@ def test_a_single_file_gives_the_same_parts_as_the_folder(single, second):
     assert torch.equal(tiny.prompt_ids(prompt), ids)
     with torch.no_grad():
         assert torch.equal(tiny.embed(prompt), parts["text_encoder"](ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_single_file_pads_as_its_family_whosever_vocabulary_stands_beside_it(single, second):
+    path, parts = single(second=second)
+    words = path.with_suffix("") / "tokenizer"
+    shutil.rmtree(words)
+    shutil.copytree(pipeline_folder(second=not second) / "tokenizer", words)
+    ids = parts["tokenizer"](["a rusty screw"], padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(load(path).prompt_ids(["a rusty screw"]), ids)
 
 
 def test_built_in_shapes_are_stable_diffusions(tmp_path):
@@ -268,6 +278,22 @@ def test_an_inpainting_unet_is_refused(tmp_path):
     save_file(weights, folder / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
     with pytest.raises(DataError, match="takes 9 channels"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "asks", [{"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}, {"num_class_embeds": 10}]
+)
+def test_a_unet_that_asks_for_more_than_texts_is_refused(asks, single, tmp_path):
+    folder = shutil.copytree(pipeline_folder(), tmp_path / "unclip")
+    settings = {key: value for key, value in build_parts()["unet"].config.items() if not key.startswith("_")}
+    UNet2DConditionModel(**settings | asks).save_pretrained(folder / "unet")
+    name, value = next(iter(asks.items()))
+    with pytest.raises(DataError, match=rf"takes an input beside texts \({name} is {value}\)"):
+        load(folder)
+    path, _ = single()
+    save_file(load_file(path) | {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(64, 8)}, path)
+    with pytest.raises(DataError, match=r"takes an input beside texts \(model.diffusion_model.label_emb.\)"):
+        load(path)
 
 
 def test_a_vae_that_overflows_is_named():

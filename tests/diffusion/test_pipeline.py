@@ -60,9 +60,15 @@ def test_digest_names_the_weights(tiny):
 
 @pytest.mark.parametrize(
     ("file", "key", "value"),
-    [("scheduler/scheduler_config.json", "beta_end", 0.013), ("vae/config.json", "scaling_factor", 0.2)],
+    [
+        ("scheduler/scheduler_config.json", "beta_end", 0.013),
+        ("vae/config.json", "scaling_factor", 0.2),
+        ("tokenizer/tokenizer_config.json", "pad_token", "!"),
+        ("tokenizer/tokenizer_config.json", "bos_token", "<|endoftext|>"),
+        ("tokenizer/tokenizer_config.json", "eos_token", "<|startoftext|>"),
+    ],
 )
-def test_digest_names_schedule_and_scale_as_well(tiny, file, key, value, tmp_path):
+def test_digest_names_schedule_scale_and_padding_as_well(tiny, file, key, value, tmp_path):
     folder = shutil.copytree(pipeline_folder(), tmp_path / "pipeline")
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(config | {key: value}))

@@ -48,6 +48,26 @@ def test_turbo_needs_weights_distilled_for_it():
     assert (made.solver, made.num_inference_steps, made.guidance_scale) == ("lcm", 4, 7.5)
 
 
+@pytest.mark.parametrize(
+    ("steps", "strength", "advice"),
+    [
+        (50, 0.2, "at least 0.25 or set pipeline.preset to exact, as this preset takes at most 4 steps"),
+        (2, 0.2, "at least 0.5 or set pipeline.preset to exact, as this preset takes at most 4 steps"),
+        (2, 0.3, "at least 0.5 or raise generation.num_inference_steps$"),
+    ],
+)
+def test_advice_on_a_strength_that_takes_no_step_of_turbo_is_one_that_helps(steps, strength, advice):
+    pipeline = tiny_pipeline(TURBO)
+    settings = dataclasses.replace(SD15, num_inference_steps=steps)
+    with pytest.raises(ConfigError, match=advice):
+        plan("turbo", settings, pipeline).grid(pipeline.scheduler).start(strength)
+    with pytest.raises(ConfigError, match="or raise generation.num_inference_steps$"):
+        plan("fast", SD15, pipeline).grid(pipeline.scheduler).start(0.01)
+    helped = ("turbo", 4) if "raise" in advice else ("exact", 50)
+    settings = dataclasses.replace(SD15, solver="euler", num_inference_steps=helped[1])
+    assert plan(helped[0], settings, pipeline).grid(pipeline.scheduler).start(strength) < helped[1]
+
+
 def test_a_consistency_model_is_not_sampled_as_if_it_were_none():
     with pytest.raises(ConfigError, match="latent consistency model; set generation.solver to lcm"):
         plan("exact", SD15, tiny_pipeline(LCM))
