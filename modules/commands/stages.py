@@ -109,8 +109,6 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
     job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
     if learn and not config.inversion.class_agnostic:
         job.tokens = _tokens(job, pixels, moments, progress)
-        shutil.rmtree(job.workdir.path / "tokens", ignore_errors=True)
-        token_files.save_tokens(job.tokens, job.workdir.path / "tokens")
         job.inversion_rows = _token_report(job)
         job.workdir.write_json("tokens/report.json", job.inversion_rows)
     if config.evaluation.judge_steps:
@@ -174,15 +172,27 @@ def initializers(job: Job) -> tuple[str, ...]:
 
 
 def _tokens(job: Job, pixels, moments, progress):
-    """Class tokens: the run's own where it has steps behind it, else from the cache, else learned now and kept there.
+    """Class tokens: the run's own where it has steps behind it, else those of `_cached_or_learned`, which become its own.
+
+    Its own are read and never written again: steps were taken with them, so a kill must not find them in pieces.
+    """
+    own = job.workdir.path / "tokens"
+    if own.is_dir() and any((job.workdir.checkpoints / "contrastive").rglob("manifest.json")):
+        job.console.line("  class tokens: those that this run began with")
+        classes, remedy = job.sets.index.classes, "set run.name to begin another run"
+        return token_files.load_tokens(own, classes, job.pipeline.digest, remedy)
+    found = _cached_or_learned(job, pixels, moments, progress)
+    token_files.replace_tokens(found, own)
+    return found
+
+
+def _cached_or_learned(job: Job, pixels, moments, progress):
+    """Class tokens from the cache, else learned now and kept there.
 
     Of several processes that want the same tokens one learns them and the others wait, so all go on with the same.
     """
     config, sets, pipeline = job.config, job.sets, job.pipeline
-    classes, own = sets.index.classes, job.workdir.path / "tokens"
-    if own.is_dir() and any((job.workdir.checkpoints / "contrastive").rglob("manifest.json")):
-        job.console.line("  class tokens: those that this run began with")
-        return token_files.load_tokens(own, classes, pipeline.digest, "set run.name to begin another run")
+    classes = sets.index.classes
     names = [sets.train.items[row].label for row in range(len(sets.train.items))]
     words = initializers(job)
     key = token_cache_key(pipeline, pixels, names, config.inversion, config.run.seed, words)

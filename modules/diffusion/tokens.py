@@ -82,6 +82,30 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
     return paths
 
 
+def replace_tokens(tokens: Tokens, directory: str | Path) -> None:
+    """`save_tokens` in place of what stands at `directory`, which a kill leaves with every class or leaves missing.
+
+    Raises: StorageError if the files cannot be written or put there.
+    """
+    directory = Path(directory)
+    partial, former = (directory.with_name(f"{directory.name}.{word}") for word in ("partial", "former"))
+    try:
+        for left in (partial, former):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        save_tokens(tokens, partial)
+        if directory.exists():
+            directory.rename(former)
+        partial.rename(directory)
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: the class tokens could not be put there ({error}); set run.dir to a folder in which files "
+            "can be written and renamed"
+        ) from error
+    finally:
+        for left in (partial, former):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def load_tokens(
     directory: str | Path,
     classes: tuple[str, ...],
