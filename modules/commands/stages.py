@@ -25,7 +25,7 @@ from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline, own_resolution
 from modules.diffusion.presets import plan, preset_resolution
-from modules.diffusion.prompts import KEYWORDS, check_keywords, check_prompts, class_initializers, trained_words
+from modules.diffusion.prompts import KEYWORDS, check_generation, class_initializers, trained_words
 from modules.diffusion.recipes import Recipes
 from modules.diffusion.roundtrip import decode_means
 from modules.diffusion.slots import Sources
@@ -97,10 +97,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
         )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         freeze_linears(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
-    words = trained_words(pipeline.source)
-    check_prompts(config.generation.templates, config.generation.conditions, words)
-    if config.generation.conditions.get(KEYWORDS, 0) > 0:
-        check_keywords(sets.index.keywords(), words)
+    check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
     moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))

@@ -32,6 +32,14 @@ def one_group(root):
     return csv_set(root, [row | {"group": "one"} if row["path"].startswith("nut/nut-train") else row for row in rows])
 
 
+def prose(root):
+    """A set in which one class is described at length."""
+    rows = [
+        row | {"keywords": ("rusty " * 80 if row["label"] == "nut" else "rusty")} for row in declared_rows(groups=5)
+    ]
+    return csv_set(root, rows)
+
+
 CASES = {
     "mask of another size": (
         lambda root: masked(root, train=disc(16, 16, 4)),
@@ -92,6 +100,12 @@ CASES = {
         ("simclr knows no classes",),
     ),
     "no val split": (one_group, [], 3, ("'nut' has 1 group(s)", "making the val split by group needs 2 or more")),
+    "a keyword too long for a prompt": (
+        prose,
+        ["generation.conditions={'': 99, keywords: 1}", "evaluation.bootstrap=0"],
+        2,
+        ("prompt 'a photo of a rusty rusty", "takes 85 tokens, the text encoder reads 75; shorten", "a keyword of"),
+    ),
     "too few groups": (
         lambda root: masked(root, groups=2),
         [],
