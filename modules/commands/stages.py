@@ -44,7 +44,7 @@ from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
 REPORTED_IMAGES = JUDGED_PER_CLASS  # val images a class that the report of the tokens measures
-VAE_CHECK_IMAGES = 2  # train images whose latents and pixels must be finite before anything is learned from them
+VAE_CHECK_IMAGES = 2  # train images whose latents must decode to finite pixels before the others are encoded
 
 
 def load_data(job: Job, progress) -> None:
@@ -100,7 +100,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
     check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
-    moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))
+    moments = _train_moments(job, pixels, _noted(progress, "VAE moments"))
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
     job.sources = Sources(moments, pixels, masks)
     job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
@@ -120,6 +120,18 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
             progress,
             config.learning,
         )
+
+
+def _train_moments(job: Job, pixels, progress=None) -> torch.Tensor:
+    """VAE moments of every train image, or of its mirror image, all finite: images are generated and learned from them.
+
+    Raises:
+        DataError: as `check_moments`.
+    """
+    moments = job.pipeline.encode_moments(pixels, progress=progress)
+    root = job.sets.index.root
+    job.pipeline.check_moments(moments, [f"{root}/{item.path}" for item in job.sets.train.items])
+    return moments
 
 
 def _token_report(job: Job) -> list[dict]:
@@ -213,7 +225,7 @@ def _cached_or_learned(job: Job, pixels, moments, progress):
 def _learn(job: Job, moments, pixels, words: tuple[str, ...], progress):
     """Class tokens by textual inversion; resumable."""
     settings, seed, sets, pipeline = job.config.inversion, job.config.run.seed, job.sets, job.pipeline
-    planes = [moments] if settings.flip == 0 else [moments, pipeline.encode_moments(pixels.flip(2))]
+    planes = [moments] if settings.flip == 0 else [moments, _train_moments(job, pixels.flip(2))]
     moments_FD8hw = torch.stack(planes)
     classes = sets.index.classes
     say = lambda text: job.console.line(f"  class tokens: {text}")  # noqa: E731 - one use, one line

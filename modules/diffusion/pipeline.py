@@ -117,10 +117,30 @@ class StableDiffusion:
         moments = self.encode_moments(pixels_DHWC)
         decoded = self.decode(self.sample_latents(moments, torch.zeros_like(moments[:, :4]).float()))
         if not (moments.isfinite().all() and decoded.isfinite().all()):
-            raise DataError(
-                f"{self.source}: the VAE gives non-finite values in {str(self.dtype).removeprefix('torch.')}; set "
-                "pipeline.dtype to bf16 or fp32, or pipeline.vae to a VAE made for fp16"
-            )
+            raise DataError(self._overflow())
+
+    def check_moments(self, moments_D8hw: torch.Tensor, files: Sequence[str]) -> None:
+        """Let VAE moments through that are finite; waits for the device once.
+
+        Args:
+            files: what each image was read from.
+
+        Raises:
+            DataError: they are not, and of which file first: a VAE may overflow on some images only.
+        """
+        low_D, high_D = moments_D8hw.flatten(1).aminmax(
+            dim=1
+        )  # NaN wherever one is; isfinite would copy the whole bank
+        bad = (~(low_D.isfinite() & high_D.isfinite())).nonzero().flatten().tolist()
+        if bad:
+            more = f" and {len(bad) - 1} more of {len(files)} images" if len(bad) > 1 else ""
+            raise DataError(self._overflow(f" for {files[bad[0]]}{more}"))
+
+    def _overflow(self, where: str = "") -> str:
+        return (
+            f"{self.source}: the VAE gives non-finite values{where} in {str(self.dtype).removeprefix('torch.')}; set "
+            "pipeline.dtype to bf16 or fp32, or pipeline.vae to a VAE made for fp16"
+        )
 
     def prompt_ids(self, prompts: list[str]) -> torch.Tensor:
         """Token ids [N, T] int64 on the device: start, text, end, padding.

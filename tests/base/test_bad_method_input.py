@@ -3,7 +3,10 @@
 import pytest
 
 import trainer
+from modules.commands.stages import VAE_CHECK_IMAGES
+from modules.diffusion.pipeline import StableDiffusion
 from tests.base.tinyset import contents, write_config
+from tests.base.tinyset import rows as tiny_rows
 from tests.data.trees import csv_set, declared_rows, disc, mvip_tree, put
 
 WORK = ("results.json", "predictions.safetensors", "report.html", "metrics.jsonl", "checkpoints", "export", "tokens")
@@ -130,6 +133,28 @@ def test_run(name, tmp_path, capsys):
         assert phrase in err, err
     left = {file.split("/")[0] for file in contents(tmp_path / "runs" / "tiny")}
     assert not left & set(WORK) and not (tmp_path / "runs" / "cache").exists()
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["as it is", "mirrored"])
+def test_an_image_on_which_the_vae_overflows(call, tmp_path, capsys, monkeypatch):
+    """It is neither of the first two, which are decoded as well; nothing is learned from the others."""
+    encode, calls = StableDiffusion.encode_moments, []
+
+    def overflow(self, pixels_DHWC, *arguments, **options):
+        moments = encode(self, pixels_DHWC, *arguments, **options)
+        if len(moments) > VAE_CHECK_IMAGES:
+            calls.append(len(moments))
+            moments[9, 0, 0, 0] = float("nan") if len(calls) == call + 1 else 0
+        return moments
+
+    path = write_config(tmp_path)
+    monkeypatch.setattr(StableDiffusion, "encode_moments", overflow)
+    assert trainer.main(["run", str(path)]) == 3
+    named = [row["path"] for row in sorted(tiny_rows(), key=lambda row: row["path"]) if "/train-" in row["path"]][9]
+    err = capsys.readouterr().err
+    assert f"non-finite values for {tmp_path}/tiny.zip/{named} in float32; set pipeline.dtype" in err, err
+    left = {file.split("/")[0] for file in contents(tmp_path / "runs" / "tiny")}
+    assert not left & set(WORK) and not list((tmp_path / "runs").rglob("learned_embeds.safetensors"))
 
 
 @pytest.mark.parametrize(
