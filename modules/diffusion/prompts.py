@@ -66,12 +66,12 @@ def fill(template: str, token: str, condition: str = "") -> str:
 
 
 def placeholder(label: str) -> str:
-    """The placeholder token of a class: a slug plus a short hash, so that two labels never collide.
+    """The placeholder token of a class: a slug plus 8 digits of a hash, which tell labels without ASCII letters apart.
 
-    "M8 x 20 / zinc" -> "<m8-x-20-zinc-5f1c>"
+    "M8 x 20 / zinc" -> "<m8-x-20-zinc-f39b20e7>"
     """
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:24]
-    return f"<{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:4]}>"
+    return f"<{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:8]}>"
 
 
 def vector_names(token: str, num_vectors: int) -> list[str]:

@@ -22,6 +22,8 @@ def test_placeholders_of_labels_with_equal_slugs_differ():
     names = [prompts.placeholder(label) for label in labels]
     assert len(set(names)) == len(labels)
     assert all(name == name.lower() and " " not in name for name in names)
+    without_letters = {prompts.placeholder(chr(0x4E00 + i)) for i in range(3000)}
+    assert len(without_letters) == 3000, "none of the slug tells these apart"
 
 
 def test_a_filled_template_puts_the_condition_before_the_token():

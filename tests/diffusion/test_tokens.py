@@ -170,6 +170,15 @@ def test_adding_tokens_keeps_every_other_row_and_the_global_generator(pipeline):
         add_tokens(tokens, tokenizer, text_encoder)
 
 
+def test_classes_of_one_placeholder_are_not_added(pipeline, monkeypatch):
+    tokenizer, text_encoder = copy.deepcopy(pipeline.tokenizer), copy.deepcopy(pipeline.text_encoder)
+    monkeypatch.setattr("modules.diffusion.tokens.placeholder", lambda label: "<hex>" if label != "nut" else "<nut>")
+    tokens = make_tokens(pipeline, 2, classes=("bolt", "nut", "ring"))
+    with pytest.raises(DataError, match="the classes 'bolt', 'ring' have the same placeholder <hex>; rename one"):
+        add_tokens(tokens, tokenizer, text_encoder)
+    assert len(tokenizer) == len(pipeline.tokenizer)
+
+
 def test_vectors_of_another_width_are_refused(pipeline):
     tokens = Tokens(("nut",), torch.zeros(1, 1, 8), pipeline.digest, "object", 1, 0)
     with pytest.raises(DataError, match="width 8 .* width 32"):
