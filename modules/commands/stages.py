@@ -25,7 +25,7 @@ from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline, own_resolution
 from modules.diffusion.presets import plan, preset_resolution
-from modules.diffusion.prompts import KEYWORDS, check_keywords, check_prompts, class_initializers, trained_words
+from modules.diffusion.prompts import KEYWORDS, check_generation, class_initializers, trained_words
 from modules.diffusion.recipes import Recipes
 from modules.diffusion.roundtrip import decode_means
 from modules.diffusion.slots import Sources
@@ -44,7 +44,7 @@ from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
 REPORTED_IMAGES = JUDGED_PER_CLASS  # val images a class that the report of the tokens measures
-VAE_CHECK_IMAGES = 2  # train images whose latents and pixels must be finite before anything is learned from them
+VAE_CHECK_IMAGES = 2  # train images whose latents must decode to finite pixels before the others are encoded
 
 
 def load_data(job: Job, progress) -> None:
@@ -97,20 +97,15 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
         )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         freeze_linears(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
-    words = trained_words(pipeline.source)
-    check_prompts(config.generation.templates, config.generation.conditions, words)
-    if config.generation.conditions.get(KEYWORDS, 0) > 0:
-        check_keywords(sets.index.keywords(), words)
+    check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
-    moments = pipeline.encode_moments(pixels, progress=_noted(progress, "VAE moments"))
+    moments = _train_moments(job, pixels, _noted(progress, "VAE moments"))
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
     job.sources = Sources(moments, pixels, masks)
     job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
     if learn and not config.inversion.class_agnostic:
         job.tokens = _tokens(job, pixels, moments, progress)
-        shutil.rmtree(job.workdir.path / "tokens", ignore_errors=True)
-        token_files.save_tokens(job.tokens, job.workdir.path / "tokens")
         job.inversion_rows = _token_report(job)
         job.workdir.write_json("tokens/report.json", job.inversion_rows)
     if config.evaluation.judge_steps:
@@ -125,6 +120,18 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
             progress,
             config.learning,
         )
+
+
+def _train_moments(job: Job, pixels, progress=None) -> torch.Tensor:
+    """VAE moments of every train image, or of its mirror image, all finite: images are generated and learned from them.
+
+    Raises:
+        DataError: as `check_moments`.
+    """
+    moments = job.pipeline.encode_moments(pixels, progress=progress)
+    root = job.sets.index.root
+    job.pipeline.check_moments(moments, [f"{root}/{item.path}" for item in job.sets.train.items])
+    return moments
 
 
 def _token_report(job: Job) -> list[dict]:
@@ -174,15 +181,27 @@ def initializers(job: Job) -> tuple[str, ...]:
 
 
 def _tokens(job: Job, pixels, moments, progress):
-    """Class tokens: the run's own where it has steps behind it, else from the cache, else learned now and kept there.
+    """Class tokens: the run's own where it has steps behind it, else those of `_cached_or_learned`, which become its own.
+
+    Its own are read and never written again: steps were taken with them, so a kill must not find them in pieces.
+    """
+    own = job.workdir.path / "tokens"
+    if own.is_dir() and any((job.workdir.checkpoints / "contrastive").rglob("manifest.json")):
+        job.console.line("  class tokens: those that this run began with")
+        classes, remedy = job.sets.index.classes, "set run.name to begin another run"
+        return token_files.load_tokens(own, classes, job.pipeline.digest, remedy)
+    found = _cached_or_learned(job, pixels, moments, progress)
+    token_files.replace_tokens(found, own)
+    return found
+
+
+def _cached_or_learned(job: Job, pixels, moments, progress):
+    """Class tokens from the cache, else learned now and kept there.
 
     Of several processes that want the same tokens one learns them and the others wait, so all go on with the same.
     """
     config, sets, pipeline = job.config, job.sets, job.pipeline
-    classes, own = sets.index.classes, job.workdir.path / "tokens"
-    if own.is_dir() and any((job.workdir.checkpoints / "contrastive").rglob("manifest.json")):
-        job.console.line("  class tokens: those that this run began with")
-        return token_files.load_tokens(own, classes, pipeline.digest, "set run.name to begin another run")
+    classes = sets.index.classes
     names = [sets.train.items[row].label for row in range(len(sets.train.items))]
     words = initializers(job)
     key = token_cache_key(pipeline, pixels, names, config.inversion, config.run.seed, words)
@@ -206,7 +225,7 @@ def _tokens(job: Job, pixels, moments, progress):
 def _learn(job: Job, moments, pixels, words: tuple[str, ...], progress):
     """Class tokens by textual inversion; resumable."""
     settings, seed, sets, pipeline = job.config.inversion, job.config.run.seed, job.sets, job.pipeline
-    planes = [moments] if settings.flip == 0 else [moments, pipeline.encode_moments(pixels.flip(2))]
+    planes = [moments] if settings.flip == 0 else [moments, _train_moments(job, pixels.flip(2))]
     moments_FD8hw = torch.stack(planes)
     classes = sets.index.classes
     say = lambda text: job.console.line(f"  class tokens: {text}")  # noqa: E731 - one use, one line

@@ -30,7 +30,7 @@ from modules.data.cache import digest_tensor
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.files import first_line
 from modules.diffusion.frozen import freeze_linears
-from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, trained_words
+from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, placeholder, trained_words
 from modules.diffusion.tokens import Tokens
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.memory import ran_out
@@ -57,13 +57,14 @@ def token_cache_key(
 
     `pixels_DHWC` (uint8) are the training images as they are handed to inversion, cropped and resized, `labels` their
     class names, `initializers` the words of the classes where each has its own. Changing the seed, the shots, an image, a
-    crop, a label, the pipeline, a word or a setting changes the key.
+    crop, a label, the pipeline, a word, a setting or the way placeholders are named changes the key.
     """
     parts = {
         "algorithm": ALGORITHM,
         "pipeline": [pipeline.digest, pipeline.resolution, str(pipeline.dtype)],
         "images": digest_tensor(pixels_DHWC),
         "labels": list(labels),
+        "placeholders": sorted({placeholder(label) for label in labels}),  # a file names the one its vectors stand for
         "settings": asdict(settings),
         "templates": OBJECT_TEMPLATES,
         "seed": seed,

@@ -8,6 +8,7 @@ Shapes: D and N images, T tokens of a prompt (77), K vectors of a class token, E
 grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,10 @@ from modules.errors import ConfigError, DataError
 
 NO_VARIANCE = -1e4  # log-variance of an encoder that has none: exp(-5000) is exactly 0
 SLOT = "*"  # stands for the class token in a prompt
+SHORTEN = (
+    "shorten its template or its condition (a word of generation.conditions or a keyword of the class), or lower "
+    "inversion.num_vectors"
+)
 
 
 @dataclass
@@ -112,10 +117,30 @@ class StableDiffusion:
         moments = self.encode_moments(pixels_DHWC)
         decoded = self.decode(self.sample_latents(moments, torch.zeros_like(moments[:, :4]).float()))
         if not (moments.isfinite().all() and decoded.isfinite().all()):
-            raise DataError(
-                f"{self.source}: the VAE gives non-finite values in {str(self.dtype).removeprefix('torch.')}; set "
-                "pipeline.dtype to bf16 or fp32, or pipeline.vae to a VAE made for fp16"
-            )
+            raise DataError(self._overflow())
+
+    def check_moments(self, moments_D8hw: torch.Tensor, files: Sequence[str]) -> None:
+        """Let VAE moments through that are finite; waits for the device once.
+
+        Args:
+            files: what each image was read from.
+
+        Raises:
+            DataError: they are not, and of which file first: a VAE may overflow on some images only.
+        """
+        low_D, high_D = moments_D8hw.flatten(1).aminmax(
+            dim=1
+        )  # NaN wherever one is; isfinite would copy the whole bank
+        bad = (~(low_D.isfinite() & high_D.isfinite())).nonzero().flatten().tolist()
+        if bad:
+            more = f" and {len(bad) - 1} more of {len(files)} images" if len(bad) > 1 else ""
+            raise DataError(self._overflow(f" for {files[bad[0]]}{more}"))
+
+    def _overflow(self, where: str = "") -> str:
+        return (
+            f"{self.source}: the VAE gives non-finite values{where} in {str(self.dtype).removeprefix('torch.')}; set "
+            "pipeline.dtype to bf16 or fp32, or pipeline.vae to a VAE made for fp16"
+        )
 
     def prompt_ids(self, prompts: list[str]) -> torch.Tensor:
         """Token ids [N, T] int64 on the device: start, text, end, padding.
@@ -124,6 +149,23 @@ class StableDiffusion:
             ConfigError: a prompt is longer than the text encoder reads; a truncated prompt would be a silent change.
         """
         return upload([self._pad(self._ids(text), text) for text in prompts], self.device)
+
+    def check_lengths(self, prompts: Sequence[str], num_vectors: int = 0, remedy: str = SHORTEN) -> None:
+        """Let prompts through that the text encoder reads whole; where K = `num_vectors` > 0, `*` takes K tokens.
+
+        Raises:
+            ConfigError: what `embed`, or with vectors `embed_vectors`, would refuse one of them for; of several that are
+                too long the longest is named. It ends with `remedy`.
+        """
+        parts = {text: _around_slot(text) if num_vectors else [text] for text in prompts}
+        distinct = list(dict.fromkeys(part for found in parts.values() for part in found))
+        if not distinct:
+            return
+        ids = self.tokenizer(distinct, add_special_tokens=False)["input_ids"]
+        counts = dict(zip(distinct, map(len, ids), strict=True))
+        taken = {text: num_vectors + sum(counts[part] for part in found) for text, found in parts.items()}
+        longest = max(taken, key=taken.__getitem__)
+        self._refuse_longer(longest, taken[longest], remedy)
 
     def embed(self, prompts: list[str]) -> torch.Tensor:
         """Prompt embeddings [N, T, E] in the pipeline's dtype, as diffusers makes them (last hidden state, no mask)."""
@@ -149,9 +191,7 @@ class StableDiffusion:
         num_vectors = vectors_NKE.shape[1]
         rows, starts = [], []
         for text in prompts:
-            if text.count(SLOT) != 1:
-                raise ConfigError(f"prompt {text!r} must hold exactly one {SLOT} for the class token")
-            before, after = (self._ids(part) for part in text.split(SLOT))
+            before, after = (self._ids(part) for part in _around_slot(text))
             starts.append(1 + len(before))
             rows.append(self._pad(before + [self.tokenizer.eos_token_id] * num_vectors + after, text))
         ids_NT = upload(rows, self.device)
@@ -171,13 +211,25 @@ class StableDiffusion:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _pad(self, ids: list[int], text: str) -> list[int]:
-        if len(ids) + 2 > self.num_tokens:
-            raise ConfigError(
-                f"prompt {text!r} takes {len(ids)} tokens, the text encoder reads {self.num_tokens - 2}; shorten the "
-                "template, the condition word or the number of vectors a class"
-            )
+        self._refuse_longer(text, len(ids), SHORTEN)
         padding = [self.tokenizer.pad_token_id] * (self.num_tokens - 2 - len(ids))
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id, *padding]
+
+    def _refuse_longer(self, text: str, taken: int, remedy: str) -> None:
+        if taken > self.num_tokens - 2:
+            raise ConfigError(
+                f"prompt {text!r} takes {taken} tokens, the text encoder reads {self.num_tokens - 2}; {remedy}"
+            )
+
+
+def _around_slot(text: str) -> list[str]:
+    """What stands before and after the class token."""
+    if text.count(SLOT) != 1:
+        raise ConfigError(
+            f"prompt {text!r} must hold exactly one {SLOT}, which stands for the class token; use no {SLOT} in templates, "
+            "condition words and keywords"
+        )
+    return text.split(SLOT)
 
 
 def own_resolution(cfg) -> int:

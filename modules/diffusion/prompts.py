@@ -12,9 +12,11 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from modules.config import Generation, Inversion
+from modules.diffusion.pipeline import SLOT
 from modules.errors import ConfigError, DataError
 
 OBJECT_TEMPLATES = (
@@ -64,12 +66,12 @@ def fill(template: str, token: str, condition: str = "") -> str:
 
 
 def placeholder(label: str) -> str:
-    """The placeholder token of a class: a slug plus a short hash, so that two labels never collide.
+    """The placeholder token of a class: a slug plus 8 digits of a hash, which tell labels without ASCII letters apart.
 
-    "M8 x 20 / zinc" -> "<m8-x-20-zinc-5f1c>"
+    "M8 x 20 / zinc" -> "<m8-x-20-zinc-f39b20e7>"
     """
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:24]
-    return f"<{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:4]}>"
+    return f"<{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:8]}>"
 
 
 def vector_names(token: str, num_vectors: int) -> list[str]:
@@ -212,6 +214,39 @@ def check_keywords(keywords: Sequence[Sequence[str]], trained: frozenset[str] | 
         )
     for word in sorted({word for words in keywords for word in words}):
         refuse_untrained(word, trained, "generation.conditions (keywords of the set)")
+
+
+def drawn_prompts(
+    templates: Iterable[str], conditions: Mapping[str, float], keywords: Sequence[Sequence[str]], token: str
+) -> list[str]:
+    """Every prompt that generation may show `token` in: each template in each condition of some weight.
+
+    The condition `keywords` stands for the keywords of each class, and for none where a class has none.
+    """
+    words = [word for word, weight in conditions.items() if weight > 0 and word != KEYWORDS]
+    if conditions.get(KEYWORDS, 0) > 0:
+        words += [word for own in keywords for word in (own or ("",))]
+    return [fill(template, token, word) for template in templates for word in dict.fromkeys(words)]
+
+
+def check_generation(pipeline, generation: Generation, inversion: Inversion, keywords: Sequence[Sequence[str]]) -> None:
+    """Let the settings of a run through if its pipeline can read each prompt they may make, however rare.
+
+    Args:
+        keywords: of each class.
+
+    Raises: ConfigError for a template without its slot, a word the text encoder was not trained on, and a prompt that is
+    longer than it reads: one of generation, or one that class tokens are learned in.
+    """
+    trained = trained_words(pipeline.source)
+    check_prompts(generation.templates, generation.conditions, trained)
+    if generation.conditions.get(KEYWORDS, 0) > 0:
+        check_keywords(keywords, trained)
+    token, num_vectors = (inversion.initializer, 0) if inversion.class_agnostic else (SLOT, inversion.num_vectors)
+    pipeline.check_lengths(drawn_prompts(generation.templates, generation.conditions, keywords, token), num_vectors)
+    if num_vectors:
+        learned = [fill(template, SLOT) for template in OBJECT_TEMPLATES]
+        pipeline.check_lengths(learned, num_vectors, "class tokens are learned in it: lower inversion.num_vectors")
 
 
 def _single_word_like(word: str, tokenizer, trained: frozenset[str] | None) -> str:

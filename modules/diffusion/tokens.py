@@ -11,7 +11,7 @@ import hashlib
 import re
 import shutil
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,30 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
         write_atomic(path, safetensors_bytes({name: vectors_KE.float()}, metadata))
         paths.append(path)
     return paths
+
+
+def replace_tokens(tokens: Tokens, directory: str | Path) -> None:
+    """`save_tokens` in place of what stands at `directory`, which a kill leaves with every class or leaves missing.
+
+    Raises: StorageError if the files cannot be written or put there.
+    """
+    directory = Path(directory)
+    partial, former = (directory.with_name(f"{directory.name}.{word}") for word in ("partial", "former"))
+    try:
+        for left in (partial, former):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        save_tokens(tokens, partial)
+        if directory.exists():
+            directory.rename(former)
+        partial.rename(directory)
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: the class tokens could not be put there ({error}); set run.dir to a folder in which files "
+            "can be written and renamed"
+        ) from error
+    finally:
+        for left in (partial, former):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def load_tokens(
@@ -188,8 +212,12 @@ def add_tokens(tokens: Tokens, tokenizer, text_encoder) -> list[str]:
     For proofs and for export: the engine itself never changes the encoder (see `PromptBank`). The other rows stay as
     they are to the bit, and torch's global generator is left alone (resizing draws rows of its own).
 
-    Raises: DataError if an entry exists already or the width is another one.
+    Raises: DataError if an entry exists already, two classes have the same, or the width is another one.
     """
+    for name, count in Counter(tokens.placeholders).items():
+        if count > 1:
+            same = [repr(label) for label in tokens.classes if placeholder(label) == name]
+            raise DataError(f"the classes {', '.join(same)} have the same placeholder {name}; rename one of them")
     entries = [n for name in tokens.placeholders for n in vector_names(name, tokens.vectors_CKE.shape[1])]
     taken = tokenizer.get_vocab().keys() & set(entries)
     width = text_encoder.get_input_embeddings().embedding_dim

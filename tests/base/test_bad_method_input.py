@@ -3,7 +3,10 @@
 import pytest
 
 import trainer
+from modules.commands.stages import VAE_CHECK_IMAGES
+from modules.diffusion.pipeline import StableDiffusion
 from tests.base.tinyset import contents, write_config
+from tests.base.tinyset import rows as tiny_rows
 from tests.data.trees import csv_set, declared_rows, disc, mvip_tree, put
 
 WORK = ("results.json", "predictions.safetensors", "report.html", "metrics.jsonl", "checkpoints", "export", "tokens")
@@ -30,6 +33,14 @@ def one_group(root):
     """A class whose train images all show one model: none can be taken for val."""
     rows = [row for row in declared_rows(groups=5) if row["role"] == "id" and row["split"] != "val"]
     return csv_set(root, [row | {"group": "one"} if row["path"].startswith("nut/nut-train") else row for row in rows])
+
+
+def prose(root):
+    """A set in which one class is described at length."""
+    rows = [
+        row | {"keywords": ("rusty " * 80 if row["label"] == "nut" else "rusty")} for row in declared_rows(groups=5)
+    ]
+    return csv_set(root, rows)
 
 
 CASES = {
@@ -92,6 +103,12 @@ CASES = {
         ("simclr knows no classes",),
     ),
     "no val split": (one_group, [], 3, ("'nut' has 1 group(s)", "making the val split by group needs 2 or more")),
+    "a keyword too long for a prompt": (
+        prose,
+        ["generation.conditions={'': 99, keywords: 1}", "evaluation.bootstrap=0"],
+        2,
+        ("prompt 'a photo of a rusty rusty", "takes 85 tokens, the text encoder reads 75; shorten", "a keyword of"),
+    ),
     "too few groups": (
         lambda root: masked(root, groups=2),
         [],
@@ -116,6 +133,28 @@ def test_run(name, tmp_path, capsys):
         assert phrase in err, err
     left = {file.split("/")[0] for file in contents(tmp_path / "runs" / "tiny")}
     assert not left & set(WORK) and not (tmp_path / "runs" / "cache").exists()
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["as it is", "mirrored"])
+def test_an_image_on_which_the_vae_overflows(call, tmp_path, capsys, monkeypatch):
+    """It is neither of the first two, which are decoded as well; nothing is learned from the others."""
+    encode, calls = StableDiffusion.encode_moments, []
+
+    def overflow(self, pixels_DHWC, *arguments, **options):
+        moments = encode(self, pixels_DHWC, *arguments, **options)
+        if len(moments) > VAE_CHECK_IMAGES:
+            calls.append(len(moments))
+            moments[9, 0, 0, 0] = float("nan") if len(calls) == call + 1 else 0
+        return moments
+
+    path = write_config(tmp_path)
+    monkeypatch.setattr(StableDiffusion, "encode_moments", overflow)
+    assert trainer.main(["run", str(path)]) == 3
+    named = [row["path"] for row in sorted(tiny_rows(), key=lambda row: row["path"]) if "/train-" in row["path"]][9]
+    err = capsys.readouterr().err
+    assert f"non-finite values for {tmp_path}/tiny.zip/{named} in float32; set pipeline.dtype" in err, err
+    left = {file.split("/")[0] for file in contents(tmp_path / "runs" / "tiny")}
+    assert not left & set(WORK) and not list((tmp_path / "runs").rglob("learned_embeds.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import torch
 import trainer
 from modules import state as checkpoints
 from modules.commands import job, run_results, stages
+from modules.diffusion import tokens as token_files
 from modules.diffusion.inversion import Inversion
 from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, shared_folder
 from tests.tiny import build_parts, pipeline_folder, save_parts
@@ -175,6 +176,37 @@ def test_it_goes_on_with_its_own_tokens_whatever_became_of_the_cache(capsys, mon
     assert go("own-tokens", f"run.cache_dir={shared_folder() / 'empty-cache'}") == 0
     assert "class tokens: those that this run began with" in capsys.readouterr().out
     assert_equal_to_never_having_stopped("own-tokens", finished_run(ARM))
+
+
+def terminated_while_saving_tokens(name: str) -> int:
+    """`go` with a SIGTERM when the files of two of the four classes are written; the exit code."""
+    write = token_files.write_atomic
+
+    def terminate_at_the_third(path, data):
+        if len(list(Path(path).parents[1].rglob(token_files.FILE))) == 2:
+            terminate()
+        write(path, data)
+
+    with mock.patch.object(token_files, "write_atomic", terminate_at_the_third):
+        return go(name)
+
+
+def test_tokens_that_steps_were_taken_with_are_never_in_pieces(capsys):
+    """A resume does not write the run's own again; where they are gone, others come whole or not at all."""
+    name, own = "whole-tokens", directory("whole-tokens") / "tokens"
+    with in_the_middle_of(STOP, terminate):
+        assert go(name) == 143
+    saved = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in own.rglob(token_files.FILE)}
+    with in_the_middle_of(STOP + 2, terminate):
+        assert terminated_while_saving_tokens(name) == 143
+    assert newest(name)[0] == STOP + 3, "it was stopped in a step, not while it saved tokens"
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in own.rglob(token_files.FILE)} == saved
+
+    shutil.rmtree(own)
+    assert terminated_while_saving_tokens(name) == 143
+    assert newest(name)[0] == STOP + 3 and not own.exists()
+    assert go(name) == 0
+    assert_equal_to_never_having_stopped(name, finished_run(ARM))
 
 
 @pytest.mark.parametrize(("interrupt", "code", "checkpoint"), [(press_ctrl_c, 130, 2), (terminate, 143, 4)])

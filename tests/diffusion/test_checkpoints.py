@@ -305,6 +305,19 @@ def test_a_vae_that_overflows_is_named():
         tiny.check_vae(pixels)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_vae_that_overflows_on_some_images_is_named_with_the_first(value):
+    tiny, files = load(pipeline_folder()), [f"bolt/{i}.png" for i in range(5)]
+    moments = tiny.encode_moments(torch.zeros(5, 32, 32, 3, dtype=torch.uint8))
+    tiny.check_moments(moments, files)
+    moments[3, 7, 7, 7] = value
+    with pytest.raises(DataError, match=r"values for bolt/3\.png in float32; set pipeline\.dtype .* pipeline\.vae"):
+        tiny.check_moments(moments, files)
+    moments[4, 0, 0, 0] = value
+    with pytest.raises(DataError, match=r"for bolt/3\.png and 1 more of 5 images in float32"):
+        tiny.check_moments(moments, files)
+
+
 def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     asked = []
 

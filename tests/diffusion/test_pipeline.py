@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -146,6 +147,25 @@ def test_a_prompt_is_never_cut_silently(tiny):
     with pytest.raises(ConfigError, match="takes 76 tokens"):
         tiny.embed(["a " * 76])
     tiny.embed(["a " * 75])
+
+
+def test_lengths_are_checked_as_prompts_are_embedded(tiny):
+    """What is let through is embedded, and one token more is refused by both."""
+    fits, vectors = "a " * 71 + "*", torch.zeros(1, 4, 32)
+    tiny.check_lengths([fits, "a *"], 4)
+    tiny.embed_vectors([fits], vectors)
+    for text in ("a " * 72 + "*", "a " * 71 + "*,"):
+        refused = f"prompt {re.escape(repr(text))} takes 76 tokens, the text encoder reads 75; shorten .*num_vectors"
+        with pytest.raises(ConfigError, match=refused):
+            tiny.check_lengths(["a *", text, fits], 4)
+        with pytest.raises(ConfigError, match=refused):
+            tiny.embed_vectors([text], vectors)
+    tiny.check_lengths(["a " * 75, "* *"])
+    tiny.check_lengths([])
+    with pytest.raises(ConfigError, match="takes 77 tokens"):
+        tiny.check_lengths(["a " * 76, "a " * 77])
+    with pytest.raises(ConfigError, match=r"'a M8\*20 \*' must hold exactly one"):
+        tiny.check_lengths(["a *", "a M8*20 *"], 1)
 
 
 def test_resolution_overrides_the_unets_own(tiny):

@@ -1,10 +1,13 @@
 """Prompts: placeholders never collide, untrained words are refused by name, an initializer is one trained row."""
 
+import dataclasses
 import json
 
 import pytest
 
+from modules.config import Generation, Inversion, Pipeline
 from modules.diffusion import prompts
+from modules.diffusion.pipeline import load_pipeline
 from modules.errors import ConfigError, DataError
 from tests.tiny import WORDS, build_tokenizer
 
@@ -19,6 +22,8 @@ def test_placeholders_of_labels_with_equal_slugs_differ():
     names = [prompts.placeholder(label) for label in labels]
     assert len(set(names)) == len(labels)
     assert all(name == name.lower() and " " not in name for name in names)
+    without_letters = {prompts.placeholder(chr(0x4E00 + i)) for i in range(3000)}
+    assert len(without_letters) == 3000, "none of the slug tells these apart"
 
 
 def test_a_filled_template_puts_the_condition_before_the_token():
@@ -69,6 +74,32 @@ def test_a_template_without_its_one_slot_is_refused(template):
 def test_no_template_at_all_is_refused():
     with pytest.raises(ConfigError, match="no template"):
         prompts.check_templates([], "generation.templates")
+
+
+def test_every_prompt_of_a_run_is_measured_before_one_is_used():
+    pipeline = load_pipeline(Pipeline(path="embedded"))
+    assert pipeline.num_tokens - 2 == 30
+    prose = "a " * 21 + "header"
+    generation, inversion = Generation(templates=("a {}", "a photo of a {}")), Inversion(num_vectors=4)
+    in_prose = dataclasses.replace(generation, conditions={"": 1.0, "keywords": 0.1})
+
+    def refusal(*arguments) -> str:
+        with pytest.raises(ConfigError) as error:
+            prompts.check_generation(pipeline, *arguments)
+        return str(error.value)
+
+    prompts.check_generation(pipeline, in_prose, inversion, ((), (prose,)))
+    message = refusal(in_prose, Inversion(num_vectors=5), ((), (prose,)))
+    assert f"prompt 'a photo of a {prose} *' takes 31 tokens, the text encoder reads 30; shorten" in message
+    assert "keyword of the class" in message and "inversion.num_vectors" in message
+    prompts.check_generation(pipeline, generation, Inversion(num_vectors=5), ((), (prose,)))
+    agnostic = Inversion(num_vectors=32, class_agnostic=True)
+    prompts.check_generation(pipeline, in_prose, agnostic, ((prose,),))
+    long_condition = dataclasses.replace(generation, conditions={"a " * 25 + "a": 1.0})
+    assert "a object' takes 31" in refusal(long_condition, agnostic, ())
+    short = dataclasses.replace(generation, templates=("{}",))
+    prompts.check_generation(pipeline, short, Inversion(num_vectors=22), ())
+    assert refusal(short, Inversion(num_vectors=27), ()).endswith("learned in it: lower inversion.num_vectors")
 
 
 def test_the_initializer_is_the_row_of_its_word(tokenizer):

@@ -9,7 +9,7 @@ import torch
 
 from modules import config
 from modules.diffusion.conditioning import Conditioning, outlying_vectors, token_vectors
-from modules.diffusion.prompts import check_keywords, check_prompts
+from modules.diffusion.prompts import check_keywords, check_prompts, drawn_prompts, fill
 from modules.diffusion.recipes import Recipes, pick
 from modules.diffusion.remake import make
 from modules.diffusion.requests import Prompt, Request
@@ -111,6 +111,17 @@ def test_class_keywords_serve_as_conditions():
         check_keywords(words, frozenset({"metal", "rusty"}))
     with pytest.raises(ConfigError, match="no class of this set has keywords"):
         check_keywords(((), ()), None)
+
+
+def test_the_prompts_that_are_checked_are_those_that_are_drawn():
+    settings = {"conditions": {"keywords": 3.0, "old": 1.0, "new": 0.0}, "templates": ("a {}", "{} on a table")}
+    words, recipes_used = (("metal", "round"), (), ("rusty",)), {"foreign": 1.0, "token_mix": 1.0}
+    sequence = recipes(settings, {"recipes": recipes_used}, keywords=words)
+    prompts = [sequence.request(i).prompt for i in range(800)]
+    drawn = {fill(prompt.template, "*", prompt.condition) for prompt in prompts}
+    expected = drawn_prompts(settings["templates"], settings["conditions"], words, "*")
+    assert drawn == set(expected) and len(expected) == 2 * 5
+    assert "metal round" not in " ".join(expected) and "a new *" not in expected and "rusty * on a table" in expected
 
 
 def test_each_recipe_breaks_what_it_says():

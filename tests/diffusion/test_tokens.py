@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from modules.diffusion.tokens import (
     add_tokens,
     cached_tokens,
     load_tokens,
+    replace_tokens,
     safe_name,
     save_tokens,
     store_tokens,
@@ -168,6 +170,15 @@ def test_adding_tokens_keeps_every_other_row_and_the_global_generator(pipeline):
         add_tokens(tokens, tokenizer, text_encoder)
 
 
+def test_classes_of_one_placeholder_are_not_added(pipeline, monkeypatch):
+    tokenizer, text_encoder = copy.deepcopy(pipeline.tokenizer), copy.deepcopy(pipeline.text_encoder)
+    monkeypatch.setattr("modules.diffusion.tokens.placeholder", lambda label: "<hex>" if label != "nut" else "<nut>")
+    tokens = make_tokens(pipeline, 2, classes=("bolt", "nut", "ring"))
+    with pytest.raises(DataError, match="the classes 'bolt', 'ring' have the same placeholder <hex>; rename one"):
+        add_tokens(tokens, tokenizer, text_encoder)
+    assert len(tokenizer) == len(pipeline.tokenizer)
+
+
 def test_vectors_of_another_width_are_refused(pipeline):
     tokens = Tokens(("nut",), torch.zeros(1, 1, 8), pipeline.digest, "object", 1, 0)
     with pytest.raises(DataError, match="width 8 .* width 32"):
@@ -230,6 +241,26 @@ def test_the_cache_returns_what_was_stored_and_keeps_the_first(pipeline, tmp_pat
     found = cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest)
     assert torch.equal(found.vectors_CKE, tokens.vectors_CKE)
     assert [p.name for p in (tmp_path / "tokens").iterdir()] == ["k" * 64], "a partial entry was left behind"
+
+
+def test_tokens_take_the_place_of_others_whole(pipeline, tmp_path, monkeypatch):
+    folder, first, second = tmp_path / "tokens", make_tokens(pipeline), make_tokens(pipeline, 2)
+    for left in ("tokens.partial", "tokens.former"):
+        (tmp_path / left / "bolt").mkdir(parents=True)
+    replace_tokens(first, folder)
+    (folder / "report.json").write_text("[]")
+    replace_tokens(second, folder)
+    assert load_tokens(folder, CLASSES, pipeline.digest).digest == second.digest
+    assert not (folder / "report.json").exists(), "it told of other tokens"
+    with monkeypatch.context() as patch:
+        patch.setattr("modules.diffusion.tokens.safetensors_bytes", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            replace_tokens(first, folder)
+    assert load_tokens(folder, CLASSES, pipeline.digest).digest == second.digest
+    monkeypatch.setattr("pathlib.Path.rename", mock.Mock(side_effect=OSError(30, "Read-only file system")))
+    with pytest.raises(StorageError, match=f"{folder}: .*Read-only file system.*set run.dir"):
+        replace_tokens(first, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "foreign"])
