@@ -30,7 +30,7 @@ from modules.diffusion.requests import Request
 from modules.diffusion.tokens import PromptBank
 from modules.errors import ConfigError, DataError
 from modules.evaluation.sheets import sheet_png
-from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates
+from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates, needs_masks
 from modules.settings import load_config, with_settings
 from modules.state import write_atomic
 
@@ -68,6 +68,8 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
     asked = read_provenance(Path(flags["again"])) if "again" in flags else []
     if any(variant.recipe == "mask_split" for variant in variants):  # masks are read only where a recipe needs them
         config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | {"mask_split": 1.0}})
+    if _masked(config, variants) and not needs_masks(config):  # by a role that the run itself leaves out
+        config = with_settings(config, {"generation.near_ood_fraction": 0.5, **_exposed(config)})
     with opened(config, origins, console, "preview") as job:
         with job.stage("data") as progress:
             stages.load_data(job, progress)
@@ -99,8 +101,7 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
         settings["generation.strengths"] = {variant.strength: 1.0}
     else:
         settings |= {"near_ood.recipes": {variant.recipe: 1.0}, "near_ood.strength": variant.strength}
-    if job.config.learning.method == "cross_entropy":
-        settings["learning.outlier_exposure"] = 0.5  # a rule of training, which a preview does not do
+    settings |= _exposed(job.config)
     own = dataclasses.replace(job, config=with_settings(job.config, settings))
     recipes, index = stages.job_recipes(own), 0
     found: dict[int, list[Request]] = {label: [] for label in sources}
@@ -203,13 +204,22 @@ def _images(job: Job, requests: list[Request]) -> list[torch.Tensor]:
 
 def _sources(job: Job, labels: list[int], variants: list[Variant], columns: int) -> dict[int, list[int]]:
     """Train rows of each class, `columns` of them or all; only such with an object mask where a variant needs one."""
-    masked = job.config.generation.mask_edit != "none" or any(variant.recipe == "mask_split" for variant in variants)
-    usable_D = job.sources.has_mask() if masked else [True] * len(job.sets.train.items)
+    usable_D = job.sources.has_mask() if _masked(job.config, variants) else [True] * len(job.sets.train.items)
     of_class: dict[int, list[int]] = {label: [] for label in labels}
     for row, (label, usable) in enumerate(zip(job.sets.labels_D.tolist(), usable_D, strict=True)):
         if usable and len(of_class.get(label, range(columns))) < columns:
             of_class[label].append(row)
     return of_class
+
+
+def _masked(config, variants: list[Variant]) -> bool:
+    """Whether a variant edits within object masks."""
+    return config.generation.mask_edit != "none" or any(variant.recipe == "mask_split" for variant in variants)
+
+
+def _exposed(config) -> dict[str, object]:
+    """What near-OOD rows ask of cross-entropy: a rule of training, which a preview does not do."""
+    return {"learning.outlier_exposure": 0.5} if config.learning.method == "cross_entropy" else {}
 
 
 def _shown_source(job: Job, row: int) -> torch.Tensor:

@@ -105,6 +105,16 @@ def test_an_edit_within_masks_that_are_not_read_is_refused_before_any_image_is_m
     assert "class tokens" not in stream.getvalue(), "known before tokens are learned"
 
 
+@pytest.mark.parametrize(
+    ("share", "edit", "flags"), [(0.0, "none", ["--recipes=mask_split"]), (1.0, "object", ["--strengths=.5"])]
+)
+def test_masks_are_read_for_a_role_that_the_run_leaves_out(share, edit, flags, drawn):
+    _, _, path = drawn
+    settings = [f"generation.near_ood_fraction={share}", f"generation.mask_edit={edit}"]
+    with pytest.raises((ConfigError, DataError), match="mask"):  # this set has none, and that is what is said
+        draw(path, *settings, *flags)
+
+
 def test_defaults_are_the_runs_own(drawn):
     files, text = draw(drawn[2], "--images=2", "--recipes=none")
     provenance = json.loads((files[0].parent / "provenance.json").read_text())
