@@ -1,7 +1,7 @@
 """At which batch a technique is at its best: at somebody else's best batch its ratio to another would mean nothing.
 
-A pipeline that runs as it is is timed by its parts at every batch, the slot engine by its tick. One that is compiled is compiled anew for every batch,
-which takes a minute or two, so few are tried, and its row says which.
+A pipeline that runs as it is is timed by its parts at every batch, the slot engine by its tick. One that is compiled is
+compiled anew for every batch, which takes a minute or two, so few are tried, and its row says which.
 """
 
 import time

@@ -69,10 +69,8 @@ def _generator(options, seconds: float) -> list[str]:
 
 
 def _kernels(options, seconds: float) -> list[str]:
-    name = "kernels_gpu.csv" if options.gpu else "kernels_cpu.csv"
-    out = harness.results_file("kernels", options.device).with_name(name)
     right = [op for op in backend.OPS if op not in options.wrong]
-    return _device(options) + ["--budget-seconds", f"{seconds:.0f}", "--out", str(out), "--ops", ",".join(right)]
+    return _device(options) + ["--budget-seconds", f"{seconds:.0f}", "--ops", ",".join(right)]
 
 
 def _step(options, seconds: float) -> list[str]:

@@ -49,13 +49,13 @@ def at_rows(bench: Bench, peak: float, name: str, rows: int, ready_s: float, lef
 
 def left_out(name: str, rows: int, reason: str) -> dict[str, object]:
     """What stands in place of a call that was not measured."""
-    return {"technique": name, "rows": rows, "ms": None, "mfu_pct": None, "skipped": reason}
+    return {"technique": name, "rows": rows, "guided": False, "ms": None, "mfu_pct": None, "skipped": reason}
 
 
 def as_row(columns: list[str], call: dict[str, object], bench: Bench) -> dict[str, object]:
     """A call as a row with the columns of the techniques' rows; what does not apply to it is empty."""
     row = dict.fromkeys(columns, "") | {
-        "technique": f"one UNet call, {call['rows']} rows, {call['technique']}",
+        "technique": f"one UNet call, {call['rows']} rows{', guided' * call['guided']}, {call['technique']}",
         "batch": call["rows"],
         "px": bench.pipeline.resolution,
         "dtype": str(bench.pipeline.dtype).removeprefix("torch."),
@@ -73,5 +73,6 @@ def _measured(bench: Bench, engine: SlotEngine, name: str, peak: float) -> dict[
     found = harness.compare({"tick": engine.slots.in_flight.step}, bench.device)
     rows, timing = len(engine.slots.occupants) + engine.slots.unconditional_rows, found.timings["tick"]
     mfu_pct = round(100 * rows * bench.work.unet / timing.median_ms / 1e9 / peak, 2)
-    told = {"technique": name, "rows": rows, "ms": round(timing.median_ms, 3), "mfu_pct": mfu_pct}
+    guided = engine.slots.unconditional_rows > 0
+    told = {"technique": name, "rows": rows, "guided": guided, "ms": round(timing.median_ms, 3), "mfu_pct": mfu_pct}
     return told | {"blocks": len(timing.seconds), "spread_pct": found.spread_pct}

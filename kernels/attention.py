@@ -23,15 +23,18 @@ def attention(
     auto is products for float32 on a CPU where N x T <= FEW_SCORES and no gradient is wanted, else torch's
     scaled_dot_product_attention. Only the latter has a gradient.
 
-    Raises ValueError where products are demanded but a gradient is wanted.
+    Raises ValueError where products are demanded but a gradient is wanted, or tensors are not on a CPU.
     Source: Vaswani et al. 2017 (1706.03762) eq. 1.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BNHK, k_BTHK, v_BTHK))
     if implementation == "products" and trained:
         raise ValueError("implementation='products' has no gradient; use torch, or torch.no_grad()")
+    device = q_BNHK.device.type
+    if implementation == "products" and device != "cpu":
+        raise ValueError(f"implementation='products' is for a CPU; q_BNHK is on {device}")
     few = q_BNHK.shape[1] * k_BTHK.shape[1] <= FEW_SCORES and not trained
-    on_cpu = q_BNHK.device.type == "cpu" and q_BNHK.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    on_cpu = device == "cpu" and q_BNHK.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if implementation == "products" or (implementation == "auto" and few and on_cpu):
         return torch.ops.trainer.products_attention.default(q_BNHK, k_BTHK, v_BTHK)
     return attention_reference(q_BNHK, k_BTHK, v_BTHK)

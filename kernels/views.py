@@ -22,9 +22,8 @@ __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views
 GREY_3 = (0.2989, 0.587, 0.114)
 UNROLLED_TAPS = tl.constexpr(4)  # source pixels a side up to which the kernel's sampling is written out
 UNCHANGED = 4  # in place of the place that hue has in a row's order: no jitter does anything
-CACHE_FLOATS = (
-    1_000_000  # floats of a block of rows on a CPU: 4 MB, of a shared cache and below what malloc gives back each time
-)
+# Floats of a block of rows on a CPU: 4 MB, which a cache holds and a fresh process's malloc does not give back each time.
+CACHE_FLOATS = 1_000_000
 
 
 def views(

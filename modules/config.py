@@ -95,9 +95,7 @@ class Generation:
     max_uses: int = 8  # batches a generated image may serve in
     max_age: int = 0  # optimizer steps a generated image may live; 0: no bound
     ring_size: int = 8  # images kept for each (class, role)
-    prefill: float = (
-        0.5  # [0, 1]: share of every ring filled before step 0, of the rarer role's as much less as it is rarer
-    )
+    prefill: float = 0.5  # [0, 1]: share of every ring filled before step 0; less of the rarer role, as it is rarer
     decode_batch: int = 8  # finished latents decoded at once
     mode: str = "auto"  # auto | sequential | stream: how generation and training share the device
     mask_edit: str = "none"  # none | object | background: what a masked positive may change

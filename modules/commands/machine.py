@@ -51,10 +51,6 @@ DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs 
     "run.precision",
 )
 CALIBRATION_STEPS = 8  # joint steps timed in each overlap mode, at least
-CPU_ATTENTION = {  # without timing, so that the same run gives the same bits
-    "auto": ("products where tokens are few, else sdpa", "auto: by shape on a CPU"),
-    "sdpa": ("sdpa", "pipeline.attention"),
-}
 ATTENTION_REPEATS = 5  # of which the median counts
 
 
@@ -169,6 +165,7 @@ def unchanged(state: State, overlap: Overlap):
     try:
         yield trial
     finally:
+        overlap.wait()  # of a step that failed, too
         trial.load_state_dict(before)
 
 
@@ -222,7 +219,11 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
         for layer in attention.layers_of(unet):
             layer.processor.backend = asked
-        return Choice(*CPU_ATTENTION[asked])
+        if (
+            asked == "auto" and job.pipeline.dtype == torch.float32
+        ):  # by shape and not by time: the same run, the same bits
+            return Choice("products where tokens are few, else sdpa", "auto: by shape on a CPU")
+        return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: on a CPU products are for fp32 alone")
     measure = timer(job.device)
     if asked == "auto":
         job.console.line("  timing the attention backends at each shape of the UNet: this can take a minute")

@@ -124,6 +124,7 @@ def _generation_parts(job: Job) -> list[Part]:
     planes = 2 + stochastic + 3 * recipes.masked  # z, x0_prev; noise of every step; mask, z0 and eps of masked edits
     slots = (generation.slots * planes + generation.slots + generation.decode_batch) * latent * 4
     prompt = costs.prompt_bytes(pipeline)
+    cached = costs.prompt_cache_bytes(generation, len(sets.index.classes), pipeline)
     parts = [
         Part("UNet weights", costs.weight_bytes(pipeline.unet), "pipeline.dtype", loaded=True),
         Part("VAE weights", costs.weight_bytes(pipeline.vae), "pipeline.dtype, pipeline.vae", loaded=True),
@@ -136,7 +137,7 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("provenance (host)", rings * PROVENANCE_BYTES, "generation.ring_size", saved=True),
         Part("slots in flight", slots, "generation.slots", saved=True),
         Part("keys and values of prompts in flight", rows * prompt, "generation.slots"),
-        Part("keys and values of other prompts", costs.prompt_cache_bytes(generation, len(sets.index.classes), pipeline), "generation.kv_cache_gib, generation.templates"),
+        Part("keys and values of other prompts", cached, "generation.kv_cache_gib, generation.templates"),
         Part("UNet call", costs.unet_cost(pipeline, rows).peak_bytes,
              "generation.slots, pipeline.resolution, pipeline.dtype", WORKING),
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,

@@ -231,11 +231,10 @@ class Generator:
 
     def _unfilled(self) -> dict[tuple[int, bool], int]:
         """Images still wanted by each ring that this run feeds."""
-        generation = self.config.generation
-        roles = [False] * (generation.near_ood_fraction < 1) + [True] * (generation.near_ood_fraction > 0)
+        targets = {is_ood: prefill_target(self.config.generation, is_ood) for is_ood in (False, True)}
         rings = {
-            (label, is_ood): prefill_target(generation, is_ood) - self.reservoir.fill(label, is_ood)
+            (label, is_ood): target - self.reservoir.fill(label, is_ood)
             for label in range(self.num_classes)
-            for is_ood in roles
+            for is_ood, target in targets.items()
         }
         return {ring: missing for ring, missing in rings.items() if missing > 0}

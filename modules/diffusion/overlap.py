@@ -54,6 +54,11 @@ class Overlap:
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
 
+    def wait(self) -> None:
+        """Let the current stream wait for whatever the side stream was handed, of a launch that failed as well."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+
 
 def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float], judged: bool = False) -> Choice:
     """The mode to run in, and why.

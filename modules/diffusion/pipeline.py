@@ -128,9 +128,7 @@ class StableDiffusion:
         Raises:
             DataError: they are not, and of which file first: a VAE may overflow on some images only.
         """
-        low_D, high_D = moments_D8hw.flatten(1).aminmax(
-            dim=1
-        )  # NaN wherever one is; isfinite would copy the whole bank
+        low_D, high_D = moments_D8hw.flatten(1).aminmax(dim=1)  # NaN where one is; isfinite would copy the whole bank
         bad = (~(low_D.isfinite() & high_D.isfinite())).nonzero().flatten().tolist()
         if bad:
             more = f" and {len(bad) - 1} more of {len(files)} images" if len(bad) > 1 else ""

@@ -76,7 +76,7 @@ def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     assert document["skipped"].keys() == peers_left_out | own_left_out
     assert document["tick"]["rows"] == 4
     rows = {row["technique"]: row for row in rows_of(out)}
-    calls = {f"one UNet call, {count} rows, slots" for count in (4, 6)}
+    calls = {"one UNet call, 4 rows, guided, slots", "one UNet call, 6 rows, slots"}
     assert rows.keys() == {"DA-Fusion's loop", "diffusers", "slots"} | document["skipped"].keys() | calls
     for name in calls:
         row = rows[name]

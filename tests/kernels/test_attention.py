@@ -63,6 +63,8 @@ def test_gradients_are_torchs_and_a_demand_for_products_is_refused():
     assert all(x.grad.abs().sum() > 0 for x in (q, k, v))
     with pytest.raises(ValueError, match="has no gradient"):
         attention(q, k, v, implementation="products")
+    with pytest.raises(ValueError, match="is for a CPU; q_BNHK is on meta"):
+        attention(*(x.detach().to("meta") for x in (q, k, v)), implementation="products")
     with pytest.raises(ValueError, match="implementation"):
         attention(q, k, v, implementation="flash")
 
