@@ -49,6 +49,7 @@ ROLE_COLORS = {"id": ID, "near_ood": NEAR, "far_ood": FAR}
 ROLE_NAMES = {"id": "in-distribution", "near_ood": "near-OOD", "far_ood": "far-OOD"}
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be named by two dollars
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

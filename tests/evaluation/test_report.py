@@ -197,3 +197,10 @@ def test_values_are_written_as_one_reads_them(value, text):
 def test_confusion_of_any_size(classes, images):
     svg = figures.confusion_figure(np.eye(classes, dtype=int) * images, [f"class {index}" for index in range(classes)])
     assert svg.count("var(--id)") == classes and "class 0" in svg
+
+
+@pytest.mark.parametrize("name", ["cost_$5_$x", "a$x$b", r"\frac{1}", "$"])
+def test_a_class_is_named_as_it_is_whatever_typesetters_read_in_it(name):
+    both = figures.confusion_figure(np.eye(2, dtype=int), [name, "bolt"])
+    both += figures.embedding_figure(np.zeros((4, 2)) + np.arange(4)[:, None], [0, 0, 1, 1], [name, "bolt"])
+    assert both.count(f">{name}</text>") == 3, "both axes and the map"
