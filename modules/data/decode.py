@@ -13,6 +13,8 @@ import io
 import numpy as np
 from PIL import Image
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound would stand before, and above, the one of `_load`
+
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 GREY = 128  # what stands where there is no image: under transparency, beyond the border, outside the object
 ORIENTATION_TAG = 0x0112

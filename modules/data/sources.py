@@ -122,7 +122,7 @@ def read_folder(files: Files) -> Index:
     root = files.root
     folders = files.folders()
     splits = [name for name in folders if name.lower() in SPLIT_NAMES]
-    if {"train", "test"} <= {name.lower() for name in splits} and len(splits) < len(folders):
+    if len({SPLIT_NAMES[name.lower()] for name in splits}) > 1 and len(splits) < len(folders):
         others = ", ".join(name for name in folders if name not in splits)
         raise DataError(f"{root}: has the split folders {', '.join(splits)} beside {others}; move the latter elsewhere")
     by_split = bool(splits) and len(splits) == len(folders)

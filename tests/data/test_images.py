@@ -122,6 +122,10 @@ def test_the_header_is_checked_before_a_pixel_is_decoded(monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
     with pytest.raises(BadImage, match=r"9000 x 9000 pixels, more than data.max_pixels 50,000,000"):
         decode_image(content, 50_000_000)
+    with pytest.raises(BadImage, match=r"20000 x 20000 pixels, more than data.max_pixels 50,000,000"):
+        decode_image(bomb(20_000, 20_000), 50_000_000)
+    with pytest.raises(BadImage, match="pixels were decoded"):  # of 400 million, where so many are asked for
+        decode_image(bomb(20_000, 20_000), 500_000_000)
 
 
 def test_formats_outside_the_list_are_refused_whatever_their_name():

@@ -146,6 +146,17 @@ def test_split_folders_beside_class_folders(tmp_path):
     refused("split folders test, train beside nut", tmp_path)
 
 
+def test_two_split_folders_are_no_classes_whatever_stands_beside_them(tmp_path):
+    class_folders(tmp_path, {"train/bolt": 2, "train/nut": 2, "Val/bolt": 1, "Val/nut": 1})
+    put(tmp_path / "annotations" / "1.xml", b"<a/>")
+    refused("split folders Val, train beside annotations; move", tmp_path)
+
+
+def test_one_class_may_be_called_as_a_split_is(tmp_path):
+    class_folders(tmp_path, {"train": 2, "bus": 2})
+    assert {item.label for item in read_source(str(tmp_path)).items} == {"train", "bus"}
+
+
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", ""])
 def test_csv_path_outside_its_root(tmp_path, path):
     put(tmp_path / "secret.png", picture())
