@@ -97,6 +97,8 @@ def _print_data(job: Job, on_bad_image: str, console) -> list[list[str]]:
     if len(rows) > LISTED_CLASSES:
         console.line(f"  and {len(rows) - LISTED_CLASSES} more in check.json")
     bad = [[path, reason] for images in sets.images.values() for path, reason in images.skipped]
+    if on_bad_image == "fail":
+        bad += [[path, reason] for images in sets.images.values() for path, reason in images.forgiven]
     if bad:
         fate = "a run stops at them (data.on_bad_image is fail)" if on_bad_image == "fail" else "a run leaves them out"
         console.warn(f"{len(bad)} files cannot be used; {fate}:")

@@ -39,6 +39,7 @@ class Images:
     digests: tuple[str, ...]  # sha256 of the bytes of each image file
     notes: tuple[str, ...] = ()  # counts worth saying: enlarged, cut to a square, left out
     sides: tuple[int, ...] = ()  # pixels a side of each image's square before it was resized
+    forgiven: tuple[tuple[str, str], ...] = ()  # (path, reason) of files kept that on_bad_image fail would have refused
 
 
 def load_images(
@@ -114,6 +115,7 @@ def load_at_sizes(
                 pixels_DHWC=pixels[rows],
                 masks_DHW=mask[rows] if reads_masks else None,
                 skipped=skipped,
+                forgiven=tuple((items[i].path, results[i].forgiven) for i in kept if results[i].forgiven),
                 digests=tuple(results[i].digest for i in here),
                 notes=notes,
                 sides=tuple(results[i].side for i in here),
@@ -132,6 +134,7 @@ class _Result:
     side: int = 0  # of the square that was resized
     was_cut: bool = False  # the sides beyond the central square were cut off
     no_object: bool = False  # nothing in its mask; kept, but not to be edited within
+    forgiven: str = ""  # why on_bad_image fail would have refused what was kept
 
 
 @dataclass
@@ -200,10 +203,14 @@ class _Job:
             except BadImage as error:
                 if cuts or self.data.on_bad_image == "fail":
                     raise BadImage(f"its mask {item.mask}: {error}") from error
+                result.forgiven = f"its mask {item.mask}: {error}"
                 result.no_object = True
         if not mask_HW.any() and self.needs_masks:
+            reason = f"its mask {item.mask} is empty" if item.mask else "has no mask"
             if cuts or not (self.kind == "mvip" or self.data.on_bad_image == "skip"):
-                raise NoObject(f"its mask {item.mask} is empty" if item.mask else "has no mask")
+                raise NoObject(reason)
+            if self.kind != "mvip":
+                result.forgiven = result.forgiven or reason
             result.no_object = True
         return mask_HW
 

@@ -135,6 +135,20 @@ def test_run(name, tmp_path, capsys):
     assert not left & set(WORK) and not (tmp_path / "runs" / "cache").exists()
 
 
+@pytest.mark.parametrize("mask", [disc(radius=0), disc(16, 16, 4)], ids=["empty", "of another size"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_check_finds_the_masks_that_a_run_would_stop_at(mask, skip, tmp_path, capsys):
+    """They are listed with all others, and where a run may leave such files out it does not stop at them."""
+    (tmp_path / "data").mkdir()
+    path = write_config(tmp_path, learning={"classes_per_batch": 2})
+    overrides = [f"data.root={masked(tmp_path / 'data', train=mask)}", MASKED]
+    assert trainer.main(["check", str(path), *overrides, "--untimed", *["data.on_bad_image=skip"] * skip]) == 0
+    text = capsys.readouterr().out
+    assert ("bolt/bolt-train-0-0.png: " in text) is not skip
+    assert ("a run would stop at: 1 bad files" in text) is not skip
+    assert ("nothing found that would stop a run" in text) is skip
+
+
 @pytest.mark.parametrize("call", [0, 1], ids=["as it is", "mirrored"])
 def test_an_image_on_which_the_vae_overflows(call, tmp_path, capsys, monkeypatch):
     """It is neither of the first two, which are decoded as well; nothing is learned from the others."""
