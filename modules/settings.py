@@ -38,7 +38,9 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type = Conf
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the config file is not UTF-8 text ({error}); save it as UTF-8") from error
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = _read_yaml(text) or {}
+    except _GivenTwice as error:
+        raise ConfigError(f"{path}: {error}; join the two") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -55,7 +57,9 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type = Conf
         if not separator:
             raise ConfigError(f"command line: {override!r} is not section.key=value")
         try:
-            value = yaml.safe_load(raw) if raw else ""
+            value = _read_yaml(raw) if raw else ""
+        except _GivenTwice as error:
+            raise ConfigError(f"command line: {override!r}: {error}; name it once") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"command line: {override!r}: the value is not valid YAML") from error
         _put(schema, values, origins, name.strip(), value, "command line")
@@ -98,6 +102,32 @@ def to_yaml(config: Config, origins: dict[str, str]) -> str:
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
             lines.append(f"  {key.name}: {text}  # {origins.get(f'{section.name}.{key.name}', 'default')}")
     return "\n".join(lines) + "\n"
+
+
+class _GivenTwice(yaml.YAMLError):
+    """A key that stands twice in a mapping, of which YAML would take the second in silence."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, as yaml.safe_load gives them; a key stands once."""
+
+    def construct_mapping(self, node, deep=False):
+        first: dict[object, int] = {}
+        scalars = (key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode))
+        for key_node in scalars:
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1  # so that .5 is 0.5
+            if key in first:
+                raise _GivenTwice(f"`{key}` is given twice, on lines {first[key]} and {line}")
+            first[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str):
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _put(schema: type, values: dict, origins: dict, name: str, value, origin: str) -> None:

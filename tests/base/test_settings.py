@@ -162,6 +162,15 @@ def test_file_mistakes(tmp_path):
     bad.write_text("run: 3\n")
     with pytest.raises(ConfigError, match="must hold key: value"):
         load_config(bad)
+    bad.write_text("run: {seed: 1}\nlearning:\n  lr: 0.1\nrun: {name: a}\n")
+    with pytest.raises(ConfigError, match=f"{bad}: `run` is given twice, on lines 1 and 4; join the two"):
+        load_config(bad)
+    bad.write_text("generation:\n  strengths: {0.5: 1, .50: 2}\n")
+    with pytest.raises(ConfigError, match="`0.5` is given twice, on lines 2 and 2"):
+        load_config(bad)
+    bad.write_text("run: {name: a}\n")
+    with pytest.raises(ConfigError, match=r"command line: .* `rusty` is given twice, .*; name it once"):
+        load_config(bad, ["generation.conditions={rusty: 1, rusty: 2}"])
     bad.write_bytes("run: {name: Gehäuse}\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=f"{bad}: the config file is not UTF-8 text.*save it as UTF-8"):
         load_config(bad)
