@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.harness import append_rows
 from modules.commands.trials import Planned, plan, refuse_other_settings, run_trial
+from modules.errors import ConfigError, UserError
 
 SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> arms, {variant: overrides}
     "steps": (  # as many images however long the schedule: each serves more often
@@ -97,6 +98,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         },
     ),
 }  # fmt: skip
+OWN = ("run.dir", "run.name", "run.seed", "evaluation.test")  # where trials stand and what they may read
 METRICS = (
     "val.accuracy", "val.macro_accuracy", "val.knn_accuracy", "val.ece", "val.near_ood.knn.auroc", "val.near_ood.msp.auroc",
     "val.near_ood.mahalanobis.auroc", "artifact.probe_auroc", "artifact.score_auroc", "cost.images_generated", "cost.reuse",
@@ -106,18 +108,21 @@ METRICS = (
 def main(argv: list[str] | None = None) -> dict:
     """Run what is not finished, append the rows, print a table and one JSON line; returns what that line holds."""
     options = _parse(argv)
-    trials = {}
+    stem, trials = Path(options.config).stem, {}
     for sweep in options.sweeps:
         arms, variants = SWEEPS[sweep]
         for variant, settings in variants.items():
             slug = variant.replace(" ", "_").replace(",", "")
-            overrides = [f"run.dir={options.runs}", f"run.name={sweep}-{slug}", "evaluation.test=false"]
+            overrides = [f"run.dir={options.runs}", f"run.name={stem}/{sweep}-{slug}", "evaluation.test=false"]
             overrides += [*settings, *options.overrides]
             if options.jobs > 1:
                 overrides.append("run.threads=1")
             for trial in plan(options.config, options.arms or arms, options.seeds, overrides):
                 trials[sweep, variant, trial.arm, trial.seed] = trial
-    refuse_other_settings(list(trials.values()))
+    try:
+        refuse_other_settings(list(trials.values()))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; of a sweep it is --runs that names another place") from error
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = dict(zip(trials, pool.map(_bring_to_end, trials.values()), strict=True))
     rows = [row for key, trial in trials.items() if codes[key] == 0 for row in rows_of(key, trial)]
@@ -145,7 +150,20 @@ def _parse(argv: list[str] | None):
     options = parser.parse_args(argv)
     if unknown := set(options.sweeps) - set(SWEEPS):
         parser.error(f"--sweeps names {', '.join(sorted(unknown))}; there are {', '.join(SWEEPS)}")
+    for override in options.overrides:
+        name = override.partition("=")[0].strip()
+        if name in OWN or name in _varied(options.sweeps):
+            parser.error(
+                f"{name} is what this sweep sets in each of its trials, so that {override} would make variants of other names "
+                "alike; leave it out, or change the config"
+            )
     return options
+
+
+def _varied(sweeps: list[str]) -> set[str]:
+    """Settings that some variant of these sweeps changes."""
+    variants = [settings for sweep in sweeps for settings in SWEEPS[sweep][1].values()]
+    return {override.partition("=")[0] for settings in variants for override in settings}
 
 
 def _log(trial: Planned) -> Path:
@@ -200,4 +218,8 @@ def _table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(refusal.code)

@@ -4,7 +4,10 @@ import csv
 import json
 import zipfile
 
+import pytest
+
 from benchmarks import grocery_pack, sweep
+from modules.errors import ConfigError
 from modules.runtime import environment
 from tests.base.tinyset import write_config
 
@@ -40,6 +43,28 @@ def test_a_sweep_writes_a_row_a_val_metric_and_repeats_no_finished_trial(tmp_pat
     assert not any(planned.config.evaluation.test for planned in made)
     assert len(made) == 2 and len(rows) == 4 and {row["metric"] for row in rows} == {"val.accuracy"}
     assert "25.0 %" in capsys.readouterr().out
+    other = write_config(tmp_path / "other")
+    assert sweep.main([str(other.rename(other.with_name("other.yaml"))), *asked[1:]])["failed"] == []
+    assert len(made) == 4 and len({planned.path for planned in made}) == 4, "each config has its own trials"
+
+
+@pytest.mark.parametrize("override", ["run.name=mine", "learning.grey_p=0", "evaluation.test=true", "run.seed=3"])
+def test_what_a_sweep_sets_may_not_be_set_for_all_of_it(override, tmp_path, capsys):
+    """Or variants of six names would be one trial, and the table would say that nothing matters."""
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main([str(write_config(tmp_path)), override, "--sweeps", "views", "--out", str(tmp_path)])
+    name = override.partition("=")[0]
+    assert stopped.value.code == 2 and f"{name} is what this sweep sets in each" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_trials_of_other_settings_are_refused_with_the_way_out_of_a_sweep(tmp_path, monkeypatch):
+    def refuse(trials):
+        raise ConfigError("holds a trial of other settings. Set run.name to begin another comparison")
+
+    monkeypatch.setattr(sweep, "refuse_other_settings", refuse)
+    with pytest.raises(ConfigError, match="it is --runs that names another place"):
+        sweep.main([str(write_config(tmp_path)), "--sweeps", "views", "--out", str(tmp_path)])
 
 
 def test_a_pack_of_photographs_and_renders_holds_no_class_of_the_experiment(tmp_path):
