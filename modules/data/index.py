@@ -106,7 +106,8 @@ def _with_near_ood(items: list[Item], data: Data, kind: str) -> tuple[list[Item]
     declared = {item.split for item in id_items} - {""}
     if not any(item.split for item in declared_near):
         declared = set()
-    near, line = splits.hold_out(declared_near, data.near_ood_val_fraction, declared)
+    named = data.near_ood_classes if kind == "mvip" else None  # of an MVIP tree the draw leaves the others
+    near, line = splits.hold_out(declared_near, data.near_ood_val_fraction, declared, named)
     return [item for item in items if item.role != "near_ood"] + near, [line]
 
 

@@ -7,6 +7,7 @@ names, so every arm of one seed learns from the same images.
 """
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -18,8 +19,13 @@ from modules.runtime import stream
 SAME_FOR_EVERY_SEED = 0
 
 
-def hold_out(items: list[Item], val_fraction: float, declared: set[str]) -> tuple[list[Item], str]:
+def hold_out(
+    items: list[Item], val_fraction: float, declared: set[str], named: Collection[str] | None = None
+) -> tuple[list[Item], str]:
     """Near-OOD items with classes divided into val classes and test classes, and a line that says how.
+
+    named: classes that somebody chose as near-OOD (None: all). Of the others, one without an image in the split that it
+    falls into is left out, which the line tells, and the rest is divided anew.
 
     A val class gives its images of the val split, a test class those of the test split, as far as ID images have these
     splits (`declared`); where they will be made from the train split, it gives its images of that: what is scored
@@ -43,6 +49,9 @@ def hold_out(items: list[Item], val_fraction: float, declared: set[str]) -> tupl
         split = "val" if label in val_labels else "test"
         wanted = {split} if split in declared else {"", "train"}
         chosen = [replace(item, split=split) for item in items if item.label == label and item.split in wanted]
+        if not chosen and named is not None and label not in named:
+            rest, line = hold_out([item for item in items if item.label != label], val_fraction, declared, named)
+            return rest, f"{line}; without {label!r}, which has no image in the {split} split"
         if not chosen:
             raise DataError(
                 f"the near-OOD class {label!r} has no image in the {split} split, which its images must come from; "

@@ -161,6 +161,19 @@ def test_classes_without_a_role_or_an_image_are_told(tmp_path):
     assert "2 near-OOD classes of the same, 1 far-OOD classes of others" in index.notes[0]
 
 
+def test_a_class_that_nobody_chose_and_that_lacks_a_split_is_left_out(tmp_path):
+    mvip_tree(tmp_path, CLASSES)
+    near = [item for item in read_index(data(tmp_path), seed=0).items if item.role == "near_ood"]
+    tested = sorted({item.label for item in near if item.split == "test"})
+    shutil.rmtree(tmp_path / tested[0] / "test_data")
+    index = read_index(data(tmp_path), seed=0)
+    left = {item.label for item in index.items if item.role == "near_ood"}
+    assert left == {item.label for item in near} - {tested[0]}
+    assert any(f"without '{tested[0]}', which has no image in the test split" in note for note in index.notes)
+    with pytest.raises(DataError, match=f"near-OOD class '{tested[0]}' has no image in the test split"):
+        read_index(data(tmp_path, num_classes=0, near_ood_classes=tuple(item.label for item in near)), seed=0)
+
+
 def test_one_class_left_of_a_super_class_names_the_knob(tree):
     with pytest.raises(DataError, match="or lower `data.num_classes`"):
         read_index(data(tree, num_classes=5), seed=0)
