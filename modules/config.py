@@ -209,7 +209,7 @@ class Evaluation:
     confidence: float = 0.95
     batch_size: int = 256
     knn_every: int = 0  # steps between kNN accuracies on val while training; 0: at the end only
-    tsne_points: int = 800  # points of the embedding map
+    tsne_points: int = 800  # points of the embedding map; below 3: no map
     judge_steps: int = 120  # steps of the classifier that judges generated images, fixed before training; 0: none
 
 

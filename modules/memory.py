@@ -49,7 +49,7 @@ STAGES = {  # settings that make a stage smaller, where none of its parts is kno
     "tokens": ("pipeline.resolution", "data.shots_per_class", HALF),
     "load": ("run.device=cpu",),
     "probe": ("evaluation.batch_size",),
-    "evaluate": ("evaluation.batch_size", "evaluation.bootstrap"),
+    "evaluate": ("evaluation.batch_size",),
     "judge": ("evaluation.batch_size",),
     "pipeline": ("training.vae_batch", "training.unet_batch", "shape.resolution"),
 }

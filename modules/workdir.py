@@ -27,6 +27,8 @@ MAY_CHANGE = {  # settings that do not change results, or by rounding only: of r
     "run.keep_checkpoints",
     "run.cache_dir",
     "run.kernels",
+    "evaluation.batch_size",
+    "evaluation.tsne_points",
 }
 MAY_CHANGE_SECTIONS = ("tune.",)
 

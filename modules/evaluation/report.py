@@ -278,8 +278,8 @@ def _classes(report: Report) -> str:
 
 def _map(report: Report) -> str:
     given = report.embedding
-    if given is None:
-        return ""
+    if given is None or min(given.points, len(given.features_DF)) < 3:
+        return ""  # of two points there is no map
     rows, xy = figures.embedding_points(given.features_DF, given.points, given.seed)
     labels, classes = given.labels_D[rows].tolist(), report.outcome.detector.classes
     svg = figures.embedding_figure(xy, labels, classes)

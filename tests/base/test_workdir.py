@@ -94,6 +94,10 @@ def test_settings_that_do_not_change_results_may_change(config):
     begun(config)
     changes = {"run.threads": 1, "run.log_every": 3, "run.checkpoint_every": 7, "run.keep_checkpoints": 1}
     changes |= {"run.cache_dir": "elsewhere", "run.kernels": "torch", "tune.steps": 5}
+    changes |= {
+        "evaluation.batch_size": 8,
+        "evaluation.tsne_points": 0,
+    }  # else memory that runs out after training is the end
     assert changes.keys() - {"tune.steps"} <= MAY_CHANGE
     opened(with_settings(config, changes)).close()
 

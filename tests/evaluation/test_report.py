@@ -199,6 +199,12 @@ def test_confusion_of_any_size(classes, images):
     assert svg.count("var(--id)") == classes and "class 0" in svg
 
 
+@pytest.mark.parametrize(("points", "shown"), [(0, False), (2, False), (3, True)])
+def test_a_map_needs_three_points(report, points, shown):
+    html = render_report(dataclasses.replace(report, embedding=dataclasses.replace(report.embedding, points=points)))
+    assert ('id="map"' in html) is shown and ('href="#map"' in html) is shown
+
+
 @pytest.mark.parametrize("name", ["cost_$5_$x", "a$x$b", r"\frac{1}", "$"])
 def test_a_class_is_named_as_it_is_whatever_typesetters_read_in_it(name):
     both = figures.confusion_figure(np.eye(2, dtype=int), [name, "bolt"])
