@@ -100,7 +100,8 @@ class Files:
         """Sorted names of the folders in the folder `path`; hidden ones and archive litter are left out.
 
         Raises:
-            DataError: one is a symbolic link: it may leave the root, close a circle, or show images under two labels.
+            DataError: one is a symbolic link: it may leave the root, close a circle, or show images under two labels; or
+                its name is not UTF-8.
         """
         with os.scandir(self.root / path) as entries:
             found = [entry for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
@@ -109,7 +110,24 @@ class Files:
                 raise DataError(
                     f"{entry.path}: is a symbolic link to a folder; copy the folder, links are not followed"
                 )
-        return sorted(entry.name for entry in found)
+        return self._utf8(path, [entry.name for entry in found])
+
+    def names(self, path: str = "") -> list[str]:
+        """Sorted names of the visible files in the folder `path`, links to files among them.
+
+        Raises:
+            DataError: a name is not UTF-8, as one from an old archive or a Latin-1 share may be.
+        """
+        with os.scandir(self.root / path) as entries:
+            return self._utf8(path, [e.name for e in entries if not e.is_dir() and not e.name.startswith(".")])
+
+    def _utf8(self, path: str, names: list[str]) -> list[str]:
+        for name in names:
+            if name.encode("utf-8", "replace").decode() != name:
+                raise DataError(
+                    f"{self.root / path}: the name {ascii(name)} is not UTF-8, so that no table could hold it; rename it"
+                )
+        return sorted(names)
 
     def _open_zip(self) -> None:
         try:

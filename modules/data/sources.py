@@ -189,8 +189,7 @@ def _class_items(files: Files, top: str, label: str, split: str, ignored: Counte
 
 def _walk(files: Files, folder: str):
     """(folder, path) of every visible file below `folder`, sorted."""
-    for name in sorted(os.listdir(files.root / folder)):
-        if not name.startswith(".") and not (files.root / folder / name).is_dir():
-            yield folder, f"{folder}/{name}"
+    for name in files.names(folder):
+        yield folder, f"{folder}/{name}"
     for name in files.folders(folder):
         yield from _walk(files, f"{folder}/{name}")

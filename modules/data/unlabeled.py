@@ -1,6 +1,5 @@
 """Images to be judged, not learned from: whatever is below a root, without splits, roles or labels being demanded."""
 
-import os
 from pathlib import Path
 
 from modules.data.files import Files
@@ -39,9 +38,7 @@ def read_images(root: str, classes: tuple[str, ...]) -> Index:
 def _walk(files: Files, folder: str):
     """The path of every visible image below `folder`."""
     inside = f"{folder}/" if folder else ""
-    for name in os.listdir(files.root / folder):
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and not (files.root / inside / name).is_dir():
-            yield inside + name
+    yield from (inside + name for name in files.names(folder) if name.lower().endswith(EXTENSIONS))
     for name in files.folders(folder):
         yield from _walk(files, inside + name)
 

@@ -8,6 +8,7 @@ import pytest
 
 from modules.data.files import Files
 from modules.data.sources import read_source, resolve_root
+from modules.data.unlabeled import read_images
 from modules.errors import ConfigError, DataError
 from tests.data.trees import class_folders, csv_set, declared_rows, encoded, pack, picture, put, rows_text
 
@@ -296,3 +297,16 @@ def test_embedded_pack(name, count):
     source = read_source(f"embedded:{name}")
     assert len(source.items) == count and source.kind == "zip"
     assert all(item.mask and item.group for item in source.items)
+
+
+@pytest.mark.parametrize("name", [b"bolt/caf\xe9.png", b"\xe9crou/1.png"])
+def test_a_name_that_is_not_utf8_is_refused_by_every_reader(name, tmp_path):
+    class_folders(tmp_path, {"bolt": 1, "nut": 1})
+    path = os.path.join(os.fsencode(tmp_path), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(encoded(picture()))
+    for read in (read_source, lambda root: read_images(root, ("bolt",))):
+        with pytest.raises(DataError, match=r"the name '[a-z]*\\udce9[a-z.]*' is not UTF-8.*rename it") as refusal:
+            read(str(tmp_path))
+        str(refusal.value).encode()
