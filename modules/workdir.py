@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import yaml
@@ -44,7 +45,8 @@ class Workdir:
         ConfigError: the directory holds a run of other settings.
     """
 
-    def __init__(self, config: Config, origins: dict[str, str]):
+    def __init__(self, config: Config, origins: dict[str, str], *, replacing: bool = False):
+        """replacing: what stands there of other settings is forgotten, not refused, once the directory is this command's."""
         self.path = Path(config.run.dir) / config.run.name
         self._lock_file = None
         self._waiting: list[str] = []  # metric rows that found the disk full
@@ -67,6 +69,9 @@ class Workdir:
         self._lock_file.truncate(0)
         self._lock_file.write(str(os.getpid()))
         self._lock_file.flush()
+        if replacing and changed_settings(self.path, config):
+            (self.path / "config.yaml").unlink()
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # half-learned tokens of other settings
         self._refuse_other_settings(config)
         self.goes_on = _holds_work(self.path)  # there is work here that this command adds to
         self._begun = self._read_inputs() if self.goes_on else {}

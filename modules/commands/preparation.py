@@ -5,10 +5,8 @@ the run itself can be started or gone on with, before and after, and a look can 
 """
 
 import io
-import shutil
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from modules.commands import stages
 from modules.commands.job import Job
@@ -19,18 +17,14 @@ from modules.diffusion.inversion import token_cache_key
 from modules.diffusion.prompts import initializer_id, trained_words
 from modules.rules import generated_rows, generates
 from modules.settings import with_settings
-from modules.workdir import Workdir, changed_settings
+from modules.workdir import Workdir
 
 
 @contextmanager
 def opened(config: Config, origins: dict[str, str], console, verb: str):
     """A Job whose directory is `<run.dir>/<run.name>/<verb>`; results of an earlier look there are replaced."""
     config = with_settings(config, {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0})
-    folder = Path(config.run.dir) / config.run.name
-    if changed_settings(folder, config):
-        (folder / "config.yaml").unlink()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # half-learned tokens of other settings
-    workdir = Workdir(config, origins)
+    workdir = Workdir(config, origins, replacing=True)
     try:
         yield Job(config, workdir, console)
     finally:

@@ -84,6 +84,20 @@ def test_a_run_does_not_go_on_under_other_settings(config, name, value):
     opened(config).close()
 
 
+def test_a_look_replaces_an_earlier_one_but_never_one_under_way(config):
+    path, other = begun(config).path, with_settings(config, {"learning.lr": 0.2})
+    first = opened(config)
+    kept = (path / "config.yaml").read_bytes()
+    with pytest.raises(StorageError, match="in use by process"):
+        Workdir(other, {}, replacing=True)
+    assert (path / "config.yaml").read_bytes() == kept and (path / "checkpoints").exists()
+    first.close()
+    Workdir(config, {}, replacing=True).close()
+    assert (path / "checkpoints").exists(), "the same look goes on"
+    Workdir(other, {}, replacing=True).close()
+    assert "lr: 0.2" in (path / "config.yaml").read_text() and not (path / "checkpoints").exists()
+
+
 def test_every_changed_setting_is_named(config):
     begun(config)
     with pytest.raises(ConfigError, match=r"run.seed was 0, now 3; learning.lr was 0.1, now 0.2"):
