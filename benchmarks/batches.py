@@ -45,18 +45,18 @@ def best_batch(
 def best_slots(
     build: Callable[[int], SlotEngine], images: int, device: torch.device, name: str, seconds: float = float("inf")
 ) -> tuple[int, str]:
-    """The number of slots at which an engine takes least time a slot and tick, and what was tried; as `best_batch`.
+    """The number of slots at which an engine's ticks cost least an image, and what was tried; as `best_batch`.
 
     Args:
         build: the engine with that many slots.
     """
 
-    def slot_ms(slots: int) -> float:
+    def image_ms(slots: int) -> float:
         engine = build(slots)
         engine.slots.tick()  # real latents
-        return _medians({"tick": engine.slots.in_flight.step}, device)[0] / slots
+        return engine.request(0).cost * _medians({"tick": engine.slots.in_flight.step}, device)[0] / slots
 
-    return cheapest(slot_ms, possible(images, device), name, seconds)
+    return cheapest(image_ms, possible(images, device), name, seconds)
 
 
 def cheapest(cost_ms: Callable[[int], float], batches: list[int], name: str, seconds: float) -> tuple[int, str]:

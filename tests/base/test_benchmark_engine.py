@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import inputs, peers
+from benchmarks import batches, inputs, peers
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from tests.tiny import pipeline_folder
@@ -53,3 +53,32 @@ def test_where_guidance_ends_early_a_call_has_fewer_unconditional_rows(pipeline)
     assert engine.slots.unconditional_rows == 3
     alone = SlotEngine(inputs.own_copy(pipeline), fast, moments, inputs.prompts(4), slots=1)
     assert psnr_db(engine.make(4) / 255, alone.make(4) / 255) > 60, "the same images, whatever they wait for"
+
+
+def test_the_cheapest_batch_is_the_smallest_that_is_as_good(capsys):
+    costs = {2: 12.0, 4: 10.1, 8: 10.0, 16: RuntimeError("out of memory")}
+
+    def cost(batch):
+        if isinstance(costs[batch], Exception):
+            raise costs[batch]
+        return costs[batch]
+
+    best, tried = batches.cheapest(cost, list(costs), "slots", float("inf"))
+    assert best == 4 and tried == (
+        "batches tried: 2 12 ms an image, 4 10.1 ms an image, 8 10 ms an image, 16 does not run"
+    )
+    assert batches.cheapest(cost, [2, 4], "slots", -1.0)[1] == "batches tried: 2 12 ms an image, 4 no time"
+    assert "slots, batch 16: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no batch of \[16\] runs"):
+        batches.cheapest(cost, [16], "slots", float("inf"))
+
+
+def test_slots_are_weighed_by_what_an_image_costs(pipeline, monkeypatch):
+    """As the batches of diffusers are: all calls of an image, not one tick."""
+    moments, texts = pipeline.encode_moments(inputs.smooth_images(4, pipeline.resolution)), inputs.prompts(4)
+    monkeypatch.setattr(batches, "_medians", lambda calls, device: [8.0])
+    monkeypatch.setattr(batches, "possible", lambda images, device: [2, 4])
+    build = lambda slots: SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=slots)  # noqa: E731
+    best, tried = batches.best_slots(build, 4, pipeline.device, "slots")
+    assert SETTING.calls(pipeline.scheduler)[0] == 3
+    assert (best, tried) == (4, "batches tried: 2 12 ms an image, 4 6 ms an image")
