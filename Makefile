@@ -14,7 +14,7 @@ demo: setup
 	$(PY) trainer.py run configs/demo.yaml
 
 test: setup
-	@echo "tests: at most 4 minutes on 2 CPU cores"
+	@echo "tests: 4 to 6 minutes on 2 CPU cores"
 	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
