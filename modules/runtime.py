@@ -150,7 +150,8 @@ def environment() -> dict:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" if it was changed; "" outside a repository."""
+    """The commit of this checkout, with "+" if it was changed; outside a repository (a container that holds a copy of
+    the files) what the environment variable SOURCE_COMMIT says, else ""."""
     root = Path(__file__).resolve().parents[1]
     try:
         run = lambda *words: subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
@@ -158,7 +159,7 @@ def commit() -> str:
             "+" if run("git", "status", "--porcelain", "-uno") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("SOURCE_COMMIT", "")
 
 
 def _version(name: str) -> str | None:
