@@ -150,8 +150,12 @@ def environment() -> dict:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" if it was changed; outside a repository (a container that holds a copy of
-    the files) what the environment variable SOURCE_COMMIT says, else ""."""
+    """The commit of this checkout, with "+" if it was changed; "" outside a repository.
+
+    The environment variable SOURCE_COMMIT, where it is set, says it instead: for a copy of the files, as in a container.
+    """
+    if told := os.environ.get("SOURCE_COMMIT"):
+        return told
     root = Path(__file__).resolve().parents[1]
     try:
         run = lambda *words: subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
@@ -159,7 +163,7 @@ def commit() -> str:
             "+" if run("git", "status", "--porcelain", "-uno") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SOURCE_COMMIT", "")
+        return ""
 
 
 def _version(name: str) -> str | None:

@@ -90,6 +90,11 @@ def test_the_environment_says_what_results_depend_on():
     assert found["commit"] == commit()
 
 
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("SOURCE_COMMIT", "0123456789")
+    assert commit() == "0123456789"
+
+
 @pytest.mark.parametrize(("available", "said"), [(True, ""), (False, "; slow, for this device has no bf16")])
 def test_a_choice_that_the_device_is_slow_at_says_so(available, said, monkeypatch):
     monkeypatch.setattr(runtime, "has_bf16", lambda device: available)
