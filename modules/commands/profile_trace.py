@@ -79,10 +79,10 @@ def find_syncs(state: State, step, count: int) -> list[str] | None:
     """Lines of code at which a step waits for the device ("file.py:12"), by torch's own alarm; None on a CPU."""
     if not state.meter.on_gpu:
         return None
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns of itself
             for _ in range(count):
                 step(state)
     finally:

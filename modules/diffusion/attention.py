@@ -11,6 +11,7 @@ Shapes: B rows, N tokens of an image, T tokens of a prompt, H heads, K width of 
 keys and values of all layers.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -241,19 +242,24 @@ def _shape(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[int, int, int, i
 @torch.no_grad()
 def _time(shape, backend: str, qkv, timer) -> Timing:
     """The time of a backend on real inputs, or why it refused: probed by a real call, as availability flags lie."""
-    try:
-        if not attend(backend, *qkv).isfinite().all():
-            return Timing(shape, backend, None, "its output is not finite")
-        return Timing(shape, backend, timer(lambda: attend(backend, *qkv)), "")
-    except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
-        return Timing(shape, backend, None, _refusal(error))
+    with warnings.catch_warnings(record=True) as said:  # torch tells its reasons as warnings, once a process
+        warnings.simplefilter("always")
+        try:
+            if not attend(backend, *qkv).isfinite().all():
+                return Timing(shape, backend, None, "its output is not finite")
+            return Timing(shape, backend, timer(lambda: attend(backend, *qkv)), "")
+        except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+            return Timing(shape, backend, None, _refusal(error, [str(warning.message) for warning in said]))
 
 
-def _refusal(error: Exception) -> str:
-    """Why a backend refused, in one line: xformers repeats the shapes first, its operators' reasons come after."""
+def _refusal(error: Exception, said: list[str]) -> str:
+    """Why a backend refused, in one line: xformers repeats the shapes first, its operators' reasons come after; torch
+    warns of its reasons, among those of the backends that were switched off."""
     text = str(error).strip()
     _, found, refusals = text.partition("is not supported because:")
     reasons = dict.fromkeys(line.strip() for line in refusals.splitlines() if line.startswith("    "))
     if found and reasons:
         return "no operator takes these tensors: " + "; ".join(reasons)
-    return (text.splitlines() or [type(error).__name__])[0]
+    told = [warning.partition("(Triggered")[0].strip() for warning in said]
+    told = [line for line in told if line and "disabled" not in line and "not used because" not in line]
+    return (told or text.splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 import sys
 import types
+import warnings
 import weakref
 
 import pytest
@@ -256,6 +257,20 @@ def test_every_backend_that_runs_agrees_on_stable_diffusions_shapes():
             ran.append(backend)
             assert (out.double() - truth).abs().max() < 5e-3
         assert "sdpa" in ran and len(ran) > 1
+
+
+def test_a_refusal_is_told_by_its_reason_and_warns_of_nothing(monkeypatch, recwarn):
+    def refuse(backend):
+        warnings.warn(
+            "Flash attention kernel not used because: (Triggered internally at sdp_utils.cpp:988.)", stacklevel=1
+        )
+        warnings.warn("head_dim should be a multiple of 8 (Triggered internally at sdp_utils.cpp:528.)", stacklevel=1)
+        warnings.warn("cuDNN attention has been runtime disabled. (Triggered internally at x:7.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(attention, "attend", refuse)
+    timing = attention._time((1, 2, 3, 4, 20), "sdpa_cudnn", (), lambda call: 1.0)
+    assert timing.reason == "head_dim should be a multiple of 8" and not recwarn.list
 
 
 def test_processors_stay_when_installed_again():

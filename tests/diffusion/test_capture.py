@@ -139,7 +139,8 @@ def test_a_compiled_tick_makes_the_same_images():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "lcm"])
-def test_a_captured_tick_makes_the_same_images(solver):
+def test_a_captured_tick_makes_the_same_images(solver, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # ten bits of a product would hide in no tolerance
     eager, captured = (Engine(solver, device="cuda", slots=4, masked=True) for _ in range(2))
     assert accelerate(captured.slots, "on").value == "compiled, captured"
     assert captured.slots.pool_bytes > 0

@@ -19,11 +19,28 @@ def embedded():
     """The embedded UNet, whose first block has no attention, with inputs of S slots and prompts of S + S rows."""
     pipeline = load_pipeline(Pipeline(path="embedded"))
     install(pipeline.unet)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(S, 4, 16, 16, generator=generator)
-    t = torch.tensor([1.0, 200.0, 400.0, 600.0, 950.0])
     kv = text_key_values(pipeline.unet, pipeline.embed(["a photo of a ring"] * S + [""] * S).detach())
-    return pipeline.unet, x, t, kv
+    return pipeline.unet, *slots_of(16), kv
+
+
+@pytest.fixture(scope="module")
+def like_sd():
+    """A UNet whose first block has cross-attention, as Stable Diffusion's."""
+    unet = build_parts()["unet"].eval().requires_grad_(False)
+    install(unet)
+    text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    return unet, *slots_of(unet.config.sample_size), text_key_values(unet, text.repeat_interleave(S, 0))
+
+
+@pytest.fixture(params=["embedded", "like_sd"])
+def case(request):
+    return request.getfixturevalue(request.param)
+
+
+def slots_of(side):
+    """Latents and timesteps of S slots."""
+    x = torch.randn(S, 4, side, side, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([1.0, 200.0, 400.0, 600.0, 950.0])
 
 
 @torch.no_grad()
@@ -33,8 +50,8 @@ def predict(unet, x, t, kv, call=None):
 
 
 @pytest.mark.parametrize("slots", [None, [0, 3], [4]])
-def test_predictions_are_those_of_rows_computed_twice(embedded, slots):
-    unet, x, t, kv = embedded
+def test_predictions_are_those_of_rows_computed_twice(case, slots):
+    unet, x, t, kv = case
     slot_U = None if slots is None else torch.tensor(slots)
     again = torch.arange(S) if slots is None else slot_U
     kv = kv[: S + len(again)]
@@ -60,16 +77,16 @@ def test_the_blocks_before_the_text_see_each_slot_once_and_other_callers_see_no_
     assert seen == [S, S]
 
 
-def test_a_call_that_fails_leaves_nothing_behind(embedded):
-    unet, x, t, kv = embedded
+def test_a_call_that_fails_leaves_nothing_behind(case):
+    unet, x, t, kv = case
     shared = share_rows(unet)
     with pytest.raises(RuntimeError):
         predict(unet, x, t, kv[:3], lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
-    assert shared.rows == 0 and shared.slot_U is None
+    assert shared.rows == shared.all_rows == 0 and shared.slot_U is None
 
 
-def test_a_copy_of_the_unet_has_a_sharing_of_its_own(embedded):
-    unet, x, t, kv = embedded
+def test_a_copy_of_the_unet_has_a_sharing_of_its_own(case):
+    unet, x, t, kv = case
     expected = predict(unet, torch.cat([x, x]), torch.cat([t, t]), kv)
     own = copy.deepcopy(unet)
     shared = share_rows(own)
@@ -78,6 +95,21 @@ def test_a_copy_of_the_unet_has_a_sharing_of_its_own(embedded):
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_a_unet_that_reads_the_text_at_once_is_left_alone():
-    unet = build_parts()["unet"]  # as in Stable Diffusion, its first block has cross-attention
+def test_what_comes_before_the_text_within_a_block_is_computed_once(case):
+    unet, x, t, kv = case
+    shared, seen = share_rows(unet), []
+    block = next(block for block in unet.down_blocks if getattr(block, "has_cross_attention", False))
+    layer = block.attentions[0].transformer_blocks[0]
+    parts = [block.resnets[0].conv1, layer.attn1.to_q, layer.attn2.to_q, unet.mid_block.resnets[0].conv1]
+    handles = [part.register_forward_hook(lambda part, inputs, made: seen.append(len(made))) for part in parts]
+    predict(unet, x, t, kv, lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
+    for handle in handles:
+        handle.remove()
+    assert seen == [S, S, 2 * S, 2 * S]
+
+
+def test_a_unet_without_cross_attention_is_left_alone():
+    unet = build_parts()["unet"]
+    for block in unet.down_blocks:
+        block.has_cross_attention = False
     assert share_rows(unet) is None
