@@ -30,6 +30,7 @@ from benchmarks.techniques import (
     DIFFUSERS,
     SLOTS,
     SLOTS_FAST,
+    TECHNIQUES,
     XFORMERS,
     Bench,
     Candidate,
@@ -280,9 +281,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--unet-rows", type=int, default=unet_call.ROWS, help="rows of one UNet call timed apart; 0: none"
     )
+    parser.add_argument("--only", action="append", help="a technique to measure, by its name in the table; repeatable")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
+    if unknown := [name for name in options.only or () if name not in TECHNIQUES]:
+        parser.error(f"--only has {', '.join(unknown)}; known are {'; '.join(TECHNIQUES)}")
     options.pipeline = options.pipeline or inputs.default_pipeline(torch.device(options.device))
     options.out = harness.rows_file(options.out, "generator", options.device)
     return options

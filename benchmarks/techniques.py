@@ -25,6 +25,9 @@ DA_FUSION, DIFFUSERS = "DA-Fusion's loop", "diffusers"
 XFORMERS, COMPILED = "diffusers, xformers", "diffusers, compiled + channels_last"
 SLOTS, SLOTS_TUNED, SLOTS_COMPILED = "slots", "slots, attention tuned", "slots, compiled"
 SLOTS_KERNELS, SLOTS_FAST = "slots, compiled, Triton kernels", "slots, compiled, preset fast"
+TECHNIQUES = (  # in the order in which a short budget should reach them
+    SLOTS, DIFFUSERS, DA_FUSION, XFORMERS, COMPILED, SLOTS_COMPILED, SLOTS_FAST, SLOTS_KERNELS, SLOTS_TUNED,
+)  # fmt: skip
 QUALITY_IMAGES = 4
 BLOCKS_SHARE = 0.4  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
 
@@ -68,11 +71,11 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="da-fusion-")
 
     def makers(self) -> dict[str, Callable[[], Candidate]]:
-        """One a technique, in the order in which a short budget should reach them.
+        """One a technique, of those asked for, in the order of TECHNIQUES.
 
         The engine as it is comes first: blocks are compared with themselves on it, and its images are the reference's.
         """
-        return {
+        known = {
             SLOTS: self.slots,
             DIFFUSERS: self.diffusers,
             DA_FUSION: self.da_fusion,
@@ -83,6 +86,7 @@ class Bench:
             SLOTS_KERNELS: self.slots_kernels,
             SLOTS_TUNED: self.slots_tuned,
         }
+        return {name: known[name] for name in TECHNIQUES if name in (self.options.only or TECHNIQUES)}
 
     def slots(self) -> Candidate:
         """The engine, no compiler, torch's own choice of attention."""

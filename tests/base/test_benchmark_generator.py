@@ -92,6 +92,28 @@ def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     assert document["ratios"]["da_fusion_loop"] == pytest.approx(ratio, rel=1e-2)
 
 
+def test_only_the_techniques_asked_for_are_measured(capsys):
+    arguments = [
+        "--device",
+        "cpu",
+        "--pipeline",
+        str(pipeline_folder()),
+        "--images",
+        "2",
+        "--batch",
+        "2",
+        "--blocks",
+        "1",
+    ]
+    document = generator.main(
+        [*arguments, "--unet-rows", "0", "--out", "none", "--only", "slots", "--only", "diffusers"]
+    )
+    assert {row["technique"] for row in document["rows"]} == {"slots", "diffusers"} and not document["skipped"]
+    with pytest.raises(SystemExit):
+        generator.main([*arguments, "--only", "slot"])
+    assert "known are slots; diffusers;" in capsys.readouterr().err
+
+
 def test_each_peer_runs_at_its_own_best_batch_and_its_row_says_what_was_tried(tmp_path, monkeypatch, capsys):
     best = {"diffusers": 2, "diffusers, xformers": 4}
     monkeypatch.setattr(batches, "best_batch", lambda *a: (best[a[3]], f"batches tried: 2, 4 for {a[3]}"))
