@@ -85,24 +85,26 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [case for case in found if not options.cases or case.name.split()[0] in options.cases]
 
 
-def measure(case: Case, mode: str, options: argparse.Namespace, seconds: float) -> tuple[list[dict], dict[str, float]]:
-    """Rows of one case in one mode, and the straight line through them."""
+def measure(case: Case, options: argparse.Namespace, seconds: float) -> tuple[list[dict], dict[str, dict[str, float]]]:
+    """Rows of one case in all its modes, measured in alternating blocks, and the straight line through those of each."""
     with tempfile.TemporaryDirectory(prefix="benchmark-images-") as folder:
         settings = COMMON | case.settings | {"generation.images_per_step": case.usual}
         if case.image_folder:
             settings["data.root"] = str(inputs.write_images(Path(folder), *case.image_folder))
         with session(settings) as (_job, state):
-            stepper = Stepper(state, options.steps, mode)
-            calls = {f"step {x:g}": stepper.at(x) for x in case.grid}
-            calls |= {f"generate {x:g}": stepper.generating(x) for x in case.grid[1:]}
-            found = harness.compare(calls, stepper.device, blocks=options.blocks, max_seconds=seconds)
-            rows = [_row(case, mode, x, stepper, found) for x in case.grid]
-    return rows, straight_line(case.grid, [row["step_ms"] for row in rows])
+            steppers = [Stepper(state, options.steps, mode) for mode in case.modes]
+            calls = {f"{s.mode} {x:g}": s.at(x) for s in steppers for x in case.grid}
+            calls |= {f"generate {x:g}": steppers[0].generating(x) for x in case.grid[1:]}
+            found = harness.compare(calls, options.device, blocks=options.blocks, max_seconds=seconds)
+            rows = [_row(case, x, stepper, found) for stepper in steppers for x in case.grid]
+    of_mode = {mode: [row["step_ms"] for row in rows if row["mode"] == mode] for mode in case.modes}
+    return rows, {f"{case.name}, {mode}": straight_line(case.grid, times) for mode, times in of_mode.items()}
 
 
-def _row(case: Case, mode: str, images: float, stepper: Stepper, found: harness.Comparison) -> dict[str, object]:
-    joint = found.timings[f"step {images:g}"]
-    train_ms = found.timings["step 0"].median_ms / stepper.steps(0.0)
+def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison) -> dict[str, object]:
+    mode, alone = stepper.mode, f"{case.modes[0]} 0"
+    joint = found.timings[f"{mode} {images:g}"]
+    train_ms = found.timings[alone].median_ms / stepper.steps(0.0)
     generate = found.timings.get(f"generate {images:g}")
     count = stepper.steps(images)
     generate_ms = generate.median_ms / count if generate else 0.0
@@ -136,9 +138,20 @@ def _row(case: Case, mode: str, images: float, stepper: Stepper, found: harness.
     }
 
 
-def left_out(case: Case, mode: str, reason: str) -> dict[str, object]:
-    """The row of a case that was not measured."""
-    return dict.fromkeys(COLUMNS, "") | {"case": case.name, "mode": mode, "quality": f"skipped: {reason}"}
+def stream_over_sequential(rows: list[dict]) -> dict[str, float]:
+    """How many times as fast a step is with generation on a side stream, by case and images_per_step."""
+    step_ms = {(row["case"], row["images_per_step"], row["mode"]): row["step_ms"] for row in rows}
+    return {
+        f"{case}, {images:g}": round(step_ms[case, images, "sequential"] / ms, 4)
+        for (case, images, mode), ms in step_ms.items()
+        if mode == "stream"
+    }
+
+
+def left_out(case: Case, reason: str) -> list[dict[str, object]]:
+    """The rows, one a mode, of a case that was not measured."""
+    empty = dict.fromkeys(COLUMNS, "") | {"case": case.name, "quality": f"skipped: {reason}"}
+    return [empty | {"mode": mode} for mode in case.modes]
 
 
 def _tick(stepper: Stepper) -> str:
@@ -203,28 +216,27 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_num_threads(options.threads)
     budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
     rows, lines, skipped, longest = [], {}, {}, 0.0
-    chosen = [(case, mode) for case in cases(options) for mode in case.modes]
-    for number, (case, mode) in enumerate(chosen):
-        name = f"{case.name}, {mode}"
+    chosen = cases(options)
+    for number, case in enumerate(chosen):
         share = budget.left / (len(chosen) - number + 1)
         begin = time.perf_counter()
         try:
             if budget.left <= max(longest, case.least_s if options.budget_s else 0.0):
                 raise TimeoutError("budget")
-            found, lines[name] = measure(case, mode, options, share)
-            rows += found
+            found, straight = measure(case, options, share)
+            rows, lines = rows + found, lines | straight
             _print_rows(found)
         except Exception as error:  # a case that is left out or cannot be measured is a row, not the end of the others
-            skipped[name] = "budget" if isinstance(error, TimeoutError) else f"failed: {harness.described(error)}"
-            print(f"{name} skipped: {skipped[name]}", flush=True)
-            found = [left_out(case, mode, skipped[name])]
+            skipped[case.name] = "budget" if isinstance(error, TimeoutError) else f"failed: {harness.described(error)}"
+            print(f"{case.name} skipped: {skipped[case.name]}", flush=True)
+            found = left_out(case, skipped[case.name])
         longest = max(longest, time.perf_counter() - begin)
         if options.out:
             harness.append_rows(options.out, [conditions | row for row in found])
     constant = None
     if options.train_images and chosen and budget.left > 0:
         try:
-            found, constant = over_train_images(chosen[0][0], options, budget.left)
+            found, constant = over_train_images(chosen[0], options, budget.left)
             if options.out:
                 harness.append_rows(options.out, [conditions | row for row in found])
         except Exception as error:
@@ -235,6 +247,7 @@ def main(argv: list[str] | None = None) -> dict:
         "rows": rows,
         "linear_in_images_per_step": lines,
         "constant_in_train_images": constant,
+        "stream_over_sequential": stream_over_sequential(rows),
         "host_syncs": _total(rows, "host_syncs"),
         "bytes_written": _total(rows, "bytes_written"),
         "skipped": skipped,

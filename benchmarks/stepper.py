@@ -29,7 +29,7 @@ class Stepper:
         self.state, self.least, self.config = state, least, state.config
         self.device = next(state.encoder.parameters()).device
         self.advance = state.generator.advance
-        state.overlap = Overlap(mode, self.device)
+        self.mode, self.overlap = mode, Overlap(mode, self.device)
 
     @property
     def train_images(self) -> int:
@@ -48,7 +48,7 @@ class Stepper:
             self._set(images)
             for _ in range(count):
                 trainer.step(self.state)
-            self.state.overlap.join()  # what the last step launched belongs to the block
+            self.overlap.join()  # what the last step launched belongs to the block
 
         return call
 
@@ -97,6 +97,7 @@ class Stepper:
         return len(found)
 
     def _set(self, images: float) -> None:
+        self.state.overlap = self.overlap  # steppers of several modes share a state
         self.state.config = self.state.generator.config = with_images_per_step(self.config, images)
 
 

@@ -97,8 +97,15 @@ def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys
     assert tuple(rows_of(tmp_path / "step.csv")[0])[len(harness.CONDITIONS) :] == step.COLUMNS
 
 
+def test_modes_are_compared_step_by_step():
+    row = {"case": "a", "images_per_step": 2.0}
+    rows = [row | {"mode": "sequential", "step_ms": 12.0}, row | {"mode": "stream", "step_ms": 10.0}]
+    assert step.stream_over_sequential(rows) == {"a, 2": 1.2}
+    assert step.stream_over_sequential(rows[:1]) == {}
+
+
 def test_a_case_that_fails_or_has_no_time_left_is_a_row(monkeypatch, tmp_path, capsys):
-    def measure(case, mode, options, seconds):
+    def measure(case, options, seconds):
         raise RuntimeError("no room")
 
     monkeypatch.setattr(step, "measure", measure)
