@@ -2,7 +2,8 @@
 
 CUDA's GroupNorm answers in NCHW whatever it was given, so an eager channels_last UNet transposes at 61 norms and writes
 the activation once more for SiLU. The kernels read the input twice and write once: statistics of a channel over a chunk
-of pixels, a tiny reduction to a scale and a shift per channel, and the normalization. Legend: N images, C channels,
+of pixels, a tiny reduction to a scale and a shift per channel, and the normalization, which begins where the statistics
+ended, so that part of what it reads is still in the cache. Legend: N images, C channels,
 G groups, P = H*W pixels, K chunks of pixels.
 """
 
@@ -15,9 +16,8 @@ from kernels.backend import jit, launch, tl
 from kernels.checks import check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CHUNK = (
-    1024  # pixels a program reads for its statistics, at least: enough programs at 8 x 8, few partial sums at 512 x 512
-)
+PROGRAMS = 2048  # at least, where there are pixels for them: some fifteen a multiprocessor of a large GPU
+MAX_CHUNKS = 256  # of an image's pixels, whose partial sums one program merges
 
 
 def group_norm_silu(
@@ -124,17 +124,15 @@ def _forward(x_NCHW, groups, weight_C, bias_C, eps, silu) -> tuple[torch.Tensor,
     """y_NCHW, and what the backward pass reads: x_NPC and the mean and 1/sd of every group."""
     x_NPC = _to_pixels(x_NCHW)
     N, P, C = x_NPC.shape
-    K, size = _chunks(P)
+    blocks, K, size = _plan(N, P, C)
     partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
     statistics_2NG = torch.empty(2, N, groups, dtype=torch.float32, device=x_NPC.device)
     affine_2NC = torch.empty(2, N, C, dtype=torch.float32, device=x_NPC.device)
     y_NCHW = _empty_pixels(x_NPC, x_NCHW.shape)
-    blocks, width = _blocks(C), C // groups
     grid = (-(-C // blocks["BLOCK_C"]), K, N)
     launch(_statistics_kernel, grid, x_NPC, *partial_2NKC, P, C, K, size, **blocks)
-    tile = {"BLOCK_C": backend.next_power_of_2(width), "BLOCK_K": backend.next_power_of_2(K)}
     sums = (*partial_2NKC, weight_C, bias_C, *statistics_2NG, *affine_2NC)
-    launch(_affine_kernel, (groups, N), *sums, P, C, K, size, eps, width, groups, **tile)
+    launch(_affine_kernel, (groups, N), *sums, P, C, K, size, eps, C // groups, groups, **_tile(C // groups, K))
     launch(_normalize_kernel, grid, x_NPC, *affine_2NC, y_NCHW, P, C, size, SILU=silu, **blocks)
     return y_NCHW, x_NPC, statistics_2NG
 
@@ -150,20 +148,19 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_NCHW):
-        x_NPC, weight_C, bias_C, (mean_NG, rstd_NG) = ctx.saved_tensors
-        N, P, C = x_NPC.shape
-        (K, size), G, blocks = _chunks(P), mean_NG.shape[1], _blocks(C)
-        dy_NPC = _to_pixels(dy_NCHW)
-        mean_NC, rstd_NC = (t.repeat_interleave(C // G, dim=1) for t in (mean_NG, rstd_NG))
+        x_NPC, weight_C, bias_C, statistics_2NG = ctx.saved_tensors
+        (N, P, C), G = x_NPC.shape, statistics_2NG.shape[2]
+        (blocks, K, size), dy_NPC, width = _plan(N, P, C), _to_pixels(dy_NCHW), C // G
         partial_2NKC = torch.empty(2, N, K, C, dtype=torch.float32, device=x_NPC.device)
-        grid = (-(-C // blocks["BLOCK_C"]), K, N)
-        shared = (x_NPC, dy_NPC, weight_C, bias_C, mean_NC, rstd_NC)
-        launch(_backward_sums_kernel, grid, *shared, *partial_2NKC, P, C, K, size, SILU=ctx.silu, **blocks)
-        sum_2NC = partial_2NKC.sum(2)  # of g and of g x^
-        group_2NG = (sum_2NC * weight_C.float()).unflatten(2, (G, C // G)).sum(3) / (P * C // G)
-        group_2NC = group_2NG.repeat_interleave(C // G, dim=2)
+        sum_2NC = torch.empty(2, N, C, dtype=torch.float32, device=x_NPC.device)  # of g and of g x^
+        group_2NG = torch.empty_like(statistics_2NG)  # means of w g and w g x^
         dx_NCHW = _empty_pixels(x_NPC, ctx.shape)
-        launch(_backward_kernel, grid, *shared, *group_2NC, dx_NCHW, P, C, size, SILU=ctx.silu, **blocks)
+        grid = (-(-C // blocks["BLOCK_C"]), K, N)
+        shared = (x_NPC, dy_NPC, weight_C, bias_C, *statistics_2NG)
+        launch(_backward_sums_kernel, grid, *shared, *partial_2NKC, P, C, K, size, width, G, SILU=ctx.silu, **blocks)
+        sums = (*partial_2NKC, weight_C, *sum_2NC, *group_2NG)
+        launch(_backward_groups_kernel, (G, N), *sums, P, C, K, width, G, **_tile(width, K))
+        launch(_backward_kernel, grid, *shared, *group_2NG, dx_NCHW, P, C, size, width, G, SILU=ctx.silu, **blocks)
         dbias_C, dweight_C = sum_2NC.sum(1)
         return dx_NCHW, None, dweight_C.to(weight_C.dtype), dbias_C.to(bias_C.dtype), None, None
 
@@ -186,43 +183,60 @@ def _empty_pixels(x_NPC: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return torch.empty_strided(shape, (P * C, 1, *strides), dtype=x_NPC.dtype, device=x_NPC.device)
 
 
-def _chunks(P: int) -> tuple[int, int]:
-    """How many chunks of pixels, at most 256, and the pixels of each."""
-    size = max(16 if backend.interpreted() else CHUNK, -(-P // 256))
-    return -(-P // size), size
+def _plan(N: int, P: int, C: int) -> tuple[dict, int, int]:
+    """Tile of a program, chunks of an image's pixels, and the pixels of a chunk, a multiple of the tile's.
 
-
-def _blocks(C: int) -> dict:
-    """Tile of a program: 128 bytes of fp16 channels, which SD's widths all divide, by pixels."""
+    A tile is 128 bytes of fp16 channels, which SD's widths all divide, by as many pixels as keep enough loads in flight.
+    """
     if backend.interpreted():
-        return {"BLOCK_C": min(16, backend.next_power_of_2(C)), "BLOCK_P": 8}
-    return {"BLOCK_C": min(64, backend.next_power_of_2(C)), "BLOCK_P": 32}
+        blocks, programs = {"BLOCK_C": min(16, backend.next_power_of_2(C)), "BLOCK_P": 8}, 8
+    else:
+        blocks, programs = {"BLOCK_C": min(64, backend.next_power_of_2(C)), "BLOCK_P": 64, "num_warps": 4}, PROGRAMS
+    wanted = -(-programs // (N * -(-C // blocks["BLOCK_C"])))
+    tiles = -(-P // blocks["BLOCK_P"])
+    size = -(-tiles // max(1, min(wanted, MAX_CHUNKS, tiles))) * blocks["BLOCK_P"]
+    return blocks, -(-P // size), size
+
+
+def _tile(width: int, K: int) -> dict:
+    """Launch settings where one program merges the chunks of one group."""
+    block_c, block_k = backend.next_power_of_2(width), backend.next_power_of_2(K)
+    return {"BLOCK_C": block_c, "BLOCK_K": block_k, "num_warps": 1 if block_c * block_k <= 1024 else 4}
 
 
 @jit
 def _statistics_kernel(
     x_ptr, mean_ptr, m2_ptr, P, C, K, size, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over one chunk, merged block by block (Chan et al. 1979)."""
+    """Mean and sum of squared deviations of each channel over one chunk.
+
+    Every lane of a tile keeps those of its own pixels (Welford 1962), so that nothing is summed across lanes until the
+    end, where they are merged (Chan et al. 1979).
+    """
     n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK_P)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    stop = tl.minimum((k + 1) * size, P)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(k * size, stop, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = (p < stop)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + (n * P + p[:, None]) * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(stop - start, BLOCK_P) * 1.0
-        before = (start - k * size) * 1.0
-        block_mean = tl.sum(x, 0) / count
-        away = tl.where(inside, x - block_mean[None, :], 0.0)
-        delta = block_mean - mean
-        m2 += tl.sum(away * away, 0) + delta * delta * (before * count / (before + count))
-        mean += delta * (count / (before + count))
+    pixels = tl.minimum(size, P - k * size)
+    x_ptr += (n * P + k * size) * C
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    seen = 0.0
+    for start in range(0, pixels, BLOCK_P):
+        p = start + lane
+        inside = (p < pixels)[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + p[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        seen += 1.0
+        away = tl.where(inside, x - mean, 0.0)
+        mean += away * (1.0 / seen)
+        m2 += away * (x - mean)
+    count = ((pixels - lane + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]  # pixels of each lane
+    total = pixels * 1.0
+    chunk_mean = tl.sum(count * mean, 0) / total
+    away = mean - chunk_mean[None, :]
+    chunk_m2 = tl.sum(m2 + count * away * away, 0)
     at = (n * K + k) * C + c
-    tl.store(mean_ptr + at, mean, mask=c < C)
-    tl.store(m2_ptr + at, m2, mask=c < C)
+    tl.store(mean_ptr + at, chunk_mean, mask=c < C)
+    tl.store(m2_ptr + at, chunk_m2, mask=c < C)
 
 
 @jit
@@ -258,20 +272,21 @@ def _affine_kernel(
 def _normalize_kernel(
     x_ptr, scale_ptr, shift_ptr, y_ptr, P, C, size, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """y = x scale + shift, with SiLU, over one chunk."""
-    n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    """y = x scale + shift, with SiLU, over one chunk; images from the last, whose pixels the cache still holds."""
+    n, k = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = tl.load(scale_ptr + n * C + c, mask=c < C, other=0.0)
     shift = tl.load(shift_ptr + n * C + c, mask=c < C, other=0.0)
-    stop = tl.minimum((k + 1) * size, P)
-    for start in range(k * size, stop, BLOCK_P):
+    pixels = tl.minimum(size, P - k * size)
+    first = (n * P + k * size) * C
+    for start in range(0, pixels, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (p < stop)[:, None] & (c < C)[None, :]
-        at = (n * P + p[:, None]) * C + c[None, :]
-        u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+        inside = (p < pixels)[:, None] & (c < C)[None, :]
+        at = p[:, None] * C + c[None, :]
+        u = tl.load(x_ptr + first + at, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
         if SILU:
             u = u / (1.0 + tl.exp(-u))
-        tl.store(y_ptr + at, u.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + first + at, u.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -288,54 +303,79 @@ def _gradient(x, dy, weight, bias, mean, rstd, SILU: tl.constexpr):
 
 @jit
 def _backward_sums_kernel(
-    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_g_ptr, sum_gx_ptr, P, C, K, size,
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_g_ptr, sum_gx_ptr, P, C, K, size, width, groups,
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g x^ of each channel over one chunk."""
+    """Sums of g and g x^ of each channel over one chunk, kept a lane until the end."""
     n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + n * C + c, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + n * C + c, mask=c < C, other=0.0)
-    stop = tl.minimum((k + 1) * size, P)
-    sum_g = tl.zeros([BLOCK_C], tl.float32)
-    sum_gx = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(k * size, stop, BLOCK_P):
+    mean = tl.load(mean_ptr + n * groups + c // width, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + n * groups + c // width, mask=c < C, other=0.0)
+    pixels = tl.minimum(size, P - k * size)
+    first = (n * P + k * size) * C
+    sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_gx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, pixels, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (p < stop)[:, None] & (c < C)[None, :]
-        at = (n * P + p[:, None]) * C + c[None, :]
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        inside = (p < pixels)[:, None] & (c < C)[None, :]
+        at = p[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
         x_hat, g = _gradient(x, dy, weight, bias, mean, rstd, SILU)
-        sum_g += tl.sum(g, 0)
-        sum_gx += tl.sum(g * x_hat, 0)
+        sum_g += g
+        sum_gx += g * x_hat
     at = (n * K + k) * C + c
-    tl.store(sum_g_ptr + at, sum_g, mask=c < C)
-    tl.store(sum_gx_ptr + at, sum_gx, mask=c < C)
+    tl.store(sum_g_ptr + at, tl.sum(sum_g, 0), mask=c < C)
+    tl.store(sum_gx_ptr + at, tl.sum(sum_gx, 0), mask=c < C)
+
+
+@jit
+def _backward_groups_kernel(
+    chunk_g_ptr, chunk_gx_ptr, weight_ptr, sum_g_ptr, sum_gx_ptr, mean_wg_ptr, mean_wgx_ptr,
+    P, C, K, width, groups, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and g x^ of each channel of a group over an image, and the group's means of w g and w g x^."""
+    g, n = tl.program_id(0), tl.program_id(1)
+    k = tl.arange(0, BLOCK_K)
+    offset = tl.arange(0, BLOCK_C)
+    c = g * width + offset
+    inside = (k < K)[:, None] & (offset < width)[None, :]
+    at = (n * K + k[:, None]) * C + c[None, :]
+    sum_g = tl.sum(tl.load(chunk_g_ptr + at, mask=inside, other=0.0), 0)
+    sum_gx = tl.sum(tl.load(chunk_gx_ptr + at, mask=inside, other=0.0), 0)
+    weight = tl.load(weight_ptr + c, mask=offset < width, other=0.0).to(tl.float32)
+    total = P * width * 1.0
+    tl.store(sum_g_ptr + n * C + c, sum_g, mask=offset < width)
+    tl.store(sum_gx_ptr + n * C + c, sum_gx, mask=offset < width)
+    tl.store(mean_wg_ptr + n * groups + g, tl.sum(weight * sum_g, 0) / total)
+    tl.store(mean_wgx_ptr + n * groups + g, tl.sum(weight * sum_gx, 0) / total)
 
 
 @jit
 def _backward_kernel(
-    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_wg_ptr, mean_wgx_ptr, dx_ptr, P, C, size,
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_wg_ptr, mean_wgx_ptr, dx_ptr, P, C, size, width, groups,
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk from the group means of w g and w g x^."""
-    n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    """dx of one chunk from the group means of w g and w g x^; images from the last, as in the forward pass."""
+    n, k = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = n * groups + c // width
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + n * C + c, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + n * C + c, mask=c < C, other=0.0)
-    mean_wg = tl.load(mean_wg_ptr + n * C + c, mask=c < C, other=0.0)
-    mean_wgx = tl.load(mean_wgx_ptr + n * C + c, mask=c < C, other=0.0)
-    stop = tl.minimum((k + 1) * size, P)
-    for start in range(k * size, stop, BLOCK_P):
+    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    mean_wg = tl.load(mean_wg_ptr + group, mask=c < C, other=0.0)
+    mean_wgx = tl.load(mean_wgx_ptr + group, mask=c < C, other=0.0)
+    pixels = tl.minimum(size, P - k * size)
+    first = (n * P + k * size) * C
+    for start in range(0, pixels, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (p < stop)[:, None] & (c < C)[None, :]
-        at = (n * P + p[:, None]) * C + c[None, :]
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        inside = (p < pixels)[:, None] & (c < C)[None, :]
+        at = p[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
         x_hat, g = _gradient(x, dy, weight, bias, mean, rstd, SILU)
         dx = rstd[None, :] * (g * weight[None, :] - mean_wg[None, :] - x_hat * mean_wgx[None, :])
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + first + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

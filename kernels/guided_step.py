@@ -101,7 +101,8 @@ def guided_step_triton(
     """The step of `guided_step` in one launch; an absent tensor is passed as z and never read."""
     S = len(z_Schw)
     latent = z_Schw[0].numel()
-    block = 64 if backend.interpreted() else 1024
+    blocks = _blocks()
+    block = blocks["BLOCK"]
     absent = z_Schw
     launch(
         _guided_step_kernel,
@@ -120,7 +121,7 @@ def guided_step_triton(
         latent,
         z_Schw[0, 0].numel(),
         *_strides(conditional_Schw),
-        *_strides(absent if unconditional_Uchw is None else unconditional_Uchw),
+        *_strides(conditional_Schw if unconditional_Uchw is None else unconditional_Uchw),
         len(table_K8),
         S if unconditional_Uchw is None else len(unconditional_Uchw),
         0 if noise_SNchw is None else noise_SNchw.shape[1],
@@ -129,8 +130,14 @@ def guided_step_triton(
         EPSILON=prediction_type == "epsilon",
         NOISE=noise_SNchw is not None,
         MASK=mask_S1hw is not None,
-        BLOCK=block,
+        FLAT=all(part is None or part.is_contiguous() for part in (conditional_Schw, unconditional_Uchw)),
+        **blocks,
     )
+
+
+def _blocks() -> dict:
+    """Launch settings: numbers of a program, few enough that all programs of a usual tick run at once."""
+    return {"BLOCK": 64} if backend.interpreted() else {"BLOCK": 512, "num_warps": 4}
 
 
 @jit(unspecialized=("rows", "unconditional_rows"))
@@ -139,31 +146,36 @@ def _guided_step_kernel(
     noise_ptr, noise_step_ptr, mask_ptr, source_ptr, eps_ptr, latent, plane, conditional_c, conditional_p, unconditional_c, unconditional_p,
     rows, unconditional_rows, noise_steps,
     GUIDED: tl.constexpr, MAPPED: tl.constexpr, EPSILON: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of one slot's latent; a row or step that does not exist is never read, its numbers are NaN."""
+    """BLOCK numbers of one slot's latent; a row or step that does not exist is never read, its numbers are NaN.
+
+    FLAT: predictions lie as the latents do. What needs no other number is read first, so that nothing waits twice.
+    """
     s = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < latent
     at, channel, place = s * latent + k, k // plane, k % plane
     row = tl.load(row_ptr + s)
+    z = tl.load(z_ptr + at, mask=inside, other=0.0)
+    x0_prev = tl.load(x0_prev_ptr + at, mask=inside, other=0.0)
+    e_in_slot = k if FLAT else channel * conditional_c + place * conditional_p
+    e = tl.load(conditional_ptr + s * latent + e_in_slot, mask=inside, other=0.0).to(tl.float32)
+    if GUIDED:
+        w = tl.load(guidance_ptr + s)
+        u_in_slot = k if FLAT else channel * unconditional_c + place * unconditional_p
+        own = s
+        guided = w != 1.0
+        if MAPPED:
+            own = tl.load(unconditional_row_ptr + s)
+            guided = guided & (own >= 0)
+            own = tl.where(guided, own, unconditional_rows)  # of no row: nothing is read
+        there = inside & (own < unconditional_rows)
+        u = tl.load(unconditional_ptr + own * latent + u_in_slot, mask=there, other=float("nan")).to(tl.float32)
+        e = tl.where(guided, u + w * (e - u), e)
     known = (row >= 0) & (row < rows)
     coefficient_ptr = table_ptr + row * 8
     alpha, sigma = _coefficient(coefficient_ptr, known), _coefficient(coefficient_ptr + 1, known)
-    e_at = s * latent + channel * conditional_c + place * conditional_p
-    e = tl.load(conditional_ptr + e_at, mask=inside, other=0.0).to(tl.float32)
-    if GUIDED:
-        w = tl.load(guidance_ptr + s)
-        own = s
-        if MAPPED:
-            own = tl.load(unconditional_row_ptr + s)
-        if (w != 1.0) & (own >= 0):
-            u_at = own * latent + channel * unconditional_c + place * unconditional_p
-            there = inside & (own < unconditional_rows)
-            u = tl.load(unconditional_ptr + u_at, mask=there, other=float("nan")).to(tl.float32)
-            e = u + w * (e - u)
-    z = tl.load(z_ptr + at, mask=inside, other=0.0)
-    x0_prev = tl.load(x0_prev_ptr + at, mask=inside, other=0.0)
     if EPSILON:
         x0 = (z - sigma * e) / alpha
     else:

@@ -67,9 +67,9 @@ ALIGNED = INTEGERS - {
 }  # multiples of 16 in real shapes
 
 SHRINK = {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64}
-STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 1024}
+STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 512}
 GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
-TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
+TILE = {"BLOCK_C": 64, "BLOCK_P": 64}
 
 
 def loss_cases(E: int) -> list[tuple]:
@@ -91,13 +91,14 @@ CASES = (
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 256}, {}),
     (group_norm._normalize_kernel, TILE | {"SILU": True}, {}),
     (group_norm._backward_sums_kernel, TILE | {"SILU": True}, {}),
+    (group_norm._backward_groups_kernel, {"BLOCK_C": 16, "BLOCK_K": 64}, {"num_warps": 1}),
     (group_norm._backward_kernel, TILE | {"SILU": True}, {}),
     (geglu._forward_kernel, GATED, {}),
     (geglu._backward_kernel, GATED, {}),
     (pixels._pixels_kernel, SHRINK | {"stride_w": 1}, {}),
     (pixels._pixels_kernel, SHRINK | {"stride_c": 1}, {}),  # channels_last, as a compiled decoder answers
-    (guided_step._guided_step_kernel, STEP | {"conditional_p": 1, "unconditional_p": 1}, {}),
-    (guided_step._guided_step_kernel, STEP | {"conditional_c": 1, "unconditional_c": 1}, {}),
+    (guided_step._guided_step_kernel, STEP | {"conditional_p": 1, "unconditional_p": 1, "FLAT": True}, {}),
+    (guided_step._guided_step_kernel, STEP | {"conditional_c": 1, "unconditional_c": 1, "FLAT": False}, {}),
     (views._views_kernel, {"TAPS": 2, "BLOCK": 512}, {"num_warps": 8}),
     (views._views_kernel, {"TAPS": 7, "BLOCK": 512}, {"num_warps": 8}),  # 720 to 224 px
 )
