@@ -12,11 +12,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import geglu, group_norm, guided_step, pixels, supcon, views
+from kernels import geglu, group_norm, guided_step, pixels, supcon_kernels, views
 
 HALF = ("x", "y", "dx", "dy", "weight", "bias", "conditional", "unconditional")
 POINTERS = {f"{name}_ptr": "*fp16" for name in HALF} | {
-    "key_ptr": "*i32",
+    "halves_ptr": "*fp16",
+    "keys_ptr": "*i32",
+    "labels_ptr": "*i64",
+    "is_ood_ptr": "*i1",
     "op_ptr": "*i32",
     "images_ptr": "*u8",
     "row_ptr": "*i64",
@@ -41,6 +44,8 @@ INTEGERS = {
     "W",
     "out_H",
     "out_W",
+    "run",
+    "splits",
 }
 INTEGERS |= {
     "latent",
@@ -72,20 +77,28 @@ GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
 TILE = {"BLOCK_C": 64, "BLOCK_P": 64}
 
 
-def loss_cases(E: int) -> list[tuple]:
-    """Both kernels of the loss as launched at width E, with the rules that need most registers."""
-    kernels, rules = (supcon._forward_kernel, supcon._backward_kernel), {"COLUMNS": 2, "OOD_ANCHORS": True}
+def loss_cases(E: int, pairs: bool = True, **changes) -> list[tuple]:
+    """The kernels of the loss as launched at width E, with the ordinary rules or changes of them."""
+    rules = {"COLUMNS": 1, "OOD_ANCHORS": False, "HARD": False} | changes
+    blocks = supcon_kernels._blocks(E, rules["HARD"])
+    rules |= {"PAIRS": pairs, "GROUP": blocks["group"], "WIDTH": blocks["width"]}
     cases = []
-    for kernel, settings, own in zip(kernels, supcon._blocks(E), ({"HARD": True}, {}), strict=True):
-        options = {name: settings[name] for name in ("num_warps", "num_stages")}
-        constants = {name: value for name, value in settings.items() if name not in options}
-        cases.append((kernel, rules | own | constants, options))
+    for name in ("prepare", "forward", "merge", "backward"):
+        kernel = getattr(supcon_kernels, f"_{name}_kernel")
+        constants = {rule: value for rule, value in rules.items() if rule in kernel.arg_names}
+        constants |= {key: value for key, value in blocks[name].items() if key in kernel.arg_names}
+        options = {key: value for key, value in blocks[name].items() if key not in constants}
+        cases.append((kernel, constants, options))
     return cases
 
 
+MOST_RULES = {"COLUMNS": 2, "OOD_ANCHORS": True, "HARD": True}  # those that need most registers
 CASES = (
     *loss_cases(128),
+    *loss_cases(128, pairs=False),
+    *loss_cases(128, **MOST_RULES),
     *loss_cases(256),
+    *loss_cases(256, **MOST_RULES),
     (group_norm._statistics_kernel, TILE, {}),
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 1, "K": 1}, {}),  # one chunk: an extent of 1 is a constant
     (group_norm._affine_kernel, {"BLOCK_C": 16, "BLOCK_K": 256}, {}),

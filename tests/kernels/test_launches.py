@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils import _triton
 
-from kernels import backend, geglu, guided_step, supcon, views
+from kernels import backend, geglu, guided_step, supcon_kernels, views
 from kernels.group_norm import group_norm_silu
 from kernels.pixels import pixels
 
@@ -12,8 +12,10 @@ pytestmark = pytest.mark.skipif(
     backend.triton is None or backend.interpreted(), reason="needs Triton's compiler, not its interpreter"
 )
 CHANGING = {  # integers that another batch changes, and extents that must stay known for wide loads
-    supcon._forward_kernel: (("R", "images"), "E"),
-    supcon._backward_kernel: (("R", "images"), "E"),
+    supcon_kernels._prepare_kernel: (("R", "images"), "E"),
+    supcon_kernels._forward_kernel: (("groups", "run"), "WIDTH"),
+    supcon_kernels._merge_kernel: (("groups", "splits"), "BLOCK"),
+    supcon_kernels._backward_kernel: (("R", "groups", "run"), "E"),
     geglu._forward_kernel: (("N",), "D"),
     geglu._backward_kernel: (("N",), "D"),
     views._views_kernel: (("B",), "W"),
