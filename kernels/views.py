@@ -1,26 +1,24 @@
 """Random views of a batch of images: crop, flip, jitter, grey and normalize, each row with its own parameters.
 
 torchvision draws one set of parameters for a whole batch, and row by row it is a hundred small calls an image. Here the
-geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel makes a
-view in one launch of its own program, which samples the source once, or twice where contrast needs its mean. Legend: B images, V views, R = V*B rows view-major, H W source, S output side.
+geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel
+(views_kernel.py) does both in one pass, or in two where contrast needs a mean first. Legend: B images, V views, R = V*B
+rows view-major, H W source, S output side.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
 from kernels import backend
-from kernels.backend import jit, tl
 from kernels.checks import check_number, check_tensor
 from kernels.resample import crop_centers, resample_matrix
 from kernels.staging import upload
 from kernels.view_parameters import CONTRAST, HUE, SATURATION, UNIFORMS, ViewParameters, draw_view_parameters
+from kernels.views_kernel import device_tables, launch_views
 
 __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views_reference"]
 
 GREY_3 = (0.2989, 0.587, 0.114)
-UNROLLED_TAPS = tl.constexpr(4)  # source pixels a side up to which the kernel's sampling is written out
 UNCHANGED = 4  # in place of the place that hue has in a row's order: no jitter does anything
 # Floats of a block of rows on a CPU: 4 MB, which a cache holds and a fresh process's malloc does not give back each time.
 CACHE_FLOATS = 1_000_000
@@ -182,172 +180,8 @@ def _turn_hue(x_b3HW, turn_b) -> None:
 
 
 def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of `views` in one launch, a program a row; programs of one image follow each other and share its cache."""
+    """The views of `views` by the kernel: one launch, or two where a view has contrast."""
     return launch_views(images_BHWC, device_tables(parameters, images_BHWC.device), mean, std, out_dtype, size)
-
-
-def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the kernel reads of the parameters, view-major on the device: geometry_R6, op_R4 (int32), factor_R4."""
-    geometry_R6, op_R4, factor_R4 = parameters.rows()
-    return tuple(upload(t.contiguous(), device) for t in (geometry_R6, op_R4.int(), factor_R4))
-
-
-def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of tables that are on the device already: one launch, which a graph can capture."""
-    B, H, W, _ = images_BHWC.shape
-    R = len(tables[0])
-    out_RHWC = torch.empty(R, *size, 3, dtype=out_dtype, device=images_BHWC.device)
-    backend.launch(
-        _views_kernel,
-        (R,),
-        images_BHWC,
-        *tables,
-        out_RHWC,
-        B,
-        R // B,
-        H,
-        W,
-        *size,
-        *mean,
-        *(1 / s for s in std),
-        TAPS=math.ceil(2 * max(H / size[0], W / size[1], 1)),
-        BLOCK=32
-        if backend.interpreted()
-        else 512,  # two pixels a thread: 72 registers on sm_90, 24 warps a multiprocessor
-        num_warps=8,
-    )
-    return out_RHWC.permute(0, 3, 1, 2)
-
-
-@jit(unspecialized=("B",))
-def _views_kernel(
-    images_ptr, geometry_ptr, op_ptr, factor_ptr, out_ptr, B, V, H, W, out_H, out_W,
-    mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One view: where contrast needs the mean grey of the whole view, a first pass over it finds that."""
-    b, v = tl.program_id(0) // V, tl.program_id(0) % V
-    row = (v * B + b).to(tl.int64)
-    image_ptr = images_ptr + b.to(tl.int64) * H * W * 3
-    geometry_ptr += row * 6
-    op_ptr += row * 4
-    factor_ptr += row * 4
-    pixels = out_H * out_W
-    contrast = 4  # its place in the order; 4 if it does nothing
-    for place in tl.static_range(4):
-        changes = (tl.load(op_ptr + place) == 1) & (tl.load(factor_ptr + place) != 1.0)
-        contrast = tl.where(changes, place, contrast)
-    mean = 0.0
-    if contrast < 4:
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, pixels, BLOCK):
-            p = start + tl.arange(0, BLOCK)
-            red, green, blue = _sample(image_ptr, geometry_ptr, p, H, W, out_H, out_W, TAPS)
-            red, green, blue = _jittered(red, green, blue, op_ptr, factor_ptr, 0.0, contrast)
-            total += tl.where(p < pixels, _grey_of(red, green, blue), 0.0)
-        mean = tl.sum(total, 0) / pixels
-    grey = tl.load(geometry_ptr + 5) != 0.0
-    for start in range(0, pixels, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        red, green, blue = _sample(image_ptr, geometry_ptr, p, H, W, out_H, out_W, TAPS)
-        red, green, blue = _jittered(red, green, blue, op_ptr, factor_ptr, mean, 4)
-        level = _grey_of(red, green, blue)
-        at = out_ptr + (row * pixels + p) * 3
-        red, green, blue = tl.where(grey, level, red), tl.where(grey, level, green), tl.where(grey, level, blue)
-        tl.store(at, ((red - mean_r) * inverse_r).to(out_ptr.dtype.element_ty), mask=p < pixels)
-        tl.store(at + 1, ((green - mean_g) * inverse_g).to(out_ptr.dtype.element_ty), mask=p < pixels)
-        tl.store(at + 2, ((blue - mean_b) * inverse_b).to(out_ptr.dtype.element_ty), mask=p < pixels)
-
-
-@jit
-def _sample(image_ptr, geometry_ptr, p, H, W, out_H, out_W, TAPS: tl.constexpr):
-    """Colors in [0, 1] of output pixels p: the weights of `resample_matrix`, TAPS source pixels a side."""
-    top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
-    height, width = tl.load(geometry_ptr + 2), tl.load(geometry_ptr + 3)
-    p = tl.minimum(p, out_H * out_W - 1)  # lanes past the end repeat the last pixel
-    y, x = p // out_W, p % out_W
-    x = tl.where(tl.load(geometry_ptr + 4) != 0.0, out_W - 1 - x, x)
-    step_y, step_x = height / out_H, width / out_W
-    slope_y, slope_x = 1.0 / tl.maximum(step_y, 1.0), 1.0 / tl.maximum(step_x, 1.0)
-    center_y, center_x = (y + 0.5) * step_y + (top - 0.5), (x + 0.5) * step_x + (left - 0.5)
-    first_y = tl.floor(center_y - tl.maximum(step_y, 1.0)) + 1
-    first_x = tl.floor(center_x - tl.maximum(step_x, 1.0)) + 1
-    red, green, blue = p * 0.0, p * 0.0, p * 0.0
-    sum_y, sum_x = p * 0.0, p * 0.0
-    if TAPS <= UNROLLED_TAPS:  # the compiler then computes the weights of x once for all rows of taps
-        for j in tl.static_range(TAPS):
-            sum_x += _weight(first_x + j, left, width, center_x, slope_x)
-        for i in tl.static_range(TAPS):
-            weight_y = _weight(first_y + i, top, height, center_y, slope_y)
-            sum_y += weight_y
-            for j in tl.static_range(TAPS):
-                weight = weight_y * _weight(first_x + j, left, width, center_x, slope_x)
-                at = image_ptr + ((first_y + i).to(tl.int32) * W + (first_x + j).to(tl.int32)) * 3
-                red, green, blue = _add(at, weight, red, green, blue)
-    else:
-        for j in range(TAPS):
-            sum_x += _weight(first_x + j, left, width, center_x, slope_x)
-        for i in range(TAPS):
-            weight_y = _weight(first_y + i, top, height, center_y, slope_y)
-            sum_y += weight_y
-            for j in range(TAPS):
-                weight = weight_y * _weight(first_x + j, left, width, center_x, slope_x)
-                at = image_ptr + ((first_y + i).to(tl.int32) * W + (first_x + j).to(tl.int32)) * 3
-                red, green, blue = _add(at, weight, red, green, blue)
-    scale = 1.0 / (255.0 * sum_y * sum_x)
-    return red * scale, green * scale, blue * scale
-
-
-@jit
-def _weight(at, start, length, center, slope):
-    """The triangle filter at source pixels `at` of one axis; 0 outside the crop."""
-    weight = tl.maximum(1.0 - tl.abs(at - center) * slope, 0.0)
-    return tl.where((at >= start) & (at < start + length), weight, 0.0)
-
-
-@jit
-def _add(at, weight, red, green, blue):
-    """Colors with the weighted pixels at `at` added; where the weight is 0 nothing is read."""
-    red += weight * tl.load(at, mask=weight > 0, other=0).to(tl.float32)
-    green += weight * tl.load(at + 1, mask=weight > 0, other=0).to(tl.float32)
-    blue += weight * tl.load(at + 2, mask=weight > 0, other=0).to(tl.float32)
-    return red, green, blue
-
-
-@jit
-def _grey_of(red, green, blue):
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
-@jit
-def _jittered(red, green, blue, op_ptr, factor_ptr, mean, stop):
-    """The jitters of one view whose place in the order is below `stop`; `mean` is the mean grey that contrast keeps."""
-    for place in tl.static_range(4):
-        op, factor = tl.load(op_ptr + place), tl.load(factor_ptr + place)
-        if place < stop:
-            if op == 3:
-                red, green, blue = _turned(red, green, blue, factor)
-            else:
-                level = tl.where(op == 2, _grey_of(red, green, blue), tl.where(op == 1, mean, 0.0))
-                target = (1.0 - factor) * level
-                red = tl.minimum(tl.maximum(factor * red + target, 0.0), 1.0)
-                green = tl.minimum(tl.maximum(factor * green + target, 0.0), 1.0)
-                blue = tl.minimum(tl.maximum(factor * blue + target, 0.0), 1.0)
-    return red, green, blue
-
-
-@jit
-def _turned(red, green, blue, turn):
-    """`_turn_hue` of one view."""
-    high = tl.maximum(tl.maximum(red, green), blue)
-    low = tl.minimum(tl.minimum(red, green), blue)
-    chroma = high - low
-    hue = tl.where(green == high, blue - red + 2 * chroma, red - green + 4 * chroma)
-    hue = tl.where(red == high, green - blue, hue) / tl.maximum(chroma, 1e-12) + 6 * turn
-    hue -= 6 * tl.floor(hue / 6)
-    to_red = tl.minimum(tl.maximum(tl.abs(hue - 3) - 1, 0.0), 1.0)
-    to_green = tl.minimum(tl.maximum(2 - tl.abs(hue - 2), 0.0), 1.0)
-    to_blue = tl.minimum(tl.maximum(2 - tl.abs(hue - 4), 0.0), 1.0)
-    return low + chroma * to_red, low + chroma * to_green, low + chroma * to_blue
 
 
 def _check(images_BHWC, parameters, mean, std, out_dtype):
@@ -367,15 +201,19 @@ def _check(images_BHWC, parameters, mean, std, out_dtype):
         check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.bool,), device=cpu)
     check_tensor("parameters.factor_BV4", parameters.factor_BV4, shape=(B, V, 4), dtypes=(torch.float32,), device=cpu)
     check_tensor("parameters.order_BV4", parameters.order_BV4, shape=(B, V, 4), dtypes=(torch.int64,), device=cpu)
-    if (parameters.order_BV4.sort(2).values != torch.arange(4)).any():
+    if (parameters.order_BV4.exp2().sum(2) != 15).any():  # four powers of two make 15 as 1 + 2 + 4 + 8 alone
         raise ValueError("parameters.order_BV4 holds a row that is no order of 0, 1, 2, 3")
-    if not parameters.factor_BV4.isfinite().all():
+    if not parameters.factor_BV4.abs().amax() < torch.inf:
         raise ValueError("parameters.factor_BV4 holds a value that is not finite")
-    for start_BV, length_BV, extent, axis in (
-        (parameters.top_BV, parameters.height_BV, H, "top + height"),
-        (parameters.left_BV, parameters.width_BV, W, "left + width"),
+    start_2R, length_2R = torch.stack(
+        [parameters.top_BV, parameters.left_BV, parameters.height_BV, parameters.width_BV]
+    ).view(2, 2, -1)
+    lowest_2, shortest_2 = start_2R.amin(1).tolist(), length_2R.amin(1).tolist()
+    ends_2 = (start_2R + length_2R).amax(1).tolist()
+    for axis, extent, lowest, shortest, end in zip(
+        ("top + height", "left + width"), (H, W), lowest_2, shortest_2, ends_2, strict=True
     ):
-        if ((start_BV < 0) | (length_BV < 1) | (start_BV + length_BV > extent)).any():
+        if lowest < 0 or shortest < 1 or end > extent:
             raise ValueError(f"parameters has a crop whose {axis} leaves images_BHWC {list(images_BHWC.shape)}")
     for c in range(3):
         check_number(f"mean[{c}]", mean[c], 0, 1)

@@ -194,7 +194,7 @@ def _augmentation(facts: Facts) -> Advice | None:
         return None
     return Advice(
         "run.kernels triton",
-        f"augmentation takes {_percent(augment_ms, facts)} of a step; the kernel makes all views in one launch (not measured: compare)",
+        f"augmentation takes {_percent(augment_ms, facts)} of a step; the kernel makes all views in two launches (not measured: compare)",
         0.7 * augment_ms,
         0.7,
     )

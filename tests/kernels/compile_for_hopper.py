@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import geglu, group_norm, guided_step, pixels, supcon_kernels, views
+from kernels import geglu, group_norm, guided_step, pixels, supcon_kernels, views_kernel
 
 HALF = ("x", "y", "dx", "dy", "weight", "bias", "conditional", "unconditional")
 POINTERS = {f"{name}_ptr": "*fp16" for name in HALF} | {
@@ -93,6 +93,15 @@ def loss_cases(E: int, pairs: bool = True, **changes) -> list[tuple]:
 
 
 MOST_RULES = {"COLUMNS": 2, "OOD_ANCHORS": True, "HARD": True}  # those that need most registers
+
+
+def view_case(side: int, out_bytes: int, **constants) -> tuple:
+    """The kernel of the views as launched for an output of this side."""
+    settings = views_kernel.launch_settings(side, side, out_bytes)
+    options = {"num_warps": settings.pop("num_warps")}
+    return views_kernel._views_kernel, {"READ_WORDS": True, "STRIPS": 32} | settings | constants, options
+
+
 CASES = (
     *loss_cases(128),
     *loss_cases(128, pairs=False),
@@ -112,8 +121,11 @@ CASES = (
     (pixels._pixels_kernel, SHRINK | {"stride_c": 1}, {}),  # channels_last, as a compiled decoder answers
     (guided_step._guided_step_kernel, STEP | {"conditional_p": 1, "unconditional_p": 1, "FLAT": True}, {}),
     (guided_step._guided_step_kernel, STEP | {"conditional_c": 1, "unconditional_c": 1, "FLAT": False}, {}),
-    (views._views_kernel, {"TAPS": 2, "BLOCK": 512}, {"num_warps": 8}),
-    (views._views_kernel, {"TAPS": 7, "BLOCK": 512}, {"num_warps": 8}),  # 720 to 224 px
+    view_case(224, 2, TAPS=2, MEANS=False),
+    view_case(224, 2, TAPS=2, MEANS=True),
+    view_case(224, 4, TAPS=2, MEANS=False),
+    view_case(224, 2, TAPS=2, MEANS=False, READ_WORDS=False),
+    view_case(224, 2, TAPS=7, MEANS=False),  # 720 to 224 px
 )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils import _triton
 
-from kernels import backend, geglu, guided_step, supcon_kernels, views
+from kernels import backend, geglu, guided_step, supcon_kernels, views_kernel
 from kernels.group_norm import group_norm_silu
 from kernels.pixels import pixels
 
@@ -18,7 +18,7 @@ CHANGING = {  # integers that another batch changes, and extents that must stay 
     supcon_kernels._backward_kernel: (("R", "groups", "run"), "E"),
     geglu._forward_kernel: (("N",), "D"),
     geglu._backward_kernel: (("N",), "D"),
-    views._views_kernel: (("B",), "W"),
+    views_kernel._views_kernel: (("B",), "W"),
     guided_step._guided_step_kernel: (("rows", "unconditional_rows"), "plane"),
 }
 

@@ -1,0 +1,321 @@
+"""The Triton kernel of the views op: strips of views, walked down row by row.
+
+A program owns COLUMNS output columns by ROWS output rows of one view. What depends on a column alone (source pixel, weight,
+address) is computed once, what depends on a row alone is a scalar. Where no crop is larger than its view, two source rows,
+interpolated across, are kept: the next output row lies between the same two or one further, so each source row is read
+and interpolated once a strip. A jitter that a view does not have is jumped over, as all lanes of a program agree on it.
+
+Contrast needs the mean grey of a whole view. A first launch of the same walk, MEANS, stores one sum a strip for the views
+that have contrast; the second adds up those of its view in a fixed order. Without contrast there is one launch only.
+Legend as in kernels/views.py; E entries of a view in the table of `device_tables`.
+"""
+
+import math
+
+import torch
+
+from kernels import backend
+from kernels.backend import jit, tl
+from kernels.staging import upload
+from kernels.view_parameters import CONTRAST, ViewParameters
+
+
+def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[torch.Tensor, bool]:
+    """What the kernel reads of the parameters, in one upload, and whether any view has contrast.
+
+    table_BVE (fp32, E = 14): top, left, height, width, flip, grey, the factors of brightness, contrast, saturation and hue,
+    the four jitters in their order.
+    """
+    p = parameters
+    geometry_BV6 = torch.stack([p.top_BV, p.left_BV, p.height_BV, p.width_BV, p.flip_BV, p.grey_BV], dim=2)
+    table_BVE = torch.cat([geometry_BV6, p.factor_BV4, p.order_BV4], dim=2)
+    return upload(table_BVE, device), bool((p.factor_BV4[..., CONTRAST] != 1).any())
+
+
+def launch_settings(height: int, width: int, out_bytes: int) -> dict[str, int | str]:
+    """How an output of this size is cut into programs: COLUMNS, ROWS, num_warps, and PIXELS of a lane.
+
+    STORE: "words" of two halves of neighboring pixels, for an even width and PIXELS 2; "joined", the channels of a warp's
+    pixels side by side, so that its stores are whole runs of bytes; "apart", each channel by itself, every third value.
+    """
+    pixels = 1 if width <= 32 else 2
+    words = pixels == 2 and out_bytes == 2 and width % 2 == 0
+    return {"COLUMNS": 32 * pixels, "ROWS": 32 if height > 64 else 16, "PIXELS": pixels, "num_warps": 1,
+            "STORE": "words" if words else "joined"}  # fmt: skip
+
+
+def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tensor:
+    """The views of tables that are on the device already: one launch, or two with contrast, which a graph can capture."""
+    B, H, W, _ = images_BHWC.shape
+    table_BVE, contrast = tables
+    V, device = table_BVE.shape[1], images_BHWC.device
+    settings = launch_settings(*size, out_dtype.itemsize)
+    strips = -(-size[0] // settings["ROWS"]) * -(-size[1] // settings["COLUMNS"])
+    sums_BVs = torch.empty(B, V, strips, dtype=torch.float32, device=device)
+    out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
+    for means in (True, False)[not contrast :]:
+        backend.launch(
+            _views_kernel,
+            (B * V * strips,),
+            images_BHWC,
+            table_BVE,
+            sums_BVs,
+            out_RHWC,
+            B,
+            V,
+            H,
+            W,
+            *size,
+            *mean,
+            *(1 / s for s in std),
+            TAPS=math.ceil(2 * max(H / size[0], W / size[1], 1)),
+            READ_WORDS=W % 4 == 0 and images_BHWC.data_ptr() % 4 == 0,
+            MEANS=means,
+            STRIPS=1 if means else max(32, backend.next_power_of_2(strips)),  # few values: few kernels to compile
+            **settings,
+        )
+    return out_RHWC.permute(0, 3, 1, 2)
+
+
+@jit(unspecialized=("B",))
+def _views_kernel(
+    images_ptr, table_ptr, sums_ptr, out_ptr, B, V, H, W, out_H, out_W,
+    mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, READ_WORDS: tl.constexpr,
+    MEANS: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
+    STORE: tl.constexpr,
+):  # fmt: skip
+    """One strip of one view: its sum of grey before contrast (MEANS), or its pixels."""
+    across, strips = tl.cdiv(out_W, COLUMNS), tl.cdiv(out_W, COLUMNS) * tl.cdiv(out_H, ROWS)
+    view, strip = tl.program_id(0) // strips, tl.program_id(0) % strips  # programs of one image share its cache
+    b, v = view // V, view % V
+    table_ptr += view * 14
+    top, left = tl.load(table_ptr), tl.load(table_ptr + 1)
+    height, width = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    flip, grey, turn = tl.load(table_ptr + 4), tl.load(table_ptr + 5), tl.load(table_ptr + 9)
+    hue, jittered = 4, turn != 0.0  # hue: its place in the order
+    for place in tl.static_range(3):
+        jittered |= tl.load(table_ptr + 6 + place) != 1.0
+    for place in tl.static_range(4):
+        hue = tl.where(tl.load(table_ptr + 10 + place) == 3.0, place, hue)
+    factor_0, level_0, grey_0 = _blend_at(table_ptr, hue, 0)
+    factor_1, level_1, grey_1 = _blend_at(table_ptr, hue, 1)
+    factor_2, level_2, grey_2 = _blend_at(table_ptr, hue, 2)
+    hue = tl.where(turn == 0.0, 4, hue)
+    contrast = tl.where(level_0 != 0.0, 0, tl.where(level_1 != 0.0, 1, tl.where(level_2 != 0.0, 2, 3)))
+    stop = 3  # blends from here on are left out
+    if MEANS:
+        stop = contrast
+        hue = tl.where(hue > contrast, 4, hue)
+    elif contrast < 3:
+        part = tl.arange(0, STRIPS)
+        parts = tl.load(sums_ptr + view.to(tl.int64) * strips + part, mask=part < strips, other=0.0)
+        mean = tl.sum(parts, 0) / (out_H * out_W)
+        level_0, level_1, level_2 = level_0 * mean, level_1 * mean, level_2 * mean
+    turn = 6.0 * (turn - tl.floor(turn)) + 1.0  # >= 1 sixths of the circle
+    shift_r, shift_g, shift_b = -mean_r * inverse_r, -mean_g * inverse_g, -mean_b * inverse_b
+
+    start_x = strip % across * COLUMNS
+    # a lane has PIXELS neighbors: on the last axis, which the compiler does not spread over lanes where loads are gathers
+    local_x = tl.arange(0, COLUMNS // PIXELS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+    x = start_x + local_x
+    out_ptr += (v * B + b).to(tl.int64) * out_H * out_W * 3
+    image_ptr = images_ptr + b.to(tl.int64) * H * W * 3
+    seen = tl.minimum(x, out_W - 1)  # lanes past the end repeat the last column
+    seen = tl.where(flip != 0.0, out_W - 1 - seen, seen).to(tl.float32)
+    step_y, step_x = height / out_H, width / out_W
+    center_x = (seen + 0.5) * step_x + (left - 0.5)
+    first_row = strip // across * ROWS
+    stop_row = tl.minimum(first_row + ROWS, out_H)
+    if MEANS:
+        stop_row = tl.where(contrast < 3, stop_row, first_row)
+    total = tl.zeros([COLUMNS // PIXELS, PIXELS], tl.float32)
+    if TAPS == 2:
+        center_x = tl.minimum(tl.maximum(center_x, left), left + width - 1.0)
+    first_x = tl.floor(center_x)
+    share_x = center_x - first_x
+    at = -2.0  # the source row in upper; the one below it is in lower
+    upper_r, upper_g, upper_b = share_x * 0.0, share_x * 0.0, share_x * 0.0
+    lower_r, lower_g, lower_b = upper_r, upper_g, upper_b
+    for y in range(first_row, stop_row):
+        center_y = (y + 0.5) * step_y + (top - 0.5)
+        if TAPS == 2:
+            center_y = tl.minimum(tl.maximum(center_y, top), top + height - 1.0)
+            first_y = tl.floor(center_y)
+            if first_y != at:
+                if first_y == at + 1.0:
+                    upper_r, upper_g, upper_b = lower_r, lower_g, lower_b
+                else:
+                    upper_r, upper_g, upper_b = _across(image_ptr, first_y, first_x, share_x, W, READ_WORDS)
+                lower_y = tl.minimum(first_y + 1.0, top + height - 1.0)
+                lower_r, lower_g, lower_b = _across(image_ptr, lower_y, first_x, share_x, W, READ_WORDS)
+                at = first_y
+            below = (center_y - first_y) * (1.0 / 255.0)
+            above = 1.0 / 255.0 - below
+            red, green, blue = upper_r * above, upper_g * above, upper_b * above
+            red, green, blue = red + lower_r * below, green + lower_g * below, blue + lower_b * below
+        else:
+            red, green, blue = _shrunk(image_ptr, center_y, center_x, top, left, height, width, step_y, step_x, W, TAPS)
+        if jittered:
+            if hue == 0:
+                red, green, blue = _turned(red, green, blue, turn)
+            if stop > 0:
+                red, green, blue = _blended(red, green, blue, factor_0, level_0, grey_0)
+            if hue == 1:
+                red, green, blue = _turned(red, green, blue, turn)
+            if stop > 1:
+                red, green, blue = _blended(red, green, blue, factor_1, level_1, grey_1)
+            if hue == 2:
+                red, green, blue = _turned(red, green, blue, turn)
+            if stop > 2:
+                red, green, blue = _blended(red, green, blue, factor_2, level_2, grey_2)
+            if hue == 3:
+                red, green, blue = _turned(red, green, blue, turn)
+        if MEANS:
+            total += _grey_of(red, green, blue)
+        else:
+            if grey != 0.0:
+                level = _grey_of(red, green, blue)
+                red, green, blue = level, level, level
+            red, green, blue = red * inverse_r + shift_r, green * inverse_g + shift_g, blue * inverse_b + shift_b
+            _put(out_ptr + (y * out_W + start_x) * 3, local_x, out_W - start_x, red, green, blue, STORE)
+    if MEANS:
+        total = tl.where(x < out_W, total, 0.0)
+        tl.store(sums_ptr + view.to(tl.int64) * strips + strip, tl.sum(tl.sum(total, 1), 0))
+
+
+@jit
+def _blend_at(table_ptr, hue, j: tl.constexpr):
+    """(f, a, g) of blend j, counted without hue: x <- clamp(f x + a mean(grey(x)) + g grey(x))."""
+    early, late = tl.load(table_ptr + 10 + j), tl.load(table_ptr + 11 + j)
+    op = tl.where(hue <= j, late, early)
+    brightness, contrast, saturation = tl.load(table_ptr + 6), tl.load(table_ptr + 7), tl.load(table_ptr + 8)
+    factor = tl.where(op == 0.0, brightness, tl.where(op == 1.0, contrast, saturation))
+    return factor, tl.where(op == 1.0, 1.0 - factor, 0.0), tl.where(op == 2.0, 1.0 - factor, 0.0)
+
+
+@jit
+def _across(image_ptr, y, first_x, share_x, W, READ_WORDS: tl.constexpr):
+    """Colors of source row y, in [0, 255], between pixels first_x and first_x + 1, each with its share.
+
+    READ_WORDS: rows begin at multiples of four bytes, so the six bytes are cut out of two or three aligned words.
+    """
+    right = first_x < W - 1  # the right pixel exists; where it does not, its share is 0
+    byte = first_x.to(tl.int32) * 3
+    row_ptr = image_ptr + y.to(tl.int32) * (W * 3)
+    if READ_WORDS:
+        word_ptr = row_ptr.to(tl.pointer_type(tl.uint32)) + byte // 4
+        shift = (byte % 4 * 8).to(tl.uint64)
+        word_0 = tl.load(word_ptr).to(tl.uint64)
+        word_1 = tl.load(word_ptr + 1, mask=right, other=0).to(tl.uint64)
+        word_2 = tl.load(word_ptr + 2, mask=right & (byte % 4 == 3), other=0).to(tl.uint64)
+        low, high = (word_0 | (word_1 << 32)) >> shift, (word_1 | (word_2 << 32)) >> shift
+        low, high = low.to(tl.uint32), high.to(tl.uint32)
+        red_0, green_0, blue_0 = low & 255, (low >> 8) & 255, (low >> 16) & 255
+        red_1, green_1, blue_1 = low >> 24, high & 255, (high >> 8) & 255
+    else:
+        red_0, green_0, blue_0 = tl.load(row_ptr + byte), tl.load(row_ptr + byte + 1), tl.load(row_ptr + byte + 2)
+        red_1 = tl.load(row_ptr + byte + 3, mask=right, other=0)
+        green_1 = tl.load(row_ptr + byte + 4, mask=right, other=0)
+        blue_1 = tl.load(row_ptr + byte + 5, mask=right, other=0)
+    red, green, blue = red_0.to(tl.float32), green_0.to(tl.float32), blue_0.to(tl.float32)
+    red += share_x * (red_1.to(tl.float32) - red)
+    green += share_x * (green_1.to(tl.float32) - green)
+    blue += share_x * (blue_1.to(tl.float32) - blue)
+    return red, green, blue
+
+
+@jit
+def _shrunk(image_ptr, center_y, center_x, top, left, height, width, step_y, step_x, W, TAPS: tl.constexpr):
+    """Colors in [0, 1] where an axis may shrink: the weights of `resample_matrix`, TAPS source pixels a side."""
+    slope_y, slope_x = 1.0 / tl.maximum(step_y, 1.0), 1.0 / tl.maximum(step_x, 1.0)
+    first_y = tl.floor(center_y - tl.maximum(step_y, 1.0)) + 1
+    first_x = tl.floor(center_x - tl.maximum(step_x, 1.0)) + 1
+    red, green, blue = center_x * 0.0, center_x * 0.0, center_x * 0.0
+    sum_y, sum_x = 0.0, center_x * 0.0
+    for j in range(TAPS):
+        sum_x += _weight(first_x + j, left, width, center_x, slope_x)
+    for i in range(TAPS):
+        weight_y = _weight(first_y + i, top, height, center_y, slope_y)
+        sum_y += weight_y
+        for j in range(TAPS):
+            weight = weight_y * _weight(first_x + j, left, width, center_x, slope_x)
+            at = image_ptr + ((first_y + i).to(tl.int32) * W + (first_x + j).to(tl.int32)) * 3
+            red += weight * tl.load(at, mask=weight > 0, other=0).to(tl.float32)  # of no weight: not read
+            green += weight * tl.load(at + 1, mask=weight > 0, other=0).to(tl.float32)
+            blue += weight * tl.load(at + 2, mask=weight > 0, other=0).to(tl.float32)
+    scale = 1.0 / (255.0 * sum_y * sum_x)
+    return red * scale, green * scale, blue * scale
+
+
+@jit
+def _weight(at, start, length, center, slope):
+    """The triangle filter at source pixels `at` of one axis; 0 outside the crop."""
+    weight = tl.maximum(1.0 - tl.abs(at - center) * slope, 0.0)
+    return tl.where((at >= start) & (at < start + length), weight, 0.0)
+
+
+@jit
+def _grey_of(red, green, blue):
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+@jit
+def _blended(red, green, blue, factor, level, share):
+    target = level + share * _grey_of(red, green, blue)
+    red = tl.minimum(tl.maximum(factor * red + target, 0.0), 1.0)
+    green = tl.minimum(tl.maximum(factor * green + target, 0.0), 1.0)
+    blue = tl.minimum(tl.maximum(factor * blue + target, 0.0), 1.0)
+    return red, green, blue
+
+
+@jit
+def _turned(red, green, blue, turn):
+    """`_turn_hue` of one view, with the hue counted in chromas: nothing is divided.
+
+    turn: in sixths of the circle, in [1, 7): one more than it is, so that no hue is below 0 before it is cut.
+    """
+    high = tl.maximum(tl.maximum(red, green), blue)
+    low = tl.minimum(tl.minimum(red, green), blue)
+    chroma = high - low
+    hue = tl.where(green == high, (blue - red) + 2 * chroma, (red - green) + 4 * chroma)
+    hue = tl.where(red == high, green - blue, hue) + turn * chroma
+    hue = tl.where(hue >= 6 * chroma, hue - 6 * chroma, hue)  # in [0, 6] chromas, and one more than it is
+    one, three = low - chroma, low + 2 * chroma
+    red = tl.minimum(tl.maximum(one + tl.abs(hue - 4 * chroma), low), high)
+    green = tl.minimum(tl.maximum(three - tl.abs(hue - 3 * chroma), low), high)
+    blue = tl.minimum(tl.maximum(one + tl.abs(hue - 2 * chroma), low), high)
+    return red, green, blue
+
+
+@jit
+def _put(row_ptr, local_x, width, red, green, blue, STORE: tl.constexpr):
+    """Store the channels of pixels local_x (lanes x PIXELS) < width, of a row that begins at row_ptr, as STORE says."""
+    kind: tl.constexpr = row_ptr.dtype.element_ty
+    c = tl.arange(0, 4)
+    red, green, blue = red.to(kind), green.to(kind), blue.to(kind)
+    if STORE == "words":
+        red, green, blue = _bits(red), _bits(green), _bits(blue)
+        first = tl.arange(0, 2)[None, :] == 0  # of a lane's two pixels; the sums over them are within a lane
+        word_0 = tl.sum(tl.where(first, red | (green << 16), 0), 1)
+        word_1 = tl.sum(tl.where(first, blue, red << 16), 1)
+        word_2 = tl.sum(tl.where(first, 0, green | (blue << 16)), 1)
+        lanes: tl.constexpr = word_0.shape[0]
+        words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_2)), (lanes, 4))
+        lane = tl.arange(0, lanes)[:, None]
+        at = row_ptr.to(tl.pointer_type(tl.int32)) + (lane * 3 + c[None, :])
+        tl.store(at, words, mask=(lane * 2 < width) & (c < 3)[None, :])
+    elif STORE == "joined":
+        colors = tl.join(tl.join(red, blue), tl.join(green, blue))
+        colors = tl.reshape(colors, (red.shape[0], red.shape[1], 4))
+        at = row_ptr + (local_x[:, :, None] * 3 + c[None, None, :])
+        tl.store(at, colors, mask=(local_x < width)[:, :, None] & (c < 3)[None, None, :])
+    else:
+        tl.store(row_ptr + local_x * 3, red, mask=local_x < width)
+        tl.store(row_ptr + local_x * 3 + 1, green, mask=local_x < width)
+        tl.store(row_ptr + local_x * 3 + 2, blue, mask=local_x < width)
+
+
+@jit
+def _bits(halves):
+    """Numbers of 16 bits as integers."""
+    return halves.to(tl.uint16, bitcast=True).to(tl.int32)
