@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from kernels import backend
 from kernels.backend import jit, launch, tl
 from kernels.checks import check_number, check_tensor, describe
-from kernels.resample import full_matrix
 
 
 def pixels(decoded_N3HW: torch.Tensor, size: int, *, implementation: str = "auto") -> torch.Tensor:
@@ -44,71 +43,184 @@ def pixels_reference(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
-    """The pixels of `pixels` by the kernel: each decoded pixel is read where it is needed, nothing else is stored."""
+    """The pixels of `pixels` by the kernel: the decoded image is read where it lies, nothing else is stored.
+
+    An image in channels_last is one plane of rows of 3W values, any other three planes of rows of W values.
+    """
     N, _, H, W = decoded_N3HW.shape
     out_Nhw3 = torch.empty(N, size, size, 3, dtype=torch.uint8, device=decoded_N3HW.device)
-    block = 16
-    grid = (-(-size // block), -(-size // block), N * 3)
+    stride_n, stride_c, stride_h, stride_w = decoded_N3HW.stride()
+    channels = 3 if (stride_c, stride_w) == (1, 3) else 1
+    blocks = _blocks(H, size, channels, decoded_N3HW.dtype)
     launch(
         _pixels_kernel,
-        grid,
+        (-(-size * channels // blocks["BLOCK_Q"]), -(-size // blocks["BLOCK_R"]), N * 3 // channels),
         decoded_N3HW,
-        full_matrix(H, size, decoded_N3HW.device),
-        full_matrix(W, size, decoded_N3HW.device),
         out_Nhw3,
         H,
         W,
         size,
-        H / size,
-        W / size,
-        *decoded_N3HW.stride(),
-        TAPS=int(2 * max(H / size, 1)) + 3,
-        BLOCK=block,
-        BLOCK_W=16 if backend.interpreted() else 64,
+        0.5 / max(H, size),
+        0.5 / max(W, size),
+        stride_n,
+        stride_c,
+        stride_h,
+        1 if channels == 3 else stride_w,
+        CHANNELS=channels,
+        TAPS_Y=_taps(H, size),
+        TAPS_X=_taps(W, size),
+        NAN_STAYS=backend.interpreted(),
+        **blocks,
     )
     return out_Nhw3
 
 
+def _blocks(H: int, size: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
+    """BLOCK_R output rows and BLOCK_Q values of each are a program's, BLOCK_J source values of a row at a time.
+
+    BLOCK_Y: source rows of one product that sums over them, in fp16 only; 0: each output row sums its own, of which
+    UNROLL are asked for before the first is waited for.
+    """
+    if backend.interpreted():
+        product = {"BLOCK_Y": 16 if dtype == torch.float16 else 0}  # both ways are tested
+        return {"BLOCK_R": 16, "BLOCK_Q": 16, "BLOCK_J": 32, "UNROLL": 2} | product
+    few = 4 * size < H  # output pixels for the pixels read: smaller programs fill a GPU
+    return {
+        "BLOCK_R": 16 if few else 32,
+        "BLOCK_Q": 32,
+        "BLOCK_J": 32,
+        "UNROLL": min(_taps(H, size), 8),
+        "BLOCK_Y": 0,
+        "num_warps": 2 if few else 4,
+        "num_stages": 1,  # more would fetch source rows past the cache that the next tap finds them in
+    }
+
+
+def _taps(n: int, m: int) -> int:
+    """How many of n source pixels an output pixel of m has a weight for, at most: 2 max(n/m, 1), rounded up."""
+    return -(-2 * max(n, m) // m)
+
+
+@jit
+def _first(i, n, m):
+    """The first of n source pixels that output pixel i of m has a weight for: the least j >= 0 of distance < 1."""
+    before = (2 * i + 1) * n - m - 2 * tl.maximum(n, m)
+    return tl.where(before < 0, 0, before // (2 * m) + 1)
+
+
+@jit
+def _weight(numerator, half_inverse):
+    """The triangle filter, not divided by its sum yet: max(0, 1 - |numerator| half_inverse)."""
+    return tl.maximum(1.0 - tl.abs(numerator.to(tl.float32)) * half_inverse, 0.0)
+
+
+@jit
+def _total(i, n, m, half_inverse, TAPS: tl.constexpr):
+    """The sum of the weights of output pixel i of m over its n source pixels."""
+    first = _first(i, n, m)
+    total = first.to(tl.float32) * 0.0
+    for tap in range(TAPS):
+        weight = _weight((2 * (first + tap) + 1) * m - (2 * i + 1) * n, half_inverse)
+        total += tl.where(first + tap < n, weight, 0.0)
+    return total
+
+
+@jit
+def _clamped(x, NAN_STAYS: tl.constexpr):
+    """x in [-1, 1], not a number as -1. NAN_STAYS: the maximum of NaN and -1 is NaN, as no GPU has it."""
+    if NAN_STAYS:
+        x = tl.where(x == x, x, -1.0)
+    return tl.minimum(tl.maximum(x, -1.0), 1.0).to(x.dtype)
+
+
+@jit
+def _halves(x):
+    """x of at most 1 as a sum of two fp16 numbers, right to 3e-8: exact enough for levels, fast in a product."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
 @jit
 def _pixels_kernel(
-    x_ptr, vertical_ptr, horizontal_ptr, out_ptr, H, W, size, scale_y, scale_x, stride_n, stride_c, stride_h, stride_w,
-    TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+    x_ptr, out_ptr, H, W, size, inverse_y, inverse_x, stride_n, stride_c, stride_h, stride_j,
+    CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, UNROLL: tl.constexpr, BLOCK_Y: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, NAN_STAYS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK x BLOCK output pixels of one channel: a sum over each output row's own source rows, then a product across.
+    """BLOCK_R output rows x BLOCK_Q output values of a plane: a sum over each row's source rows, then a product across.
 
-    Weights are zero outside the filter, so a window only has to cover it: from its lower end, TAPS pixels on.
+        out_rq = sum_j (sum_y v_ry x_yj / sum_y v_ry) h_qj / sum_j h_qj
+
+    A plane's rows have W source pixels of CHANNELS values each: value j is channel j mod CHANNELS of its pixel, and h is
+    zero between different channels. With n source and m output pixels the weight of source pixel j in output pixel i is
+
+        1 - |(2j+1) m - (2i+1) n| / (2 max(n, m)), where positive
+
+    of which the numerator is a whole number, so that weights cost no table and lose nothing far from the origin. The
+    products take sum and weights as two fp16 halves each. For images of up to 2^14 pixels a side.
     """
-    n, c = tl.program_id(2) // 3, tl.program_id(2) % 3
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    planes: tl.constexpr = 3 // CHANNELS
+    n, c = tl.program_id(2) // planes, tl.program_id(2) % planes
     x_ptr += n.to(tl.int64) * stride_n + c * stride_c
-    lowest = tl.floor((row + 0.5) * scale_y - 0.5 - tl.maximum(scale_y, 1.0)).to(tl.int32)
-    reach_x = tl.maximum(scale_x, 1.0)
-    left = (tl.program_id(0) * BLOCK + 0.5) * scale_x - 0.5 - reach_x
-    right = (tl.program_id(0) * BLOCK + BLOCK - 0.5) * scale_x - 0.5 + reach_x
-    start = tl.maximum(left.to(tl.int32), 0) // 16 * 16  # aligned, for wide loads
-    stop = tl.minimum(right.to(tl.int32) + 2, W)
-    out = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for chunk in range(start, stop, BLOCK_W):
-        x = chunk + tl.arange(0, BLOCK_W)
-        rows = tl.zeros([BLOCK, BLOCK_W], tl.float32)
-        for tap in range(TAPS):
-            y = lowest + tap
-            inside = (y >= 0) & (y < H) & (row < size)
-            weight = tl.load(vertical_ptr + row * H + y, mask=inside, other=0.0)
-            value = tl.load(
-                x_ptr + y[:, None] * stride_h + x[None, :] * stride_w,
-                mask=inside[:, None] & (x < W)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            value = tl.where(value == value, value, -1.0)
-            rows += weight[:, None] * tl.minimum(tl.maximum(value, -1.0), 1.0)
-        across = tl.load(
-            horizontal_ptr + column[None, :] * W + x[:, None],
-            mask=(column < size)[None, :] & (x < W)[:, None],
-            other=0.0,
-        )
-        out += tl.dot(rows, across, input_precision="tf32x3")
-    level = tl.minimum(tl.maximum(out * 127.5 + 128.0, 0.0), 255.0).to(tl.uint8)
-    at = ((n.to(tl.int64) * size + row[:, None]) * size + column[None, :]) * 3 + c
-    tl.store(out_ptr + at, level, mask=(row < size)[:, None] & (column < size)[None, :])
+    row_R = tl.minimum(tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R), size - 1)
+    first_R = _first(row_R, H, size)
+    q = tl.program_id(0) * BLOCK_Q
+    value_Q = q + tl.arange(0, BLOCK_Q)
+    column_Q = tl.minimum(value_Q // CHANNELS, size - 1)
+    left = _first(q // CHANNELS, W, size)
+    right = _first(tl.minimum((q + BLOCK_Q - 1) // CHANNELS, size - 1), W, size) + TAPS_X
+    origin = (2 * left + 1) * size  # numerators from here are small whole numbers, which fp32 and its differences hold
+    apart: tl.constexpr = 4194304.0  # 2^22, so far are different channels from each other: no filter reaches there
+    center_Q = ((2 * column_Q + 1) * W - origin).to(tl.float32) + (value_Q % CHANNELS) * apart
+
+    total_Q = _total(column_Q, W, size, inverse_x, TAPS_X)
+    total_R = _total(row_R, H, size, inverse_y, TAPS_Y)
+    if BLOCK_Y:
+        top = _first(tl.program_id(1) * BLOCK_R, H, size)
+        bottom = tl.minimum(_first(tl.minimum((tl.program_id(1) + 1) * BLOCK_R, size) - 1, H, size) + TAPS_Y, H)
+        center_R = ((2 * row_R + 1) * H - (2 * top + 1) * size).to(tl.float32)
+    out_RQ = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
+    start = left * CHANNELS // 16 * 16  # aligned, for wide loads
+    stop = tl.minimum(right, W) * CHANNELS
+    for chunk in range(start, stop, BLOCK_J):
+        j_J = tl.multiple_of(chunk, 16) + tl.arange(0, BLOCK_J)
+        inside_J = j_J < W * CHANNELS
+        sum_RJ = tl.zeros([BLOCK_R, BLOCK_J], tl.float32)
+        if BLOCK_Y:
+            for y in range(top, bottom, BLOCK_Y):
+                y_Y = y + tl.arange(0, BLOCK_Y)
+                x_YJ = tl.load(
+                    x_ptr + y_Y[:, None] * stride_h + j_J[None, :] * stride_j,
+                    mask=(y_Y < H)[:, None] & inside_J[None, :],
+                    other=0.0,
+                )
+                place_Y = ((y_Y - top) * (2 * size)).to(tl.float32)
+                high_RY, low_RY = _halves(_weight(center_R[:, None] - place_Y[None, :], inverse_y))
+                x_YJ = _clamped(x_YJ, NAN_STAYS)
+                sum_RJ = tl.dot(low_RY, x_YJ, sum_RJ)
+                sum_RJ = tl.dot(high_RY, x_YJ, sum_RJ)
+        else:
+            for taps in range(0, TAPS_Y, UNROLL):
+                for tap in tl.static_range(UNROLL):
+                    y_R = first_R + taps + tap
+                    weight_R = _weight((2 * y_R + 1) * size - (2 * row_R + 1) * H, inverse_y)
+                    weight_R = tl.where(y_R < H, weight_R, 0.0)
+                    x_RJ = tl.load(
+                        x_ptr + tl.minimum(y_R, H - 1)[:, None] * stride_h + j_J[None, :] * stride_j,
+                        mask=inside_J[None, :],
+                        other=0.0,
+                    )
+                    sum_RJ += weight_R[:, None] * _clamped(x_RJ.to(tl.float32), NAN_STAYS)
+        place_J = ((2 * (j_J // CHANNELS) + 1) * size - origin).to(tl.float32) + (j_J % CHANNELS) * apart
+        place_J = tl.where(inside_J, place_J, -apart)
+        across_JQ = _weight(place_J[:, None] - center_Q[None, :], inverse_x)
+        high_RJ, low_RJ = _halves(sum_RJ * (1.0 / total_R)[:, None])
+        high_JQ, low_JQ = _halves(across_JQ)
+        out_RQ = tl.dot(low_RJ, high_JQ, out_RQ)
+        out_RQ = tl.dot(high_RJ, low_JQ, out_RQ)
+        out_RQ = tl.dot(high_RJ, high_JQ, out_RQ)
+    level_RQ = out_RQ * (127.5 / total_Q)[None, :] + 128.0
+    level_RQ = tl.minimum(tl.maximum(level_RQ, 0.0), 255.0).to(tl.uint8)
+    row_R = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    out_ptr += n.to(tl.int64) * (size * size * 3) + c
+    at_RQ = row_R[:, None] * (size * 3) + value_Q[None, :] * planes
+    tl.store(out_ptr + at_RQ, level_RQ, mask=(row_R < size)[:, None] & (value_Q < size * CHANNELS)[None, :])

@@ -7,8 +7,6 @@ pixels of it.
 
 import torch
 
-_kept: dict[tuple[int, int, torch.device], torch.Tensor] = {}  # what full_matrix made
-
 
 def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=None) -> torch.Tensor:
     """Where each of m output pixels of the crop [start, start + length) looks: source coordinates_Rm, fp32.
@@ -44,23 +42,3 @@ def _centers(start_R1, length_R1, m: int, flip_R) -> torch.Tensor:
     if flip_R is not None:
         i_m = torch.where(flip_R[:, None], m - 1 - i_m, i_m)
     return (i_m + 0.5) * (length_R1 / m) + (start_R1 - 0.5)
-
-
-def full_matrix(n: int, m: int, device: torch.device) -> torch.Tensor:
-    """Weights_mn (fp32) that resize a whole axis of n pixels to m; kept for the few sizes a run has. Do not modify.
-
-    Never forgotten: memory that is handed out again could be written while another stream still reads the matrix. What
-    a graph is being captured of, or compiled of, is not kept: its numbers are there only once the graph has run.
-    """
-    key = (n, m, device)
-    if key in _kept and not torch.compiler.is_compiling():
-        return _kept[key]
-    zero_R = torch.zeros(1, device=device)
-    matrix_mn = resample_matrix(zero_R, torch.full_like(zero_R, n), n, m)[0]
-    if not torch.compiler.is_compiling() and not _captures(device):
-        _kept[key] = matrix_mn
-    return matrix_mn
-
-
-def _captures(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

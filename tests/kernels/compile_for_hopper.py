@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -71,7 +72,6 @@ ALIGNED = INTEGERS - {
     "unconditional_p",
 }  # multiples of 16 in real shapes
 
-SHRINK = {"TAPS": 19, "BLOCK": 16, "BLOCK_W": 64}
 STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 512}
 GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
 TILE = {"BLOCK_C": 64, "BLOCK_P": 64}
@@ -102,6 +102,15 @@ def view_case(side: int, out_bytes: int, **constants) -> tuple:
     return views_kernel._views_kernel, {"READ_WORDS": True, "STRIPS": 32} | settings | constants, options
 
 
+def pixel_case_of(size: int, channels: int) -> tuple:
+    """512 px to size; channels: 3 in channels_last, as a compiled decoder answers, 1 in planes."""
+    blocks = pixels._blocks(512, size, channels, torch.float16)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages") if name in blocks}
+    taps = pixels._taps(512, size)
+    constants = {"CHANNELS": channels, "TAPS_Y": taps, "TAPS_X": taps, "NAN_STAYS": False, "stride_j": 1} | blocks
+    return pixels._pixels_kernel, constants | ({"stride_c": 1} if channels == 3 else {}), options
+
+
 CASES = (
     *loss_cases(128),
     *loss_cases(128, pairs=False),
@@ -117,8 +126,7 @@ CASES = (
     (group_norm._backward_kernel, TILE | {"SILU": True}, {}),
     (geglu._forward_kernel, GATED, {}),
     (geglu._backward_kernel, GATED, {}),
-    (pixels._pixels_kernel, SHRINK | {"stride_w": 1}, {}),
-    (pixels._pixels_kernel, SHRINK | {"stride_c": 1}, {}),  # channels_last, as a compiled decoder answers
+    *(pixel_case_of(size, channels) for size in (224, 64) for channels in (1, 3)),
     (guided_step._guided_step_kernel, STEP | {"conditional_p": 1, "unconditional_p": 1, "FLAT": True}, {}),
     (guided_step._guided_step_kernel, STEP | {"conditional_c": 1, "unconditional_c": 1, "FLAT": False}, {}),
     view_case(224, 2, TAPS=2, MEANS=False),

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import resample
 from kernels.pixels import pixels
-from kernels.resample import full_matrix, resample_matrix
+from kernels.resample import resample_matrix
 
 
 def test_levels_are_rounded_half_up_and_clamped():
@@ -37,20 +36,8 @@ def test_shrinking_clamps_first_and_averages_what_it_covers():
 def test_matrices_are_the_antialiased_resize_of_torch(n, m):
     x = torch.randn(1, 1, 5, n, generator=torch.Generator().manual_seed(n))
     expected = F.interpolate(x, (5, m), mode="bilinear", antialias=True, align_corners=False)
-    torch.testing.assert_close(x @ full_matrix(n, m, x.device).T, expected, rtol=0, atol=3e-6)
-
-
-def test_a_matrix_is_kept_unless_a_graph_is_being_captured(monkeypatch):
-    """In a capture nothing is computed: other calls would read what the graph has not written yet."""
-    device = torch.device("cpu")
-    with monkeypatch.context() as capture:
-        capture.setattr(resample, "_captures", lambda device: True)
-        captured = full_matrix(91, 17, device)
-    kept = full_matrix(91, 17, device)
-    assert kept is not captured and full_matrix(91, 17, device) is kept
-    with monkeypatch.context() as capture:
-        capture.setattr(resample, "_captures", lambda device: True)
-        assert full_matrix(91, 17, device) is kept
+    (matrix_mn,) = resample_matrix(torch.zeros(1), torch.tensor([n]), n, m)
+    torch.testing.assert_close(x @ matrix_mn.T, expected, rtol=0, atol=3e-6)
 
 
 def test_matrices_of_crops_resize_the_crop_and_mirror_it():
