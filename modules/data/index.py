@@ -44,11 +44,13 @@ def read_index(data: Data, seed: int) -> Index:
     _check_more_than_one_image(items)
     items, held_out_notes = _with_near_ood(items, data, source.kind)
     id_items, split_notes = splits.complete_splits([i for i in items if i.role == "id"], seed, data.val_fraction)
-    others = [_with_default_split(item) for item in items if item.role != "id"]
+    declared = {item.path: item.split for item in source.items}
+    near, shared_notes = splits.without_shared_groups([i for i in items if i.role == "near_ood"], id_items, declared)
+    others = [_with_default_split(item) for item in items if item.role not in ("id", "near_ood")] + near
     _check_id_classes(id_items)
     _check_ood_classes(others)
     _check_groups([*id_items, *others])
-    notes = [*source.notes, *held_out_notes, *split_notes, *_unjudged_classes(id_items)]
+    notes = [*source.notes, *held_out_notes, *split_notes, *shared_notes, *_unjudged_classes(id_items)]
     if data.shots_per_class:
         id_items, line = splits.few_shot(id_items, data.shots_per_class, seed)
         notes.append(line)

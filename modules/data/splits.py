@@ -61,6 +61,48 @@ def hold_out(
     return kept, f"near-OOD classes: {count} for val, {len(labels) - count} others for test; the same for every seed"
 
 
+def without_shared_groups(
+    near: list[Item], id_items: list[Item], declared: dict[str, str]
+) -> tuple[list[Item], list[str]]:
+    """Near-OOD items whose group is in no other split, and a line on those left out, if any.
+
+    A scene that shows several classes is one group, so holding a class out divides it: an image whose split `hold_out`
+    chose stays where ID images of its group are in that split too, or in none. A group of near-OOD alone that stands in
+    val and in test gives its images to one of them, by turns. What the set itself declares is not touched.
+
+    Args:
+        id_items: the ID items, each with its split.
+        declared: path -> split ("": none) as the set declares it.
+
+    Raises:
+        DataError: val or test has no near-OOD image left.
+    """
+    split_of = {item.group_id: item.split for item in id_items}
+    chosen = [item for item in near if item.split != declared[item.path]]
+    groups = {split: {item.group_id for item in chosen if item.split == split} for split in ("val", "test")}
+    divided = sorted((groups["val"] & groups["test"]) - split_of.keys())
+    split_of |= {group: ("test", "val")[i % 2] for i, group in enumerate(divided)}
+    left_out = {item.path: item for item in chosen if split_of.get(item.group_id, item.split) != item.split}
+    if not left_out:
+        return near, []
+    kept = [item for item in near if item.path not in left_out]
+    example = next(iter(left_out.values())).group_id
+    for split in ("val", "test"):
+        if not any(item.split == split for item in kept):
+            labels = sorted({item.label for item in near if item.split == split})
+            raise DataError(
+                f"near-OOD has no image left for {split}: every group of {', '.join(labels)} (such as {example!r}) has "
+                "images of other classes in another split; hold out other classes, or add images of other scenes"
+            )
+    line = (
+        f"near-OOD: {len(left_out)} of {len(near)} images left out, because images of their group (such as {example!r}) "
+        "are in another split"
+    )
+    if gone := sorted({item.label for item in near} - {item.label for item in kept}):
+        line += f"; nothing is left of {', '.join(gone)}"
+    return kept, [line]
+
+
 def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[list[Item], list[str]]:
     """ID items of which each has a split, and a line for each split that had to be made.
 
