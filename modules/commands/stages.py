@@ -33,7 +33,7 @@ from modules.diffusion.token_report import token_report
 from modules.ema import build_average
 from modules.errors import Terminated
 from modules.evaluation.intervals import check_groups
-from modules.evaluation.ood import check_score_name
+from modules.evaluation.ood import check_score_name, head_source
 from modules.learning.encoder import build_encoder, choose_arch
 from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
@@ -63,8 +63,10 @@ def load_data(job: Job, progress) -> None:
     tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
     groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
     check_groups(groups, config.evaluation.bootstrap)
-    negatives = generates(config) and config.generation.near_ood_fraction > 0
-    check_score_name(config.evaluation.score, negatives or "near_ood_val" in job.sets.images)
+    negatives = generates(config) and config.generation.near_ood_fraction > 0  # some will be there for the binary head
+    near_ood_val = job.sets.images["near_ood_val"].items if "near_ood_val" in job.sets.images else ()
+    source = head_source(2 if negatives else 0, [item.group_id for item in near_ood_val])
+    check_score_name(config.evaluation.score, source != "none")
     check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
     tested = [images for name, images in job.sets.images.items() if name != "far_ood_test"]
     if pairs := near_duplicates(*tested):

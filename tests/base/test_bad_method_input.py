@@ -109,6 +109,12 @@ CASES = {
         2,
         ("prompt 'a photo of a rusty rusty", "takes 85 tokens, the text encoder reads 75; shorten", "a keyword of"),
     ),
+    "a binary head on near-OOD val images of one group": (
+        lambda root: csv_set(root, declared_rows(groups=5)),
+        ["evaluation.score=binary", "generation.synthetic_fraction=0", "evaluation.bootstrap=0"],
+        2,
+        ("evaluation.score=binary needs OOD rows", "nor two groups of near-OOD val images", "knn"),
+    ),
     "too few groups": (
         lambda root: masked(root, groups=2),
         [],
