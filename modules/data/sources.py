@@ -80,8 +80,8 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
     ignored. Only `path` is demanded here.
 
     Raises:
-        DataError: not UTF-8, no `path` column, a row of another width, an unknown role or split, a path twice,
-            outside the root or missing.
+        DataError: not UTF-8, separated otherwise, no `path` column, a row of another width, an unknown role or split, a
+            path twice, outside the root or missing.
     """
     where = f"{files.root}/{name}"
     try:
@@ -92,7 +92,7 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
     try:
         header = [column.strip().lower() for column in next(reader, [])]
         if "path" not in header:
-            raise DataError(f"{where}: has no `path` column but {header}; its first line must name {COLUMNS}")
+            raise DataError(f"{where} line 1: {_header_fault(text, header)}")
         items, first_line = [], {}
         for row in reader:
             if not any(field.strip() for field in row):
@@ -141,6 +141,16 @@ def read_folder(files: Files) -> Index:
     listed = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(ignored.items()))
     notes = (f"files ignored because they are no images: {listed}",) if ignored else ()
     return Index(str(root), "folder", tuple(sorted(items, key=lambda item: item.path)), (), notes)
+
+
+def _header_fault(text: str, header: list[str]) -> str:
+    """Why a first line without a `path` column cannot be used, and what to do."""
+    first = text.splitlines()[:1]
+    for separator, name in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
+        columns = next(csv.reader(first, delimiter=separator, skipinitialspace=True), [])
+        if "path" in [column.strip().lower() for column in columns]:
+            return f"its columns are separated by {name}; save the file with commas between them"
+    return f"has no `path` column but {header}; it must name {COLUMNS}"
 
 
 def _item(files: Files, row: dict[str, str], line: str) -> Item:
