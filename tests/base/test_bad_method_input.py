@@ -102,7 +102,12 @@ CASES = {
         2,
         ("simclr knows no classes",),
     ),
-    "no val split": (one_group, [], 3, ("'nut' has 1 group(s)", "making the val split by group needs 2 or more")),
+    "no val split": (
+        one_group,
+        [],
+        3,
+        ("'nut' has 10 images in 1 group (", "making the val split from it needs 2 groups and"),
+    ),
     "a keyword too long for a prompt": (
         prose,
         ["generation.conditions={'': 99, keywords: 1}", "evaluation.bootstrap=0"],
