@@ -116,6 +116,29 @@ def test_files_that_are_no_images_are_ignored_and_counted(tmp_path):
     assert len(source.items) == 2 and "1 .txt" in source.notes[0]
 
 
+def test_images_outside_class_folders_and_empty_ones_are_counted(tmp_path):
+    class_folders(tmp_path / "plain", {"bolt": 1, "nut/s1": 1})
+    for name in ("x.JPG", "y.png", ".hidden.png", "readme.txt"):
+        put(tmp_path / "plain" / name, picture())
+    for name in ("washer", "spring/s1", ".cache"):
+        (tmp_path / "plain" / name).mkdir(parents=True)
+    put(tmp_path / "plain" / "spring" / "notes.txt", "none yet")
+    source = read_source(str(tmp_path / "plain"))
+    assert len(source.items) == 2 and source.notes == (
+        "files ignored because they are no images: 1 .txt",
+        "2 images left out because they lie in no class folder, such as x.JPG; put each into the folder of its class",
+        "2 class folders left out because they hold no image: spring, washer",
+    )
+    class_folders(tmp_path / "split", {"train/bolt": 1, "test/bolt": 1})
+    put(tmp_path / "split" / "train" / "x.png", picture())
+    (tmp_path / "split" / "test" / "nut").mkdir()
+    notes = read_source(str(tmp_path / "split")).notes
+    assert "1 images left out" in notes[0] and "such as train/x.png" in notes[0] and "test/nut" in notes[1]
+    for i in range(12):
+        (tmp_path / "split" / "test" / f"e{i:02d}").mkdir()
+    assert read_source(str(tmp_path / "split")).notes[1].endswith("test/e08, test/e09 and 3 more")
+
+
 def test_missing_root(tmp_path):
     refused("does not exist", tmp_path / "nowhere")
 
