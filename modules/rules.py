@@ -187,6 +187,11 @@ def generated_rows(config) -> float:
     return config.learning.classes_per_batch * config.learning.rows_per_class * fraction / (1 - fraction)
 
 
+def lowest_strength(steps: int) -> float:
+    """The lowest strength, of three digits, that takes a step of a grid of `steps`: 1 / steps, rounded up."""
+    return float(f"{_rounded_up(1 / steps):.3g}")
+
+
 def _get(config, name: str):
     section, key = name.split(".")
     return getattr(getattr(config, section), key)
@@ -275,7 +280,7 @@ def _check_strengths(config) -> None:
         if int(steps * strength) == 0:
             raise ConfigError(
                 f"`{name}` {strength} of generation.num_inference_steps {steps} is int({steps} x {strength}) = 0 "
-                f"denoising steps, which returns the source image; use a strength of at least {1 / steps:.3g}"
+                f"denoising steps, which returns the source image; use a strength of at least {lowest_strength(steps):g}"
             )
 
 
