@@ -174,6 +174,18 @@ def generates(config) -> bool:
     return config.generation.synthetic_fraction > 0
 
 
+def idle_settings(config) -> tuple[str, ...]:
+    """Names ("section.key") of settings that were changed and do nothing, because nothing is generated."""
+    if generates(config):
+        return ()
+    names = []
+    for section in ("near_ood", "gate", "controller"):
+        given = getattr(config, section)
+        defaults = vars(type(given)())
+        names += [f"{section}.{key}" for key, value in vars(given).items() if value != defaults[key]]
+    return tuple(names)
+
+
 def needs_masks(config) -> bool:
     """Whether generation reads object masks of the train images."""
     negatives = config.generation.near_ood_fraction

@@ -39,7 +39,7 @@ from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
 from modules.optim import Optimizer
-from modules.rules import generated_rows, generates, needs_masks
+from modules.rules import generated_rows, generates, idle_settings, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
@@ -50,6 +50,11 @@ VAE_CHECK_IMAGES = 2  # train images whose latents must decode to finite pixels 
 def load_data(job: Job, progress) -> None:
     """Stage data: every image decoded once, at the sizes of learning and of generation, and checked; data.json."""
     config = job.config
+    if idle := idle_settings(config):
+        job.console.warn(
+            f"without effect, because generation.synthetic_fraction is 0 and nothing is generated: {', '.join(idle)}; set "
+            "it above 0, or leave these out"
+        )
     size = generation_size(config) if generates(config) else None
     job.sets = load_sets(
         config.data, config.run.seed, masks=needs_masks(config), generation_size=size, progress=progress
