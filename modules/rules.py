@@ -174,6 +174,18 @@ def generates(config) -> bool:
     return config.generation.synthetic_fraction > 0
 
 
+def idle_settings(config) -> tuple[str, ...]:
+    """Names ("section.key") of settings that were changed and do nothing, because nothing is generated."""
+    if generates(config):
+        return ()
+    names = []
+    for section in ("near_ood", "gate", "controller"):
+        given = getattr(config, section)
+        defaults = vars(type(given)())
+        names += [f"{section}.{key}" for key, value in vars(given).items() if value != defaults[key]]
+    return tuple(names)
+
+
 def needs_masks(config) -> bool:
     """Whether generation reads object masks of the train images."""
     negatives = config.generation.near_ood_fraction
@@ -185,6 +197,11 @@ def generated_rows(config) -> float:
     """g: generated rows a batch needs on average, so that they are synthetic_fraction of it."""
     fraction = config.generation.synthetic_fraction
     return config.learning.classes_per_batch * config.learning.rows_per_class * fraction / (1 - fraction)
+
+
+def lowest_strength(steps: int) -> float:
+    """The lowest strength, of three digits, that takes a step of a grid of `steps`: 1 / steps, rounded up."""
+    return float(f"{_rounded_up(1 / steps):.3g}")
 
 
 def _get(config, name: str):
@@ -275,7 +292,7 @@ def _check_strengths(config) -> None:
         if int(steps * strength) == 0:
             raise ConfigError(
                 f"`{name}` {strength} of generation.num_inference_steps {steps} is int({steps} x {strength}) = 0 "
-                f"denoising steps, which returns the source image; use a strength of at least {1 / steps:.3g}"
+                f"denoising steps, which returns the source image; use a strength of at least {lowest_strength(steps):g}"
             )
 
 

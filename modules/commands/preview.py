@@ -24,7 +24,7 @@ from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
 from modules.commands.job import Job
 from modules.commands.preparation import load_generation, opened
 from modules.diffusion.conditioning import Conditioning
-from modules.diffusion.recipes import POSITIVE
+from modules.diffusion.recipes import POSITIVE, near_ood_strength
 from modules.diffusion.remake import make
 from modules.diffusion.requests import Request
 from modules.diffusion.tokens import PromptBank
@@ -259,7 +259,7 @@ def _variants(flags: dict[str, str], config) -> list[Variant]:
         if name not in known:
             raise ConfigError(f"command line: --recipes names {name!r}; choose from {', '.join(known)}, or none")
     found = [Variant(POSITIVE, strength) for strength in sorted(chosen)]
-    return found + [Variant(name, config.near_ood.strength) for name in names]
+    return found + [Variant(name, near_ood_strength(name, config.near_ood)) for name in names]
 
 
 def _classes(flags: dict[str, str], classes: tuple[str, ...]) -> list[int]:

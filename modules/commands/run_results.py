@@ -8,7 +8,7 @@ import torch
 from modules.commands.job import Job, State
 from modules.commands.run_report import export, write_run_report
 from modules.diffusion.roundtrip import roundtrip
-from modules.evaluation.artifact import artifact_light, artifact_warning
+from modules.evaluation.artifact import artifact_doubt, artifact_light, artifact_warning
 from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
 from modules.evaluation.features import embed_images
 from modules.evaluation.probe import Probe
@@ -102,6 +102,8 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
     results |= {f"seconds.{name}": round(value, 3) for name, value in sorted(job.meter.seconds.items())}
     if warning := artifact_warning(results):
         job.console.warn(warning)
+    elif doubt := artifact_doubt(results):
+        job.console.line(f"  {doubt}")
     export(job, state, outcome)
     write_run_report(job, state, features, outcome, results)
     job.workdir.write_json("results.json", results)

@@ -33,13 +33,13 @@ from modules.diffusion.token_report import token_report
 from modules.ema import build_average
 from modules.errors import Terminated
 from modules.evaluation.intervals import check_groups
-from modules.evaluation.ood import check_score_name
+from modules.evaluation.ood import check_score_name, head_source
 from modules.learning.encoder import build_encoder, choose_arch
 from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
 from modules.optim import Optimizer
-from modules.rules import generated_rows, generates, needs_masks
+from modules.rules import generated_rows, generates, idle_settings, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
@@ -50,6 +50,11 @@ VAE_CHECK_IMAGES = 2  # train images whose latents must decode to finite pixels 
 def load_data(job: Job, progress) -> None:
     """Stage data: every image decoded once, at the sizes of learning and of generation, and checked; data.json."""
     config = job.config
+    if idle := idle_settings(config):
+        job.console.warn(
+            f"without effect, because generation.synthetic_fraction is 0 and nothing is generated: {', '.join(idle)}; set "
+            "it above 0, or leave these out"
+        )
     size = generation_size(config) if generates(config) else None
     job.sets = load_sets(
         config.data, config.run.seed, masks=needs_masks(config), generation_size=size, progress=progress
@@ -63,8 +68,10 @@ def load_data(job: Job, progress) -> None:
     tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
     groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
     check_groups(groups, config.evaluation.bootstrap)
-    negatives = generates(config) and config.generation.near_ood_fraction > 0
-    check_score_name(config.evaluation.score, negatives or "near_ood_val" in job.sets.images)
+    negatives = generates(config) and config.generation.near_ood_fraction > 0  # some will be there for the binary head
+    near_ood_val = job.sets.images["near_ood_val"].items if "near_ood_val" in job.sets.images else ()
+    source = head_source(2 if negatives else 0, [item.group_id for item in near_ood_val])
+    check_score_name(config.evaluation.score, source != "none")
     check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
     tested = [images for name, images in job.sets.images.items() if name != "far_ood_test"]
     if pairs := near_duplicates(*tested):

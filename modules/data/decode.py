@@ -43,25 +43,24 @@ def decode_image(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
     Raises:
         BadImage: no known format, a header of more than `max_pixels`, truncated, or pixels without a fixed range.
     """
-    image = _load(data, max_pixels)
-    orientation = _orientation(image)
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
+    image, orientation = _load(data, max_pixels)
     return _to_rgb(image), orientation
 
 
 def decode_mask(data: bytes, max_pixels: int, size: tuple[int, int], orientation: int = 1) -> np.ndarray:
     """The object mask of an upright image of `size` (width, height): bool [H, W], True on the object.
 
-    Object is what is not 0 (in a JPEG, what is at least half white; in a palette, what is not entry 0). A mask in the
-    size the image was stored in is turned with it.
+    Object is what is not 0 (in a JPEG, what is at least half white; in a palette, what is not entry 0). A mask with an
+    EXIF orientation of its own is turned by that. One without is taken as drawn on the pixels of the image file and
+    turned as that was, by `orientation`, unless only the upright image has its size.
 
     Raises:
         BadImage: as `decode_image`, or a mask of another size.
     """
-    image = _load(data, max_pixels)
+    image, own = _load(data, max_pixels)
     threshold = 127 if image.format == "JPEG" else 0
-    if image.size != size and image.size == size[::-1] and orientation in (5, 6, 7, 8):
+    stored_size = size[::-1] if orientation in (5, 6, 7, 8) else size
+    if own == 1 and orientation in TURNS and image.size == stored_size:
         image = image.transpose(TURNS[orientation])
     if image.size != size:
         raise BadImage(f"the mask is {image.width} x {image.height} pixels, the image {size[0]} x {size[1]}")
@@ -73,7 +72,8 @@ def decode_mask(data: bytes, max_pixels: int, size: tuple[int, int], orientation
     return values > threshold
 
 
-def _load(data: bytes, max_pixels: int) -> Image.Image:
+def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+    """The decoded image, upright, and the EXIF orientation it was stored in."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
@@ -84,16 +84,24 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage(
             f"its header says {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels:,}"
         )
+    form = image.format
+    stored = _orientation(image) if form == "TIFF" else 1  # Pillow turns a TIFF while it loads it, and drops the tag
     try:
         image.load()
     except Exception as error:  # and the same on broken pixels: OSError, SyntaxError, struct.error, ...
         raise BadImage(f"cannot be decoded ({type(error).__name__}: {error})") from error
-    return image
+    orientation = _orientation(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+        image.format = form
+    return image, max(stored, orientation)
 
 
 def _orientation(image: Image.Image) -> int:
+    """1 to 8; what the tag cannot say counts as 1."""
     try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
+        found = image.getexif().get(ORIENTATION_TAG, 1)
+        return found if found in TURNS else 1
     except Exception as error:  # a broken EXIF block: we cannot know which way is up
         raise BadImage(f"its EXIF block cannot be read ({type(error).__name__}: {error})") from error
 

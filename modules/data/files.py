@@ -4,6 +4,7 @@ A path in a CSV file is somebody else's word. It is normalized, refused if it le
 a symbolic link), and a zip pack is read in place: nothing is ever unpacked.
 """
 
+import ntpath
 import os
 import posixpath
 import stat
@@ -52,13 +53,28 @@ class Files:
         """`path` as the identity of a file below the root: "./a//b.jpg" -> "a/b.jpg". `where` names its source.
 
         Raises:
-            DataError: the path is empty, absolute, or leads out of the root.
+            DataError: the path is empty, absolute, leads out of the root, or is written as on Windows.
         """
         normal = posixpath.normpath(path.strip()) if path.strip() else ""
         if not normal or normal == "." or "\0" in normal:
             raise DataError(f"{where}: the path {path!r} names no file; write a path relative to {self.root}")
+        for root in (os.path.abspath(self.root), os.path.realpath(self.root)):
+            if normal.startswith(f"{root}/"):
+                inside = normal.removeprefix(f"{root}/")
+                raise DataError(f"{where}: the path {path!r} is absolute; write it relative to {self.root}: {inside!r}")
         if normal.startswith("/") or normal == ".." or normal.startswith("../"):
-            raise DataError(f"{where}: the path {path!r} lies outside {self.root}; write a path inside it")
+            raise DataError(
+                f"{where}: the path {path!r} lies outside {self.root}; bring the file below it and write the path "
+                "relative to it"
+            )
+        on_a_drive = ntpath.isabs(normal)
+        if ("\\" in normal or on_a_drive) and self.obstacle(normal):
+            turned = normal.replace("\\", "/")
+            hint = f": {turned!r}" if not on_a_drive and not self.obstacle(turned) else ""
+            raise DataError(
+                f"{where}: the path {path!r} is written as on Windows; write it relative to {self.root} with '/' between "
+                f"folders{hint}"
+            )
         return normal
 
     def obstacle(self, path: str) -> str:

@@ -41,14 +41,15 @@ def read_index(data: Data, seed: int) -> Index:
     _check_labels(source.items, source.root)
     items = [replace(item, role=item.role or "id") for item in source.items]
     _check_one_role(items)
-    _check_more_than_one_image(items)
     items, held_out_notes = _with_near_ood(items, data, source.kind)
     id_items, split_notes = splits.complete_splits([i for i in items if i.role == "id"], seed, data.val_fraction)
-    others = [_with_default_split(item) for item in items if item.role != "id"]
+    declared = {item.path: item.split for item in source.items}
+    near, shared_notes = splits.without_shared_groups([i for i in items if i.role == "near_ood"], id_items, declared)
+    others = [_with_default_split(item) for item in items if item.role not in ("id", "near_ood")] + near
     _check_id_classes(id_items)
     _check_ood_classes(others)
     _check_groups([*id_items, *others])
-    notes = [*source.notes, *held_out_notes, *split_notes, *_unjudged_classes(id_items)]
+    notes = [*source.notes, *held_out_notes, *split_notes, *shared_notes, *_unjudged_classes(id_items)]
     if data.shots_per_class:
         id_items, line = splits.few_shot(id_items, data.shots_per_class, seed)
         notes.append(line)
@@ -149,13 +150,6 @@ def _check_one_role(items: list[Item]) -> None:
             )
 
 
-def _check_more_than_one_image(items: list[Item]) -> None:
-    for label, count in sorted(Counter(item.label for item in items if item.role == "id").items()):
-        if count == 1:
-            path = next(item.path for item in items if item.label == label)
-            raise DataError(f"class {label!r} has one image ({path}); add images or leave the class out")
-
-
 def _check_id_classes(items: list[Item]) -> None:
     counts = defaultdict(Counter)
     for item in items:
@@ -206,7 +200,8 @@ def _check_groups(items: list[Item]) -> None:
         if known.split != item.split:
             raise DataError(
                 f"group {item.group_id!r} is in {known.split} ({known.path}) and in {item.split} ({item.path}); put it "
-                "into one split, or, if groups are numbered within each class, write them as <class>/<number>"
+                "into one split, or, if groups are numbered within each class, write them as <class>/<number> (a group is "
+                "what the `group` or `model` column says, or a folder inside a class folder)"
             )
 
 

@@ -20,6 +20,7 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PACK_INDEX = "index.csv"
+NAMED_FOLDERS = 10  # empty class folders that a note names
 COLUMNS = "path,label[,role][,split][,mask][,group|model][,caption][,noun][,keywords]"
 
 
@@ -80,8 +81,8 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
     ignored. Only `path` is demanded here.
 
     Raises:
-        DataError: not UTF-8, no `path` column, a row of another width, an unknown role or split, a path twice,
-            outside the root or missing.
+        DataError: not UTF-8, separated otherwise, no `path` column, a row of another width, an unknown role or split, a
+            path twice, outside the root or missing.
     """
     where = f"{files.root}/{name}"
     try:
@@ -92,7 +93,7 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
     try:
         header = [column.strip().lower() for column in next(reader, [])]
         if "path" not in header:
-            raise DataError(f"{where}: has no `path` column but {header}; its first line must name {COLUMNS}")
+            raise DataError(f"{where} line 1: {_header_fault(text, header)}")
         items, first_line = [], {}
         for row in reader:
             if not any(field.strip() for field in row):
@@ -116,6 +117,8 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
 def read_folder(files: Files) -> Index:
     """The images of `<class>/**` or of `<split>/<class>/**`; a folder inside a class folder is a group.
 
+    Notes count what is left out: files that are no images, images outside class folders, class folders without images.
+
     Raises:
         DataError: no class folders, split folders beside class folders, an empty split folder, a link out of the root.
     """
@@ -126,21 +129,45 @@ def read_folder(files: Files) -> Index:
         others = ", ".join(name for name in folders if name not in splits)
         raise DataError(f"{root}: has the split folders {', '.join(splits)} beside {others}; move the latter elsewhere")
     by_split = bool(splits) and len(splits) == len(folders)
-    items, ignored = [], Counter()
+    items, ignored, empty = [], Counter(), []
+    stray = _images_in(files, "")
     for top in folders:
         split = SPLIT_NAMES[top.lower()] if by_split else ""
         labels = files.folders(top) if by_split else [top]
-        found = [item for label in labels for item in _class_items(files, top, label, split, ignored)]
+        of_class = {label: _class_items(files, top, label, split, ignored) for label in labels}
+        found = sum(of_class.values(), [])
         if by_split and not found:
             raise DataError(
                 f"{root}/{top}: the {split} split is empty; put class folders with images into it or delete it"
             )
         items += found
-    if not items and any(name.lower().endswith(EXTENSIONS) for name in os.listdir(root)):
+        empty += [f"{top}/{label}" if by_split else label for label in labels if not of_class[label]]
+        stray += _images_in(files, top) if by_split else []
+    if not items and stray:
         raise DataError(f"{root}: holds images but no class folders; put the images of each class into its own folder")
     listed = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(ignored.items()))
-    notes = (f"files ignored because they are no images: {listed}",) if ignored else ()
-    return Index(str(root), "folder", tuple(sorted(items, key=lambda item: item.path)), (), notes)
+    notes = [f"files ignored because they are no images: {listed}"] if ignored else []
+    if stray:
+        notes.append(
+            f"{len(stray)} images left out because they lie in no class folder, such as {stray[0]}; put each into the "
+            "folder of its class"
+        )
+    if empty:
+        more = f" and {len(empty) - NAMED_FOLDERS} more" if len(empty) > NAMED_FOLDERS else ""
+        notes.append(
+            f"{len(empty)} class folders left out because they hold no image: {', '.join(empty[:NAMED_FOLDERS])}{more}"
+        )
+    return Index(str(root), "folder", tuple(sorted(items, key=lambda item: item.path)), (), tuple(notes))
+
+
+def _header_fault(text: str, header: list[str]) -> str:
+    """Why a first line without a `path` column cannot be used, and what to do."""
+    first = text.splitlines()[:1]
+    for separator, name in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
+        columns = next(csv.reader(first, delimiter=separator, skipinitialspace=True), [])
+        if "path" in [column.strip().lower() for column in columns]:
+            return f"its columns are separated by {name}; save the file with commas between them"
+    return f"has no `path` column but {header}; it must name {COLUMNS}"
 
 
 def _item(files: Files, row: dict[str, str], line: str) -> Item:
@@ -185,6 +212,12 @@ def _class_items(files: Files, top: str, label: str, split: str, ignored: Counte
         group = "/".join(folder.split("/")[: start.count("/") + 2]) if folder != start else ""
         items.append(Item(path=path, label=label, split=split, group=group))
     return items
+
+
+def _images_in(files: Files, folder: str) -> list[str]:
+    """Paths of the visible images that lie in the folder itself, sorted."""
+    inside = f"{folder}/" if folder else ""
+    return [inside + name for name in files.names(folder) if name.lower().endswith(EXTENSIONS)]
 
 
 def _walk(files: Files, folder: str):

@@ -61,6 +61,48 @@ def hold_out(
     return kept, f"near-OOD classes: {count} for val, {len(labels) - count} others for test; the same for every seed"
 
 
+def without_shared_groups(
+    near: list[Item], id_items: list[Item], declared: dict[str, str]
+) -> tuple[list[Item], list[str]]:
+    """Near-OOD items whose group is in no other split, and a line on those left out, if any.
+
+    A scene that shows several classes is one group, so holding a class out divides it: an image whose split `hold_out`
+    chose stays where ID images of its group are in that split too, or in none. A group of near-OOD alone that stands in
+    val and in test gives its images to one of them, by turns. What the set itself declares is not touched.
+
+    Args:
+        id_items: the ID items, each with its split.
+        declared: path -> split ("": none) as the set declares it.
+
+    Raises:
+        DataError: val or test has no near-OOD image left.
+    """
+    split_of = {item.group_id: item.split for item in id_items}
+    chosen = [item for item in near if item.split != declared[item.path]]
+    groups = {split: {item.group_id for item in chosen if item.split == split} for split in ("val", "test")}
+    divided = sorted((groups["val"] & groups["test"]) - split_of.keys())
+    split_of |= {group: ("test", "val")[i % 2] for i, group in enumerate(divided)}
+    left_out = {item.path: item for item in chosen if split_of.get(item.group_id, item.split) != item.split}
+    if not left_out:
+        return near, []
+    kept = [item for item in near if item.path not in left_out]
+    example = next(iter(left_out.values())).group_id
+    for split in ("val", "test"):
+        if not any(item.split == split for item in kept):
+            labels = sorted({item.label for item in near if item.split == split})
+            raise DataError(
+                f"near-OOD has no image left for {split}: every group of {', '.join(labels)} (such as {example!r}) has "
+                "images of other classes in another split; hold out other classes, or add images of other scenes"
+            )
+    line = (
+        f"near-OOD: {len(left_out)} of {len(near)} images left out, because images of their group (such as {example!r}) "
+        "are in another split"
+    )
+    if gone := sorted({item.label for item in near} - {item.label for item in kept}):
+        line += f"; nothing is left of {', '.join(gone)}"
+    return kept, [line]
+
+
 def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[list[Item], list[str]]:
     """ID items of which each has a split, and a line for each split that had to be made.
 
@@ -68,7 +110,7 @@ def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[
     takes `val_fraction` of the groups of every class, one at least.
 
     Raises:
-        DataError: some items have a split and others none, there is no train split, or a class has too few groups.
+        DataError: some items have a split and others none, there is no train split, or as `draw_groups`.
     """
     declared = {item.split for item in items}
     if "" in declared and len(declared) > 1:
@@ -94,34 +136,48 @@ def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[
 
 
 def draw_groups(items: list[Item], name: str, seed: int, fraction: float, keep: int) -> set[str]:
-    """Groups drawn so that each class gives `fraction` of its groups, one at least, and keeps `keep` of them at least.
+    """Groups drawn so that each class gives `fraction` of its groups, one at least.
 
-    A group that holds several classes counts for each of them and is decided once, by the first class in order.
+    It keeps `keep` groups at least, one more where every image is its own group: two images must be left to learn from
+    once every other group kept has gone to a split that is still to be made. A group that holds several classes counts
+    for each of them and is decided once, by the first class in order.
 
     Raises:
-        DataError: a class has no more than `keep` groups.
+        DataError: a class has too few groups or images for that.
     """
-    groups_of = defaultdict(set)
+    groups_of, images_of = defaultdict(set), defaultdict(list)
     for item in items:
         groups_of[item.label].add(item.group_id)
+        images_of[item.label].append(item)
     drawn: set[str] = set()
     settled: set[str] = set()
     for label, group_ids in sorted(groups_of.items()):
-        if len(group_ids) <= keep:
-            images = sum(item.label == label for item in items)
-            others = "objects" if images > len(group_ids) else "scenes"
-            raise DataError(
-                f"class {label!r} has {len(group_ids)} group(s) with {images} image(s); making the "
-                f"{name.removesuffix('-split')} split by group needs {keep + 1} or more: add images of other {others}, "
-                "leave the class out, or declare the splits in folders or a `split` column"
-            )
-        wanted = min(max(1, round(fraction * len(group_ids))), len(group_ids) - keep)
+        images = images_of[label]
+        if len(group_ids) <= keep or len(images) < keep + 2:
+            raise DataError(_too_few(label, images, len(group_ids), name.removesuffix("-split"), keep))
+        kept = keep + (len(images) == len(group_ids))
+        wanted = min(max(1, round(fraction * len(group_ids))), len(group_ids) - kept)
         free = sorted(group_ids - settled)
         order = torch.randperm(len(free), generator=stream(seed, name, label)).tolist()
         missing = max(0, wanted - len(group_ids & drawn))
         drawn |= {free[i] for i in order[:missing]}
         settled |= group_ids
     return drawn
+
+
+def _too_few(label: str, images: list[Item], groups: int, split: str, keep: int) -> str:
+    splits = "test and val splits" if keep == 2 else f"{split} split"
+    found = f"one image ({images[0].path})" if len(images) == 1 else f"{len(images)} images"
+    needs, of = f"{keep + 2} images or more", ""
+    if any(item.group for item in images):
+        found += (
+            f" in {groups} group{'s' * (groups > 1)} (a folder inside a class folder, or its `group` or `model` column)"
+        )
+        needs, of = f"{keep + 1} groups and {needs}", " of other objects" if groups <= keep else ""
+    return (
+        f"class {label!r} has {found}; making the {splits} from it needs {needs}, two of them left to learn from: add "
+        f"images{of}, leave the class out, or declare the splits in folders or a `split` column"
+    )
 
 
 def few_shot(items: list[Item], shots: int, seed: int) -> tuple[list[Item], str]:

@@ -102,11 +102,8 @@ class Recipes:
         }
         if recipe in FREE_RECIPES:
             return Request(**request, jigsaw_grid=self.near_ood.jigsaw_grid)
-        if recipe == "mask_split":
-            strength = 1.0  # the object is destroyed, whatever strength the other recipes have
-        else:
-            base = pick(self.strengths, u) if recipe == POSITIVE else self.near_ood.strength
-            strength = self._strength(recipe, label, base)
+        base = pick(self.strengths, u) if recipe == POSITIVE else near_ood_strength(recipe, self.near_ood)
+        strength = base if recipe == "mask_split" else self._strength(recipe, label, base)
         start = self.grid.start(strength)
         return Request(
             **request,
@@ -221,6 +218,11 @@ class Recipes:
         empty = [label for label, rows in enumerate(self.masked_rows) if not rows]
         if empty:
             raise ConfigError(f"{asked}, but no train image of class {empty[0]} has a mask that is not empty")
+
+
+def near_ood_strength(recipe: str, near_ood: NearOOD) -> float:
+    """The strength in (0, 1] of a near-OOD recipe that calls the UNet, before any controller moves it."""
+    return 1.0 if recipe == "mask_split" else near_ood.strength  # it destroys the object, whatever the others do
 
 
 def pick(weights: dict, u: float):

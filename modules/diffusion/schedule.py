@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from modules.errors import ConfigError, DataError
+from modules.rules import lowest_strength
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d", "alpha_next", "sigma_next")
 IDLE = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -64,7 +65,7 @@ class Grid:
             raise ConfigError(
                 f"strength {strength:g} on a grid of {self.num_inference_steps} steps takes int({self.num_inference_steps}"
                 f" x {strength:g}) = 0 steps and returns the source; use a strength of at least "
-                f"{1 / self.num_inference_steps:.3g} or {remedy}"
+                f"{lowest_strength(self.num_inference_steps):g} or {remedy}"
             )
         return self.num_inference_steps - count
 

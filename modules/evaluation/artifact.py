@@ -7,6 +7,7 @@ changed: what tells the two apart is the trace.
 Shapes: D images, F feature width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from modules.evaluation.stored import Detector
 from modules.runtime import stream
 
-PROBE_LIGHT, SCORE_LIGHT = 0.75, 0.6  # AUROC from which the light is on
+PROBE_LIGHT, SCORE_LIGHT = 0.75, 0.6  # AUROC from which the light is on, where chance does not reach it
+LEAST_GROUPS = 11  # of fewer, blind features reach PROBE_LIGHT by chance: nothing can be told
 
 
 def artifact_light(
     real_DF: Tensor, decoded_DF: Tensor, groups: Sequence[str], detector: Detector, seed: int
 ) -> dict[str, float | int]:
-    """`artifact.probe_auroc`, `artifact.score_auroc` and `artifact.images`, each AUROC .5 where nothing is seen.
+    """`artifact.probe_auroc`, `.score_auroc`, `.images` and `.groups`, each AUROC .5 where nothing is seen.
 
     probe_auroc: logistic regression on standardized features, fitted on one half of the groups and read on the other,
     both ways, mean of the two; an image and its decoded twin are always in the same half. score_auroc: how well the
@@ -53,24 +55,56 @@ def artifact_light(
         "artifact.probe_auroc": sum(aurocs) / 2,
         "artifact.score_auroc": _auroc(*scores),
         "artifact.images": len(real_DF),
+        "artifact.groups": len(names),
     }
 
 
+def chance_auroc(groups: int) -> float:
+    """The AUROC up to which 95 % intervals of blind features reach, with `groups` independent images on either side.
+
+    .5 + 1.96 sd, var = (2 n + 1) / (12 n^2), that of the Mann-Whitney statistic. Twins resemble each other, which makes
+    the true interval narrower.
+    """
+    return 0.5 + 1.96 * math.sqrt((2 * groups + 1) / (12 * groups**2))
+
+
 def artifact_warning(found: dict) -> str:
-    """What a person should know of `artifact_light`'s figures; empty where the light is off."""
-    probe, score = found.get("artifact.probe_auroc", 0.5), found.get("artifact.score_auroc", 0.5)
-    if score >= SCORE_LIGHT:
+    """What a person should know of `artifact_light`'s figures; empty where the light is off or nothing can be told."""
+    if "artifact.probe_auroc" not in found:
+        return ""
+    probe, score, groups = (found[f"artifact.{name}"] for name in ("probe_auroc", "score_auroc", "groups"))
+    if _is_on(score, SCORE_LIGHT, groups):
         return (
             f"artifact shortcut: the OOD score ranks real val images above the same images after encode and decode (AUROC "
             f"{score:.2f}, a probe on the features {probe:.2f}; .5 is blind): 'decoded' counts as OOD. Try "
             "generation.roundtrip_fraction 0.25 or encoder.separate_batchnorm, and compare on near-OOD"
         )
-    if probe >= PROBE_LIGHT:
+    if _is_on(probe, PROBE_LIGHT, groups):
+        follows = f"though the OOD score does not follow it ({score:.2f})"
+        if score >= SCORE_LIGHT:
+            follows = f"and whether the OOD score follows it ({score:.2f}) cannot be told from {groups} groups"
         return (
-            f"the decoder's trace can be read from the features (probe AUROC {probe:.2f}, .5 is blind), though the OOD "
-            f"score does not follow it ({score:.2f}); generation.roundtrip_fraction would hide it"
+            f"the decoder's trace can be read from the features (probe AUROC {probe:.2f}, .5 is blind), {follows}; "
+            "generation.roundtrip_fraction would hide it"
         )
     return ""
+
+
+def artifact_doubt(found: dict) -> str:
+    """Why the light says nothing, where its val images are too few for it to be on or off; else empty."""
+    if "artifact.probe_auroc" not in found or artifact_warning(found):
+        return ""
+    probe, score, groups = (found[f"artifact.{name}"] for name in ("probe_auroc", "score_auroc", "groups"))
+    if groups >= LEAST_GROUPS and probe < PROBE_LIGHT and score < SCORE_LIGHT:
+        return ""
+    return (
+        f"whether the decoder's trace is seen cannot be told from val images of {groups} groups: with so few, chance alone "
+        f"takes an AUROC to {min(1.0, chance_auroc(groups)):.2f} (probe {probe:.2f}, OOD score {score:.2f})"
+    )
+
+
+def _is_on(auroc: float, light: float, groups: int) -> bool:
+    return groups >= LEAST_GROUPS and auroc >= light and auroc > chance_auroc(groups)
 
 
 def _probe_auroc(fit_real_DF: Tensor, fit_decoded_DF: Tensor, real_DF: Tensor, decoded_DF: Tensor) -> float:

@@ -96,9 +96,10 @@ def _arms_section(comparison: Comparison) -> str:
         for arm in comparison.arms
     ]
     table = page.table(["arm", "seeds", *metrics.values()], rows, comparison.arms.index(comparison.baseline))
+    interval, bars = (", interval", "bars are intervals, ") if comparison.resamples else ("", "")
     about = (
-        "Percent: mean over seeds, ± sd over seeds, interval. In the figure, bars are intervals, rings are seeds, and the "
-        f"dashed line is {comparison.baseline}."
+        f"Percent: mean over seeds, ± sd over seeds{interval}. In the figure, {bars}rings are seeds, and the dashed line is "
+        f"{comparison.baseline}."
     )
     return page.section("arms", "Arms", about, page.figure(as_figure(comparison)), table)
 
@@ -117,7 +118,8 @@ def _differences_section(comparison: Comparison) -> str:
         ]
         parts.append(f"<h3>{escape(title)}: row minus column</h3>")
         parts.append(page.table(["", *comparison.arms], rows))
-    about = "Points, paired over test groups and common seeds; colored where the interval excludes 0."
+    colored = "; colored where the interval excludes 0" if comparison.resamples else ""
+    about = f"Points, paired over test groups and common seeds{colored}."
     return page.section("differences", "Differences between arms", about, *parts)
 
 

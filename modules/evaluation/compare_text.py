@@ -36,9 +36,12 @@ def conditions(comparison: Comparison) -> str:
         f"{comparison.groups[role]} groups ({comparison.images[role]} images) {figures.ROLE_NAMES[role]}"
         for role in comparison.groups
     )
+    intervals = "without intervals (evaluation.bootstrap=0)"
+    if comparison.resamples:
+        intervals = f"{100 * comparison.confidence:g} % intervals from {comparison.resamples} joint resamples of groups and seeds"
     return (
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); test: {sizes}; {100 * comparison.confidence:g} % intervals "
-        f"from {comparison.resamples} joint resamples of groups and seeds; headline score {comparison.headline}"
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); test: {sizes}; {intervals}; headline score "
+        f"{comparison.headline}"
     )
 
 
@@ -59,7 +62,8 @@ def as_text(comparison: Comparison) -> str:
     )
     others = [arm for arm in comparison.arms if (arm, comparison.baseline) in comparison.differences]
     if others:
-        lines += ["", f"difference to {comparison.baseline}, points, paired (* the interval excludes 0)"]
+        mark = " (* the interval excludes 0)" if comparison.resamples else ""
+        lines += ["", f"difference to {comparison.baseline}, points, paired{mark}"]
         lines += _columns(
             [["arm", "seeds", *metrics.values()]]
             + [[arm, *_difference_words(comparison, arm, tuple(metrics))] for arm in others]

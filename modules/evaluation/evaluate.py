@@ -20,7 +20,14 @@ from modules.errors import DataError
 from modules.evaluation import metrics
 from modules.evaluation.features import Progress, alignment, knn_predict, uniformity
 from modules.evaluation.intervals import bootstrap_intervals, check_groups
-from modules.evaluation.ood import Fitting, acceptance_threshold, apply_scores, check_score_name, fit_scores
+from modules.evaluation.ood import (
+    Fitting,
+    acceptance_threshold,
+    apply_scores,
+    check_score_name,
+    fit_scores,
+    head_source,
+)
 from modules.evaluation.probe import Probe, train_binary_head, train_probe
 from modules.evaluation.stored import ROLES, Detector, Predictions
 from modules.runtime import stream
@@ -106,7 +113,10 @@ def evaluate(
     tests = ({"test": test} if test is not None else {}) | {f"test {name}": given for name, given in ood_tests.items()}
     check_groups({name: given.groups for name, given in tests.items()}, evaluation.bootstrap)
     near_ood_val = near_ood_val if near_ood_val is not None and len(near_ood_val) else None
-    source = _head_source(near_ood_val, generated_near_ood_DF)
+    source = head_source(
+        0 if generated_near_ood_DF is None else len(generated_near_ood_DF),
+        () if near_ood_val is None else near_ood_val.groups,
+    )
     check_score_name(evaluation.score, source != "none")
 
     report(0, 4, "probe")
@@ -208,15 +218,6 @@ class _Judge:
             "images": len(given),
             "groups": len(set(given.groups)),
         }
-
-
-def _head_source(near_ood_val: FeatureSet | None, generated_near_ood_DF: Tensor | None) -> str:
-    """What the OOD rows of the binary head are: generated, near_ood_val, or none where nothing can be held out."""
-    if generated_near_ood_DF is not None and len(generated_near_ood_DF) > (0 if near_ood_val is not None else 1):
-        return "generated"
-    if near_ood_val is not None and len(set(near_ood_val.groups)) > 1:
-        return "near_ood_val"
-    return "none"
 
 
 def _binary_head(

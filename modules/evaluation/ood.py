@@ -8,7 +8,7 @@ images a class the empirical covariance is singular, and in float32 such distanc
 Shapes: D images, N training images, C classes, F feature width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,19 @@ def apply_scores(states: dict[str, State], features_DF: Tensor, logits_DC: Tenso
     return {name: SCORES[name].score(state, features_DF, logits_DC) for name, state in states.items()}
 
 
+def head_source(generated: int, near_ood_val_groups: Iterable[str]) -> str:
+    """What the OOD rows of the binary head are: generated, near_ood_val, or none where nothing can be held out.
+
+    Args:
+        generated: generated near-OOD images there are.
+        near_ood_val_groups: group of each near-OOD val image; half of the groups train the head, the others choose it.
+    """
+    groups = len(set(near_ood_val_groups))
+    if generated > (0 if groups else 1):
+        return "generated"
+    return "near_ood_val" if groups > 1 else "none"
+
+
 def check_score_name(name: str, with_head: bool) -> None:
     """Raises ConfigError for a headline score that does not exist or needs OOD rows that are not there."""
     if name not in SCORES:
@@ -69,7 +82,8 @@ def check_score_name(name: str, with_head: bool) -> None:
     if name == "binary" and not with_head:
         raise ConfigError(
             "evaluation.score=binary needs OOD rows to train the head on, and there are neither generated near-OOD "
-            "images nor near-OOD classes kept for val; choose another score, for instance knn"
+            "images nor two groups of near-OOD val images or more; add such groups (data.near_ood_classes holds classes "
+            "out), or choose another score, for instance knn"
         )
 
 

@@ -10,6 +10,7 @@ from html import escape
 from torch import Tensor
 
 from modules.evaluation import page
+from modules.evaluation.artifact import artifact_doubt
 
 ALL = "all"  # the class of a row over all classes, as suitability has it
 FIGURES = {  # figure of a suitability row -> column title
@@ -109,10 +110,13 @@ def artifact_section(found: dict) -> str:
         ["a linear probe on the features, AUROC", page.share(found["artifact.probe_auroc"])],
         [f"the headline score ({found['headline.score']}), AUROC", page.share(found["artifact.score_auroc"])],
         ["val images", page.plain(found["artifact.images"])],
+        ["their groups", page.plain(found["artifact.groups"])],
     ]
     about = (
         "Generated rows carry the decoder's traces. If these features tell a real val image from the same image after "
         "encode and decode, 'decoded' may have been learned as 'OOD'; if the OOD score does as well, it has been. Percent; "
         "50 is blind, and good."
     )
+    if doubt := artifact_doubt(found):
+        about += f" Here {doubt}."
     return page.section("artifact", "Decoder's trace", about, page.table(["told apart by", ""], rows))

@@ -102,12 +102,23 @@ CASES = {
         2,
         ("simclr knows no classes",),
     ),
-    "no val split": (one_group, [], 3, ("'nut' has 1 group(s)", "making the val split by group needs 2 or more")),
+    "no val split": (
+        one_group,
+        [],
+        3,
+        ("'nut' has 10 images in 1 group (", "making the val split from it needs 2 groups and"),
+    ),
     "a keyword too long for a prompt": (
         prose,
         ["generation.conditions={'': 99, keywords: 1}", "evaluation.bootstrap=0"],
         2,
         ("prompt 'a photo of a rusty rusty", "takes 85 tokens, the text encoder reads 75; shorten", "a keyword of"),
+    ),
+    "a binary head on near-OOD val images of one group": (
+        lambda root: csv_set(root, declared_rows(groups=5)),
+        ["evaluation.score=binary", "generation.synthetic_fraction=0", "evaluation.bootstrap=0"],
+        2,
+        ("evaluation.score=binary needs OOD rows", "nor two groups of near-OOD val images", "knn"),
     ),
     "too few groups": (
         lambda root: masked(root, groups=2),

@@ -150,11 +150,26 @@ def test_out_of_memory_in_the_timed_steps_is_a_line(tmp_path):
     )
 
 
+def test_settings_of_what_is_not_generated_are_said_to_do_nothing(tmp_path):
+    path, said = write_config(tmp_path, near_ood={"strength": 0.75, "noise": 2.0}, gate={"enabled": "true"}), []
+    for fraction in ("0", "0.4"):
+        stream = io.StringIO()
+        arguments = ["--untimed", f"generation.synthetic_fraction={fraction}", "gate.start_step=2"]
+        check.command(path, arguments, Console(stream), None, trainer.step)
+        said.append(stream.getvalue())
+    text = " ".join(said[0].split())
+    assert (
+        "generation.synthetic_fraction is 0 and nothing is generated: near_ood.noise, gate.enabled, gate.start_step; set"
+        in text
+    )
+    assert "without effect" not in said[1]
+
+
 def test_without_generation_and_untimed(tmp_path):
     stream = io.StringIO()
     path = write_config(tmp_path, generation={"synthetic_fraction": 0})
     report = check.command(path, ["--untimed"], Console(stream), None, trainer.step)
     assert "seconds" not in report and not any("UNet" in part["name"] for part in report["memory"])
-    assert "nothing found that would stop a run" in stream.getvalue()
+    assert "nothing found that would stop a run" in stream.getvalue() and "without effect" not in stream.getvalue()
     with pytest.raises(ConfigError, match="unknown flag --fast; this verb takes --untimed"):
         check.command(path, ["--fast"], Console(stream), None, trainer.step)

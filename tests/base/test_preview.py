@@ -11,6 +11,7 @@ from modules.commands import preview
 from modules.console import Console
 from modules.errors import ConfigError, DataError
 from tests.base.tinyset import write_config
+from tests.data.trees import csv_set, declared_rows
 
 SIDE, LABEL = 128, 14  # of an image and its row's label on a sheet
 
@@ -113,6 +114,24 @@ def test_masks_are_read_for_a_role_that_the_run_leaves_out(share, edit, flags, d
     settings = [f"generation.near_ood_fraction={share}", f"generation.mask_edit={edit}"]
     with pytest.raises((ConfigError, DataError), match="mask"):  # this set has none, and that is what is said
         draw(path, *settings, *flags)
+
+
+def test_a_caption_says_the_strength_of_the_images_beside_it(tmp_path, monkeypatch):
+    rows = [row | {"mask": f"{row['path']}.mask.png"} for row in declared_rows(groups=5) if row["role"] == "id"]
+    root = csv_set(tmp_path / "data", rows)
+    path, told = write_config(tmp_path, learning={"classes_per_batch": 2}, data={"root": root}), []
+    monkeypatch.setattr(preview, "sheet_png", lambda rows, captions, **_: told.extend(captions) or b"")
+    flags = (
+        "--classes=bolt",
+        "--images=1",
+        "--strengths=.5",
+        "--recipes=mask_split,strength",
+        "inversion.images_per_class=1",
+    )
+    files, _ = draw(path, *flags, "evaluation.bootstrap=0")
+    provenance = json.loads((files[0].parent / "provenance.json").read_text())
+    assert told == ["bolt: source", *(f"{made['recipe']} {made['strength']:g}" for made in provenance)]
+    assert told[2:] == ["mask_split 1", "strength 0.75"]
 
 
 def test_defaults_are_the_runs_own(drawn):

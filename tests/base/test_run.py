@@ -219,6 +219,9 @@ def test_the_warning_light_is_read_from_val_and_only_where_there_is_a_decoder():
     results = finished_run("supcon").results
     assert 0 <= results["artifact.probe_auroc"] <= 1 and 0 <= results["artifact.score_auroc"] <= 1
     assert results["artifact.images"] == results["val.images"]
+    assert results["artifact.groups"] == results["val.groups"] == 8
+    said = " ".join(finished_run("supcon").text.split())
+    assert "decoder's trace is seen cannot be told from val images of 8 groups" in said
     assert not [name for name in finished_run("cross_entropy").results if name.startswith("artifact.")]
 
 

@@ -198,3 +198,11 @@ def test_with_settings_checks_the_rules_again(file):
     assert with_settings(config, {"learning.steps": 99}).learning.steps == 99
     with pytest.raises(ConfigError, match="method"):
         with_settings(config, {"learning.method": "none"})
+
+
+def test_the_strength_that_a_refusal_advises_is_let_through(file):
+    steps = "generation.num_inference_steps=3"
+    with pytest.raises(ConfigError, match="= 0 denoising steps") as refused:
+        load_config(file, [steps, "generation.strengths={0.333: 1}"])
+    advised = re.search("at least ([.0-9]+)", str(refused.value))[1]
+    load_config(file, [steps, f"generation.strengths={{{advised}: 1}}"])

@@ -149,11 +149,6 @@ def test_a_class_with_one_train_image(tmp_path):
     refused_rows(tmp_path, rows, "class 'nut' has one train image")
 
 
-def test_a_declared_class_with_one_image(tmp_path):
-    rows = [r for r in declared_rows() if r["label"] != "nut" or r["path"] == "nut/nut-test-0-0.png"]
-    refused_rows(tmp_path, rows, "class 'nut' has one image")
-
-
 def test_a_class_in_test_only(tmp_path):
     rows = [r for r in declared_rows() if r["label"] != "nut" or r["split"] == "test"]
     refused_rows(tmp_path, rows, "class 'nut' is in test only; add train images")
@@ -183,11 +178,49 @@ def test_near_ood_with_and_without_split(tmp_path):
 def test_a_group_in_two_splits(tmp_path):
     rows = edited(declared_rows(), lambda r: r["path"] == "bolt/bolt-test-0-0.png", group="bolt-train-1")
     refused_rows(tmp_path, rows, "group 'bolt-train-1' is in (train|test) .* and in (train|test)")
+    refused_rows(tmp_path, rows, r"a group is what .* column says, or a folder inside a class folder\)$")
 
 
 def test_a_group_shared_by_a_train_class_and_a_near_ood_class(tmp_path):
     rows = edited(declared_rows(), lambda r: r["path"] == "pin/1.png", group="bolt-train-1")
     refused_rows(tmp_path, rows, "group 'bolt-train-1' is in train")
+
+
+def scenes(tmp_path, labels, scenes_of) -> Path:
+    """One image of each label in each of its scenes, the scene its group; no split is declared."""
+    rows = [{"path": f"{x}/{g}.png", "label": x, "group": f"s{g:02d}"} for x in labels for g in scenes_of(x)]
+    return csv_set(tmp_path, rows)
+
+
+def test_held_out_classes_of_shared_groups_keep_the_images_of_their_own_split(tmp_path):
+    """Scenes 0 to 11 show every class, scenes 12 to 15 the held-out ones alone."""
+    path = scenes(tmp_path, ("bolt", "nut", "pin", "rod"), lambda x: range(16 if x in ("pin", "rod") else 12))
+    tests = set()
+    for seed in range(4):
+        index = read_index(data(path, near_ood_classes=("pin", "rod")), seed)
+        splits_of = defaultdict(set)
+        for item in index.items:
+            splits_of[item.group].add(item.split)
+        assert all(len(found) == 1 for found in splits_of.values()), "no group lies in two splits"
+        id_split = {item.group: item.split for item in index.items if item.role == "id"}
+        near = [item for item in index.items if item.role == "near_ood"]
+        assert all(id_split.get(item.group, item.split) == item.split for item in near)
+        assert Counter(item.split for item in near) == {"val": 2 + 2, "test": 2 + 2}  # of shared scenes, of their own
+        assert any("near-OOD: 24 of 32 images left out, because images of their group" in note for note in index.notes)
+        tests.add(index.select("near_ood", "test"))
+    assert len(tests) == 1, "every seed is tested on the same images"
+
+
+def test_a_held_out_class_without_an_image_in_its_own_split_is_told_or_refused(tmp_path):
+    """Of the scenes that show ID classes only 2 and 3, both in train, show held-out ones."""
+    names = ("bolt", "nut", "pin", "rod", "cap")
+    lone = {"pin": (2, 3), "rod": range(12, 16), "cap": range(12, 16)}
+    path = scenes(tmp_path / "told", names, lambda x: lone.get(x, range(12)))
+    index = read_index(data(path, near_ood_classes=("pin", "rod", "cap")), seed=0)
+    assert {item.label for item in index.items if item.role == "near_ood"} == {"rod", "cap"}
+    assert any(note.endswith("nothing is left of pin") for note in index.notes)
+    path = scenes(tmp_path / "refused", names[:4], lambda x: (2, 3) if x in ("pin", "rod") else range(12))
+    refused("near-OOD has no image left for val: every group of (pin|rod) ", path, near_ood_classes=("pin", "rod"))
 
 
 def test_an_empty_label(tmp_path):
@@ -236,6 +269,12 @@ def test_an_unknown_held_out_class_gets_a_suggestion(tmp_path):
 def test_held_out_classes_beside_declared_ones(tmp_path):
     csv_set(tmp_path, declared_rows())
     refused("declares near-OOD classes itself", tmp_path, ConfigError, near_ood_classes=("nut",))
+
+
+def test_a_held_out_class_may_have_one_image(tmp_path):
+    class_folders(tmp_path, {"bolt": 5, "nut": 5, "pin": 1, "rod": 1})
+    index = read_index(data(tmp_path, near_ood_classes=("pin", "rod")), seed=0)
+    assert len(index.select("near_ood", "val")) == len(index.select("near_ood", "test")) == 1
 
 
 def test_one_held_out_class(tmp_path):

@@ -116,6 +116,29 @@ def test_files_that_are_no_images_are_ignored_and_counted(tmp_path):
     assert len(source.items) == 2 and "1 .txt" in source.notes[0]
 
 
+def test_images_outside_class_folders_and_empty_ones_are_counted(tmp_path):
+    class_folders(tmp_path / "plain", {"bolt": 1, "nut/s1": 1})
+    for name in ("x.JPG", "y.png", ".hidden.png", "readme.txt"):
+        put(tmp_path / "plain" / name, picture())
+    for name in ("washer", "spring/s1", ".cache"):
+        (tmp_path / "plain" / name).mkdir(parents=True)
+    put(tmp_path / "plain" / "spring" / "notes.txt", "none yet")
+    source = read_source(str(tmp_path / "plain"))
+    assert len(source.items) == 2 and source.notes == (
+        "files ignored because they are no images: 1 .txt",
+        "2 images left out because they lie in no class folder, such as x.JPG; put each into the folder of its class",
+        "2 class folders left out because they hold no image: spring, washer",
+    )
+    class_folders(tmp_path / "split", {"train/bolt": 1, "test/bolt": 1})
+    put(tmp_path / "split" / "train" / "x.png", picture())
+    (tmp_path / "split" / "test" / "nut").mkdir()
+    notes = read_source(str(tmp_path / "split")).notes
+    assert "1 images left out" in notes[0] and "such as train/x.png" in notes[0] and "test/nut" in notes[1]
+    for i in range(12):
+        (tmp_path / "split" / "test" / f"e{i:02d}").mkdir()
+    assert read_source(str(tmp_path / "split")).notes[1].endswith("test/e08, test/e09 and 3 more")
+
+
 def test_missing_root(tmp_path):
     refused("does not exist", tmp_path / "nowhere")
 
@@ -165,6 +188,34 @@ def test_csv_path_outside_its_root(tmp_path, path):
     refused(r"index.csv line 2: the path .* (lies outside|names no file)", tmp_path / "set")
 
 
+def test_an_absolute_path_says_what_to_write_instead(tmp_path):
+    put(tmp_path / "set" / "a" / "1.png", picture())
+    os.symlink(tmp_path / "set", tmp_path / "link")
+    inside = f"{tmp_path}/set/a/1.png"
+    for root in ("set", "link"):
+        put(tmp_path / root / "index.csv", rows_text([{"path": inside, "label": "a"}]))
+        refused(rf"line 2: the path '{inside}' is absolute; write it relative to .*{root}: 'a/1.png'", tmp_path / root)
+    put(tmp_path / "set" / "index.csv", rows_text([{"path": f"{tmp_path}/setting/1.png", "label": "a"}]))
+    refused("setting/1.png' lies outside .*; bring the file below it", tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [(r"a\1.png", "folders: 'a/1.png'$"), (r"a\2.png", "folders$"), (r"..\x\1.png", "folders$")]
+    + [(path, "folders$") for path in (r"C:\set\a\1.png", "C:/set/a/1.png", r"\\server\set\1.png")],
+)
+def test_a_path_as_windows_writes_it_is_named_with_its_line(tmp_path, path, hint):
+    put(tmp_path / "a" / "1.png", picture())
+    put(tmp_path / "index.csv", rows_text([{"path": path, "label": "a"}]))
+    refused(f"index.csv line 2: the path .* is written as on Windows; write it relative .*{hint}", tmp_path)
+
+
+def test_a_file_may_have_a_backslash_in_its_name(tmp_path):
+    put(tmp_path / r"a\1.png", picture())
+    put(tmp_path / "index.csv", rows_text([{"path": r"a\1.png", "label": "a"}]))
+    assert read_source(str(tmp_path)).items[0].path == r"a\1.png"
+
+
 def test_csv_mask_outside_its_root(tmp_path):
     put(tmp_path / "set" / "a.png", picture())
     put(tmp_path / "set" / "index.csv", rows_text([{"path": "a.png", "label": "a", "mask": "../m.png"}]))
@@ -212,7 +263,9 @@ def test_csv_path_twice_even_if_spelled_otherwise(tmp_path):
     "text, match",
     [
         ("image,label\na.png,a\n", "no `path` column"),
-        ("path;label\na.png;a\n", "no `path` column"),
+        ("path;label\na.png;a\n", "line 1: its columns are separated by ';'; save the file with commas"),
+        ('"Path"; "label"\n"a.png";"a"\n', "separated by ';'"),
+        ("path\tlabel\na.png\ta\n", "line 1: its columns are separated by tabs; save"),
         ("", "no `path` column"),
         ("path,label\na.png,b,c\n", "line 2: has 3 fields"),
         ("path,label,role\na.png,a,outlier\n", "role 'outlier' is unknown"),

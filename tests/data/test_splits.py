@@ -93,8 +93,34 @@ def test_images_without_a_group_are_their_own():
 
 
 def test_a_class_with_too_few_groups_is_named():
-    with pytest.raises(DataError, match=r"class 'nut' has 2 group\(s\) with 6 image\(s\).*needs 3 or more"):
+    how = r"\(a folder inside a class folder, or its `group` or `model` column\)"
+    wanted = (
+        rf"class 'nut' has 6 images in 2 groups {how}; .*needs 3 groups and 4 images or more.*images of other objects"
+    )
+    with pytest.raises(DataError, match=wanted):
         complete_splits(images("bolt", 5) + images("nut", 2), 0, 0.2)
+    with pytest.raises(
+        DataError, match=r"has 3 images in 3 groups .*needs 3 groups and 4 images or more.*add images, "
+    ):
+        complete_splits(images("bolt", 3, views=1), 0, 0.2)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("declared", "least", "splits"), [("", 4, "test and val splits"), ("train", 3, "val split")], ids=["none", "train"]
+)
+def test_the_least_number_of_images_is_said_at_once_and_suffices(declared, least, splits, fraction):
+    tested = [Item("test/0.png", "bolt", "id", "test")] if declared else []
+    for count in range(1, least + 3):
+        items = [Item(f"{i}.png", "bolt", "id", declared) for i in range(count)]
+        if count < least:
+            found = r"one image \(0.png\)" if count == 1 else f"{count} images"
+            wanted = f"class 'bolt' has {found}; making the {splits} from it needs {least} images or more"
+            with pytest.raises(DataError, match=wanted):
+                complete_splits(items + tested, 0, fraction)
+        else:
+            found = Counter(item.split for item in complete_splits(items + tested, 0, fraction)[0])
+            assert found["train"] >= 2 and found["val"] >= 1 and found["test"] >= 1
 
 
 def test_some_items_without_a_split():

@@ -1,5 +1,7 @@
 """The step table against diffusers' schedulers, driven by made-up model outputs: every solver, spacing and start."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from modules.diffusion.schedule import COLUMNS, SOLVERS, StepTable, alphas_cumprod, build_scheduler, time_grid
 from modules.errors import ConfigError
+from modules.rules import lowest_strength
 from tests.tiny import SCHEDULER
 
 V = SCHEDULER | {"prediction_type": "v_prediction"}
@@ -107,6 +110,16 @@ def test_start_counts_as_diffusers_or_refuses(count, strength):
             grid.start(strength)
     else:
         assert grid.start(strength) == count - steps
+
+
+def test_the_strength_advised_takes_a_step():
+    for steps in range(1, 1001):
+        lowest = lowest_strength(steps)
+        assert int(steps * lowest) == 1 and lowest < 1.02 / steps, steps
+    grid = time_grid(SCHEDULER, "ddim", 3)
+    with pytest.raises(ConfigError) as refused:
+        grid.start(0.333)
+    assert grid.start(float(re.search("at least ([.0-9]+)", str(refused.value))[1])) == 2
 
 
 def test_only_lcm_is_stochastic_and_never_in_its_last_step():

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from modules import config
-from modules.evaluation.artifact import artifact_light, artifact_warning
+from modules.evaluation.artifact import (
+    LEAST_GROUPS,
+    PROBE_LIGHT,
+    artifact_doubt,
+    artifact_light,
+    artifact_warning,
+    chance_auroc,
+)
 from modules.evaluation.evaluate import evaluate
+from modules.evaluation.report_recipes import artifact_section
 from tests.evaluation.examples import sets
 
 
@@ -52,7 +60,7 @@ def test_features_that_see_nothing_leave_it_off(detector, real):
     )
     assert found["artifact.probe_auroc"] == pytest.approx(0.5, abs=0.15)
     assert found["artifact.score_auroc"] == pytest.approx(0.5, abs=0.1)
-    assert artifact_warning(found) == ""
+    assert artifact_warning(found) == "" == artifact_doubt(found)
 
 
 def test_decoded_images_that_score_lower_are_the_shortcut(detector, real):
@@ -75,6 +83,42 @@ def test_twins_and_images_of_one_group_never_stand_on_both_sides_of_the_probe(de
 
 def test_one_group_is_too_few_and_rows_must_match(detector, real):
     assert artifact_light(real.features_DF, real.features_DF, ["a"] * len(real), detector, 0) == {}
-    assert artifact_warning({}) == ""
+    assert artifact_warning({}) == "" == artifact_doubt({}) == artifact_section({})
     with pytest.raises(ValueError, match="expected a row each of every image"):
         artifact_light(real.features_DF, real.features_DF[1:], real.groups, detector, 0)
+
+
+def test_the_interval_of_blind_features_is_that_of_drawn_ones():
+    """The share of blind AUROCs above the interval is 2.5 %; at the least number it ends just below the light."""
+    draw = torch.Generator().manual_seed(0)
+    for groups in (LEAST_GROUPS, 40):
+        real, decoded = torch.randn(2, 4000, groups, generator=draw)
+        aurocs = (real[:, :, None] > decoded[:, None, :]).double().mean(dim=(1, 2))
+        assert 0.015 < float((aurocs > chance_auroc(groups)).double().mean()) < 0.035
+    assert chance_auroc(LEAST_GROUPS) < PROBE_LIGHT <= chance_auroc(LEAST_GROUPS - 1)
+
+
+def figures(probe: float, score: float, groups: int) -> dict:
+    values = {"probe_auroc": probe, "score_auroc": score, "images": 2 * groups, "groups": groups}
+    return {f"artifact.{name}": value for name, value in values.items()} | {"headline.score": "knn"}
+
+
+@pytest.mark.parametrize(
+    ("probe", "score", "groups", "warning", "doubt"),
+    [
+        (1.0, 1.0, 4, "", "told from val images of 4 groups: with so few, chance alone takes an AUROC to 0.92"),
+        (0.5, 0.5, 4, "", "cannot be told"),  # dark, but that is no news either
+        (1.0, 1.0, 2, "", "takes an AUROC to 1.00"),
+        (0.6, 0.62, 20, "", "of 20 groups: with so few, chance alone takes an AUROC to 0.68"),
+        (0.6, 0.62, 80, "'decoded' counts as OOD", ""),
+        (0.6, 0.95, 20, "'decoded' counts as OOD", ""),
+        (0.9, 0.5, 20, "though the OOD score does not follow it (0.50)", ""),
+        (0.9, 0.62, 20, "whether the OOD score follows it (0.62) cannot be told from 20 groups", ""),
+        (0.6, 0.5, 20, "", ""),
+    ],
+)
+def test_the_light_is_on_only_where_chance_does_not_reach_it(probe, score, groups, warning, doubt):
+    found = figures(probe, score, groups)
+    for text, wanted in ((artifact_warning(found), warning), (artifact_doubt(found), doubt)):
+        assert wanted in text and bool(text) == bool(wanted), text
+    assert ("cannot be told from val images" in artifact_section(found)) == bool(doubt)

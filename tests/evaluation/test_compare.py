@@ -234,8 +234,9 @@ def test_without_resamples_there_are_means_and_no_intervals(folder):
     bare = compare(finished, resamples=0)
     assert bare.summaries["supcon"]["test.accuracy"].low is None
     assert "[" not in as_text(bare) and "±" in as_text(bare)
-    json.loads(as_json(bare))
-    parse(as_html(bare, title="bare"))
+    shown = " ".join(parse(as_html(bare, title="bare")).text)
+    for dress in (as_text(bare), shown, json.loads(as_json(bare))["conditions"]):
+        assert dress.count("interval") == 1 and "without intervals (evaluation.bootstrap=0)" in dress, dress
 
 
 def test_every_arm_with_tokens_pays_for_them_whichever_learned_them(folder):

@@ -18,6 +18,7 @@ from modules.evaluation.ood import (
     apply_scores,
     check_score_name,
     fit_scores,
+    head_source,
     neighbor_count,
 )
 from modules.evaluation.probe import train_binary_head, train_probe
@@ -150,6 +151,22 @@ def test_threshold_accepts_at_least_95_percent_and_is_the_largest_to(count):
     accepted = float((scores >= threshold).double().mean())
     assert accepted >= 0.95
     assert float((scores > threshold).double().mean()) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("generated", "groups", "source"),
+    [
+        (0, "", "none"),
+        (0, "aaa", "none"),  # one group cannot both train the head and choose it
+        (0, "aab", "near_ood_val"),
+        (1, "", "none"),
+        (1, "a", "generated"),
+        (2, "", "generated"),
+        (5, "ab", "generated"),
+    ],
+)
+def test_what_the_binary_head_learns_from(generated, groups, source):
+    assert head_source(generated, groups) == source
 
 
 def test_unusable_scores_and_classes_are_refused():
