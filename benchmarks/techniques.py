@@ -26,7 +26,7 @@ XFORMERS, COMPILED = "diffusers, xformers", "diffusers, compiled + channels_last
 SLOTS, SLOTS_TUNED, SLOTS_COMPILED = "slots", "slots, attention tuned", "slots, compiled"
 SLOTS_KERNELS, SLOTS_FAST = "slots, compiled, Triton kernels", "slots, compiled, preset fast"
 TECHNIQUES = (  # in the order in which a short budget should reach them
-    SLOTS, DIFFUSERS, DA_FUSION, XFORMERS, COMPILED, SLOTS_COMPILED, SLOTS_FAST, SLOTS_KERNELS, SLOTS_TUNED,
+    SLOTS, DIFFUSERS, DA_FUSION, XFORMERS, SLOTS_COMPILED, COMPILED, SLOTS_FAST, SLOTS_KERNELS, SLOTS_TUNED,
 )  # fmt: skip
 QUALITY_IMAGES = 4
 BLOCKS_SHARE = 0.4  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
@@ -80,8 +80,8 @@ class Bench:
             DIFFUSERS: self.diffusers,
             DA_FUSION: self.da_fusion,
             XFORMERS: self.xformers,
-            COMPILED: self.diffusers_compiled,
             SLOTS_COMPILED: self.slots_compiled,
+            COMPILED: self.diffusers_compiled,
             SLOTS_FAST: self.slots_fast,
             SLOTS_KERNELS: self.slots_kernels,
             SLOTS_TUNED: self.slots_tuned,

@@ -191,7 +191,7 @@ def _plan(N: int, P: int, C: int) -> tuple[dict, int, int]:
     if backend.interpreted():
         blocks, programs = {"BLOCK_C": min(16, backend.next_power_of_2(C)), "BLOCK_P": 8}, 8
     else:
-        blocks, programs = {"BLOCK_C": min(64, backend.next_power_of_2(C)), "BLOCK_P": 64, "num_warps": 4}, PROGRAMS
+        blocks, programs = {"BLOCK_C": min(64, backend.next_power_of_2(C)), "BLOCK_P": 32, "num_warps": 4}, PROGRAMS
     wanted = -(-programs // (N * -(-C // blocks["BLOCK_C"])))
     tiles = -(-P // blocks["BLOCK_P"])
     size = -(-tiles // max(1, min(wanted, MAX_CHUNKS, tiles))) * blocks["BLOCK_P"]

@@ -86,12 +86,12 @@ def _blocks(H: int, size: int, channels: int, dtype: torch.dtype) -> dict[str, i
         return {"BLOCK_R": 16, "BLOCK_Q": 16, "BLOCK_J": 32, "UNROLL": 2} | product
     few = 4 * size < H  # output pixels for the pixels read: smaller programs fill a GPU
     return {
-        "BLOCK_R": 16 if few else 32,
+        "BLOCK_R": 16 if few or channels == 1 else 32,
         "BLOCK_Q": 32,
         "BLOCK_J": 32,
         "UNROLL": min(_taps(H, size), 8),
         "BLOCK_Y": 0,
-        "num_warps": 2 if few else 4,
+        "num_warps": 2,
         "num_stages": 1,  # more would fetch source rows past the cache that the next tap finds them in
     }
 

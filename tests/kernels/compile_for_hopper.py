@@ -74,7 +74,7 @@ ALIGNED = INTEGERS - {
 
 STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 512}
 GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
-TILE = {"BLOCK_C": 64, "BLOCK_P": 64}
+TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
 
 
 def loss_cases(E: int, pairs: bool = True, **changes) -> list[tuple]:

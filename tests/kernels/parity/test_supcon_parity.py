@@ -162,7 +162,8 @@ def test_training_takes_the_same_course_with_the_kernel(device):
 
 
 def test_the_graph_keeps_no_square_matrix(device):
-    z, labels, is_ood = batch(16, 16, seed=6)
+    R = 32 if backend.interpreted() else 512  # a multiple of the rows that are padded together
+    z, labels, is_ood = batch(R // 2, 16, seed=6)
     loss = supcon(
         z.to(device, torch.float32).requires_grad_(), labels.to(device), is_ood.to(device), implementation="triton"
     )
@@ -170,7 +171,7 @@ def test_the_graph_keeps_no_square_matrix(device):
     while not hasattr(node, "saved_tensors"):
         node = node.next_functions[0][0]
     numbers = sum(t.nbytes for t in node.saved_tensors) / 4
-    assert numbers <= 32 * (16 + 8)  # with the matrix they were 32 * (16 + 32)
+    assert numbers <= R * (16 + 8)  # the matrix alone would be R * R
 
 
 def test_refuses_what_it_cannot_hold(device):
