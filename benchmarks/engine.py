@@ -13,7 +13,6 @@ import torch
 
 from benchmarks.inputs import Setting
 from kernels import backend
-from kernels.geglu import swap_geglu
 from kernels.group_norm import swap_group_norm
 from kernels.pixels import pixels
 from kernels.staging import upload
@@ -51,13 +50,12 @@ class SlotEngine:
             pipeline: its UNet is changed (attention processors), so that peers need another copy.
             compile_setting: as `pipeline.compile`.
             tune_attention: time attention backends on the UNet's shapes and take the fastest of each.
-            kernels: as `run.kernels`; triton also swaps group norms and gated units of UNet and VAE.
+            kernels: as `run.kernels`; triton also swaps group norms of UNet and VAE.
         """
         self.pipeline, self.setting, self.texts, self.kernels = pipeline, setting, texts, kernels
         if kernels == "triton":
             for model in (pipeline.unet, pipeline.vae):
                 swap_group_norm(model, kernels)
-                swap_geglu(model, kernels)
         self.decode_batch = min(slots, DECODE_BATCH)
         self.kept: dict[int, torch.Tensor] = {}  # pixels of the first round, for judging
         distinct = sorted(set(texts))

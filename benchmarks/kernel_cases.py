@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from benchmarks.kernel_case import Case, implementations
 from benchmarks.kernel_views import view_case
-from kernels.geglu import geglu
 from kernels.group_norm import group_norm_silu
 from kernels.guided_step import guided_step
 from kernels.pixels import pixels
@@ -187,33 +186,6 @@ def norm_case(device: torch.device, compiled: bool, N: int, C: int, side: int, b
     )
 
 
-def gated_case(device: torch.device, compiled: bool, rows: int, D: int) -> Case:
-    """The gated linear unit behind a projection of SD's feed-forward layers; the peer is diffusers' own module."""
-    g = torch.Generator().manual_seed(0)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    x = torch.randn(rows, 2 * D, generator=g).to(device, dtype)
-
-    @functools.cache
-    def unit():
-        from diffusers.models.activations import GEGLU  # where it is not installed, the peer's row says so
-
-        gated = GEGLU(1, 1)
-        gated.proj = torch.nn.Identity()
-        return gated
-
-    return Case(
-        op="geglu",
-        shape=f"N={rows} D={D}",
-        dtype=str(dtype).removeprefix("torch."),
-        candidates=implementations(lambda name: (geglu(x, implementation=name),), device, compiled)
-        | {"diffusers GEGLU": lambda: (unit()(x),)},
-        bytes_moved=3 * rows * D * dtype.itemsize,
-        judged=lambda outputs: (outputs[0][:1024],),
-        truth=lambda: (geglu(x[:1024].double(), implementation="torch"),),
-        captured=True,
-    )
-
-
 def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: int, channels_last: bool = False) -> Case:
     """Decoded images to reservoir slots; the peer is diffusers' way: numpy, then Pillow's resize, image by image.
 
@@ -285,7 +257,6 @@ SWEEPS = {
             (8, 128, 512, True),
         ),
     ),
-    "geglu": Sweep(gated_case, ((512, 128),), ((64 * 4096, 1280), (64 * 1024, 2560), (64 * 256, 5120))),
     "pixels": Sweep(
         pixel_case,
         ((8, 256, 64), (8, 64, 64), (8, 256, 64, True)),

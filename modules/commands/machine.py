@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 from kernels import backend
-from kernels.geglu import swap_geglu
 from kernels.group_norm import swap_group_norm
 from modules.commands import costs
 from modules.commands.job import Job, State
@@ -170,11 +169,10 @@ def unchanged(state: State, overlap: Overlap):
 
 
 def _swap_layers(job: Job) -> None:
-    """Layers of UNet and VAE whose op has a kernel that runs here become layers that call it."""
-    for op, swap in (("group_norm", swap_group_norm), ("geglu", swap_geglu)):
-        if backend.choose(op, device=job.device).name == "triton":
-            swap(job.pipeline.unet)
-            swap(job.pipeline.vae)
+    """Norms of UNet and VAE become layers that call the kernel, where that runs here."""
+    if backend.choose("group_norm", device=job.device).name == "triton":
+        swap_group_norm(job.pipeline.unet)
+        swap_group_norm(job.pipeline.vae)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_text_to_paste(spoken):
         "xformers",
         "TFLOP/s",
         "run.device is cpu",
-        "  views, supcon, guided_step, group_norm, geglu, pixels: torch (the definition",
+        "  views, supcon, guided_step, group_norm, pixels: torch (the definition",
     ):
         assert said in text, said
 

@@ -161,10 +161,10 @@ def test_a_run_that_goes_on_with_other_rounding_says_so_once(tmp_path, monkeypat
     elsewhere = {"device": gpu, "precision": Choice(torch.bfloat16, "auto")}
     monkeypatch.setattr(job_module, "resolve_runtime", lambda *_: dataclasses.replace(resolve(*_), **elsewhere))
     monkeypatch.setattr(job_module, "Meter", lambda device: None)
-    monkeypatch.setattr(backend, "explain", lambda device: {"geglu": backend.Choice("triton", "as a test")})
+    monkeypatch.setattr(backend, "explain", lambda device: {"pixels": backend.Choice("triton", "as a test")})
     text = printed(threads=2)
     assert (
-        "device was cpu, now a card; precision was float32, now bfloat16; kernels was torch, now triton for geglu"
+        "device was cpu, now a card; precision was float32, now bfloat16; kernels was torch, now triton for pixels"
         in text
     )
     assert text.count("warning") == 1 and len(recorded()) == 3
@@ -320,19 +320,18 @@ def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tmp_path):
         assert order[-1] == "generate"
 
 
-def test_layers_are_swapped_for_kernels_that_run_here_and_for_no_others(tmp_path, monkeypatch):
+def test_norms_are_swapped_for_the_kernel_where_it_runs(tmp_path, monkeypatch):
     choose, swapped = backend.choose, []
-    monkeypatch.setattr(machine, "swap_geglu", lambda model: swapped.append(("geglu", model)))
-    monkeypatch.setattr(machine, "swap_group_norm", lambda model: swapped.append(("group_norm", model)))
+    monkeypatch.setattr(machine, "swap_group_norm", swapped.append)
     with built(tmp_path):
         assert not swapped, "on a CPU the definitions run, as diffusers has them"
 
     def forced(op, *how, **named):
-        return choose("geglu")._replace(name="triton") if op == "geglu" else choose(op, *how, **named)
+        return choose(op)._replace(name="triton") if op == "group_norm" else choose(op, *how, **named)
 
     monkeypatch.setattr(backend, "choose", forced)
     with built(tmp_path) as (job, _, _):
-        assert swapped == [("geglu", job.pipeline.unet), ("geglu", job.pipeline.vae)]
+        assert swapped == [job.pipeline.unet, job.pipeline.vae]
 
 
 def test_a_warning_whose_figure_changes_is_printed_once(tmp_path):

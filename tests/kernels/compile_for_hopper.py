@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import geglu, group_norm, guided_step, pixels, supcon_kernels, views_kernel
+from kernels import group_norm, guided_step, pixels, supcon_kernels, views_kernel
 
 HALF = ("x", "y", "dx", "dy", "weight", "bias", "conditional", "unconditional")
 POINTERS = {f"{name}_ptr": "*fp16" for name in HALF} | {
@@ -34,8 +34,6 @@ INTEGERS = {
     "P",
     "C",
     "K",
-    "N",
-    "D",
     "size",
     "width",
     "groups",
@@ -73,7 +71,6 @@ ALIGNED = INTEGERS - {
 }  # multiples of 16 in real shapes
 
 STEP = dict.fromkeys(("GUIDED", "MAPPED", "EPSILON", "NOISE", "MASK"), True) | {"BLOCK": 512}
-GATED = {"BLOCK_N": 4, "BLOCK_D": 256}
 TILE = {"BLOCK_C": 64, "BLOCK_P": 32}
 
 
@@ -124,8 +121,6 @@ CASES = (
     (group_norm._backward_sums_kernel, TILE | {"SILU": True}, {}),
     (group_norm._backward_groups_kernel, {"BLOCK_C": 16, "BLOCK_K": 64}, {"num_warps": 1}),
     (group_norm._backward_kernel, TILE | {"SILU": True}, {}),
-    (geglu._forward_kernel, GATED, {}),
-    (geglu._backward_kernel, GATED, {}),
     *(pixel_case_of(size, channels) for size in (224, 64) for channels in (1, 3)),
     (guided_step._guided_step_kernel, STEP | {"conditional_p": 1, "unconditional_p": 1, "FLAT": True}, {}),
     (guided_step._guided_step_kernel, STEP | {"conditional_c": 1, "unconditional_c": 1, "FLAT": False}, {}),

@@ -24,8 +24,9 @@ def test_a_cpu_runs_the_definitions():
 
 def test_a_gpu_runs_a_kernel_only_once_a_benchmark_row_judged_it(monkeypatch):
     monkeypatch.setattr(backend, "_obstacle", lambda kind: "")
+    monkeypatch.setattr(backend, "JUDGED", {})
     name, reason = backend.choose("supcon", "auto", "cuda")
-    assert name == "torch" and "no GPU benchmark row" in reason
+    assert name == "torch" and "no row of kernels_gpu.csv" in reason
     monkeypatch.setitem(backend.JUDGED, "supcon", "5.1x torch.compile at R = 8192, row 12")
     assert backend.choose("supcon", "auto", "cuda") == ("triton", "5.1x torch.compile at R = 8192, row 12")
     assert backend.choose("views", "auto", "cuda").name == "torch"

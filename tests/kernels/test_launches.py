@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils import _triton
 
-from kernels import backend, geglu, guided_step, supcon_kernels, views_kernel
+from kernels import backend, guided_step, supcon_kernels, views_kernel
 from kernels.group_norm import group_norm_silu
 from kernels.pixels import pixels
 
@@ -16,8 +16,6 @@ CHANGING = {  # integers that another batch changes, and extents that must stay 
     supcon_kernels._forward_kernel: (("groups", "run"), "WIDTH"),
     supcon_kernels._merge_kernel: (("groups", "splits"), "BLOCK"),
     supcon_kernels._backward_kernel: (("R", "groups", "run"), "E"),
-    geglu._forward_kernel: (("N",), "D"),
-    geglu._backward_kernel: (("N",), "D"),
     views_kernel._views_kernel: (("B",), "W"),
     guided_step._guided_step_kernel: (("rows", "unconditional_rows"), "plane"),
 }
@@ -48,7 +46,6 @@ class Traced(Exception):
 
 z, w = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4)
 CALLS = {
-    "geglu": (1, lambda: geglu.geglu(torch.ones(4, 8), implementation="triton")),
     "group_norm": (3, lambda: group_norm_silu(z, 2, w, w, implementation="triton")),
     "pixels": (1, lambda: pixels(z[:, :3], 2, implementation="triton")),
     "guided_step": (

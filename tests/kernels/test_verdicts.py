@@ -57,13 +57,13 @@ def folder(tmp_path):
                 writer.writerow(row | {"date": date, "commit": "c", "device": device, "op": op})
 
     write("2026-01-01 10:00", "supcon", 0.5)
-    write("2026-01-02 10:00", "geglu", 1.5)
+    write("2026-01-02 10:00", "group_norm", 1.5)
     write("2026-01-01 10:00", "pixels", 0.5)
     write("2026-01-03 10:00", "pixels", 2.0)
     return tmp_path
 
 
 def test_what_no_row_backs_is_found(folder, tmp_path):
-    judged = dict.fromkeys(("supcon", "geglu", "pixels", "views"), "a reason")
-    assert unbacked(judged, folder) == ["geglu", "pixels", "views"]
+    judged = dict.fromkeys(("supcon", "group_norm", "pixels", "views"), "a reason")
+    assert unbacked(judged, folder) == ["group_norm", "pixels", "views"]
     assert unbacked({}, folder) == [] and unbacked(judged, tmp_path / "nothing") == list(judged)
