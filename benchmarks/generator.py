@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import harness, inputs, peers, unet_call
 from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.precompile import precompile
 from benchmarks.techniques import (
     BLOCKS_SHARE,
     COMPILED,
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_num_threads(options.threads)
     budget = harness.Budget(options.budget_s)
     bench = Bench(options, budget)
+    if options.compile_only:
+        return {name: maker().batch for name, maker in bench.makers().items()}
+    ahead_s = precompile(bench)
     conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
     candidates = ready(bench, budget)
@@ -80,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
         harness.append_rows(options.out, [conditions | row for row in (*document["rows"], *left_out)])
         harness.drop_partial(options.out)
     calls = unet_calls(bench, peak, document["ratios_of"], candidates, budget)
-    document |= calls
+    document |= calls | {"compiled_ahead_s": round(ahead_s, 1)}
     if options.out and document["rows"]:
         columns = list(document["rows"][0])
         rows = [unet_call.as_row(columns, call, bench) for call in calls.values()]
@@ -282,6 +286,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--unet-rows", type=int, default=unet_call.ROWS, help="rows of one UNet call timed apart; 0: none"
     )
     parser.add_argument("--only", action="append", help="a technique to measure, by its name in the table; repeatable")
+    parser.add_argument("--compile-only", action="store_true", help="make the techniques ready and measure nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)

@@ -142,7 +142,7 @@ class Bench:
         peer = peers.compiled(peers.image_to_image(inputs.own_copy(self.pipeline), self.setting))
         rates = batches.compiled_rates(
             lambda batch: self._call(peer, batch),
-            self._batches_to_compile(),
+            self.batches_to_compile(),
             self.device,
             lambda: self.budget.left - BLOCKS_SHARE * self.budget.seconds,
         )
@@ -209,7 +209,7 @@ class Bench:
         build = lambda slots: SlotEngine(own, self.setting, self.moments, self.texts, slots=slots)  # noqa: E731
         return batches.best_slots(build, self.options.images, self.device, SLOTS, self.budget.left)
 
-    def _batches_to_compile(self) -> tuple[int, ...]:
+    def batches_to_compile(self) -> tuple[int, ...]:
         """The best batch of the pipeline as it comes and the next one: each takes a compilation of its own."""
         if self.options.batch:
             return (self.batch,)

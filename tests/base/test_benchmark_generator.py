@@ -2,13 +2,14 @@
 
 import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import batches, generator, harness, inputs, peers
+from benchmarks import batches, generator, harness, inputs, peers, precompile
 from benchmarks.inputs import Setting
 from benchmarks.techniques import Bench
 from tests.tiny import pipeline_folder
@@ -114,13 +115,40 @@ def test_only_the_techniques_asked_for_are_measured(capsys):
     assert "known are slots; diffusers;" in capsys.readouterr().err
 
 
+def test_compiled_techniques_are_compiled_ahead_at_the_batches_they_will_run(monkeypatch):
+    options = generator._parse(["--device", "cuda", "--pipeline", "random", "--images", "32"])
+    names = dict.fromkeys(("slots", "slots, compiled", "diffusers, compiled + channels_last"))
+    bench = SimpleNamespace(
+        makers=lambda: names, device=torch.device("cuda"), options=options, rows=8, batches_to_compile=lambda: (16, 32)
+    )
+    found = {(line[line.index("--only") + 1], line[line.index("--batch") + 1]) for line in precompile.commands(bench)}
+    assert found == {("slots, compiled", "8"), *(("diffusers, compiled + channels_last", b) for b in ("16", "32"))}
+    for line in precompile.commands(bench):
+        again = generator._parse(line[3:])
+        assert again.compile_only and again.out is None and (again.images, again.pipeline) == (32, "random")
+    bench.device = torch.device("cpu")
+    assert not precompile.commands(bench), "a CPU has no cores left for it"
+
+
+def test_what_cannot_be_compiled_ahead_is_told_and_costs_nothing_else(monkeypatch, capsys):
+    fine, broken = ([sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3))
+    monkeypatch.setattr(precompile, "commands", lambda bench: [broken, fine])
+    assert precompile.precompile(None) > 0
+    assert "failed with exit code 3" in capsys.readouterr().out
+
+
+def test_to_compile_alone_measures_nothing():
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "2", "--batch", "2"]
+    assert generator.main([*arguments, "--out", "none", "--only", "slots", "--compile-only"]) == {"slots": 2}
+
+
 def test_each_peer_runs_at_its_own_best_batch_and_its_row_says_what_was_tried(tmp_path, monkeypatch, capsys):
     best = {"diffusers": 2, "diffusers, xformers": 4}
     monkeypatch.setattr(batches, "best_batch", lambda *a: (best[a[3]], f"batches tried: 2, 4 for {a[3]}"))
     monkeypatch.setattr(peers, "with_xformers", lambda peer, technique: peer)  # a stand-in that runs on a CPU
     monkeypatch.setattr(peers, "compiled", lambda peer: peer)
     monkeypatch.setattr(Bench, "_need_compiler", only_peers)
-    monkeypatch.setattr(Bench, "_batches_to_compile", lambda self: (2, 4))
+    monkeypatch.setattr(Bench, "batches_to_compile", lambda self: (2, 4))
     rates = {2: 0.5, 4: 9.0}
     monkeypatch.setattr(batches, "compiled_rates", lambda call_at, tried, *_: {b: rates[b] for b in tried})
     arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "4", "--blocks", "1"]
@@ -166,11 +194,11 @@ def test_a_compiled_pipelines_other_batch_is_the_next_one():
     assert batches.next_to(16, 64, gpu) == (32,) and batches.next_to(64, 64, gpu) == (32,)
     assert batches.next_to(8, 8, gpu) == () and batches.next_to(3, 3, gpu) == ()
     bench = SimpleNamespace(options=SimpleNamespace(batch=0, images=64), device=gpu, batch=32)
-    assert Bench._batches_to_compile(bench) == (32, 64)
+    assert Bench.batches_to_compile(bench) == (32, 64)
     bench.device = torch.device("cpu")
-    assert Bench._batches_to_compile(bench) == (32, 16), "the next smaller where there is no larger"
+    assert Bench.batches_to_compile(bench) == (32, 16), "the next smaller where there is no larger"
     bench.device, bench.options.batch = gpu, 32
-    assert Bench._batches_to_compile(bench) == (32,), "asked for"
+    assert Bench.batches_to_compile(bench) == (32,), "asked for"
 
 
 def test_the_best_batch_is_searched_within_its_share_of_the_time(pipeline, clock, monkeypatch):
