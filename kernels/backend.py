@@ -34,6 +34,8 @@ JUDGED: dict[str, str] = {
     "pixels": "1.2x torch.compile on an H200, a 25th of its memory, faster since: kernels_gpu.csv of 2026-11-27",
 }
 
+SHARED_BYTES = 227 * 1024  # of a block on the GPU that rows were measured on
+
 _default = "auto"
 _launched = 0  # launches of kernels by this process, compiled graphs apart
 
@@ -105,9 +107,26 @@ def choose(op: str, implementation: str = "auto", device: torch.device | str = "
         return Choice("torch", "the definition in plain torch is the CPU path")
     if obstacle:
         return Choice("torch", obstacle)
+    if op in JUDGED and (other := _unlike_judged(device)):
+        return Choice("torch", other)
     if op in JUDGED:
         return Choice("triton", JUDGED[op])
     return Choice("torch", "no row of kernels_gpu.csv says that the kernel pays, so it is off")
+
+
+def _unlike_judged(device: torch.device | str) -> str:
+    """Why what a row of an H200 says need not hold on a GPU; "" where it is of that kind or a later one.
+
+    Blocks are as large as its shared memory lets them be: on most other GPUs a kernel would not start.
+    """
+    found = torch.cuda.get_device_properties(device)
+    if (found.major, found.minor) >= (9, 0) and found.shared_memory_per_block_optin >= SHARED_BYTES:
+        return ""
+    shared = found.shared_memory_per_block_optin // 1024
+    return (
+        f"the kernel was judged on an H200; {found.name} (sm_{found.major}{found.minor}, {shared} KiB of shared memory a "
+        "block) is of another kind; run.kernels=triton tries it"
+    )
 
 
 def explain(device: torch.device | str, implementation: str = "auto") -> dict[str, Choice]:

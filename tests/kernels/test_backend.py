@@ -2,7 +2,9 @@
 
 import ast
 import contextlib
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,21 @@ import torch
 from kernels import backend
 
 FOLDER = Path(backend.__file__).parent
+H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, shared_memory_per_block_optin=232448)
 
 
 @pytest.fixture(autouse=True)
 def restore_default():
     yield
     backend.set_default("auto")
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """Properties of the GPU that is asked for, of one that is not there."""
+    found = copy.copy(H200)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    return found
 
 
 def test_a_cpu_runs_the_definitions():
@@ -30,6 +41,20 @@ def test_a_gpu_runs_a_kernel_only_once_a_benchmark_row_judged_it(monkeypatch):
     monkeypatch.setitem(backend.JUDGED, "supcon", "5.1x torch.compile at R = 8192, row 12")
     assert backend.choose("supcon", "auto", "cuda") == ("triton", "5.1x torch.compile at R = 8192, row 12")
     assert backend.choose("views", "auto", "cuda").name == "torch"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"major": 8, "minor": 6}, {"major": 12, "shared_memory_per_block_optin": 101376}],
+    ids=["older", "smaller"],
+)
+def test_a_row_of_one_gpu_says_nothing_of_another_kind(other, gpu, monkeypatch):
+    monkeypatch.setattr(backend, "_obstacle", lambda kind: "")
+    monkeypatch.setitem(backend.JUDGED, "supcon", "judged")
+    vars(gpu).update(other, name="some card")
+    name, reason = backend.choose("supcon", "auto", "cuda")
+    assert name == "torch" and "some card" in reason and "run.kernels=triton" in reason
+    assert backend.choose("supcon", "triton", "cuda").name == "triton"
 
 
 def test_a_setting_forces_either(monkeypatch):
