@@ -14,8 +14,8 @@ demo: setup
 	$(PY) trainer.py run configs/demo.yaml
 
 test: setup
-	@echo "tests: 4 to 6 minutes on 2 CPU cores"
-	$(PY) -m pytest -n 2 --dist loadfile
+	@echo "tests: 4 to 8 minutes on 2 CPU cores"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

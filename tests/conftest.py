@@ -24,6 +24,7 @@ def no_network(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_triton.py")  # minutes in one test: begun last, they come on top
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
