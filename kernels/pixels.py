@@ -51,7 +51,7 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
     out_Nhw3 = torch.empty(N, size, size, 3, dtype=torch.uint8, device=decoded_N3HW.device)
     stride_n, stride_c, stride_h, stride_w = decoded_N3HW.stride()
     channels = 3 if (stride_c, stride_w) == (1, 3) else 1
-    blocks = _blocks(H, size, channels, decoded_N3HW.dtype)
+    blocks = _blocks(H, size, channels)
     launch(
         _pixels_kernel,
         (-(-size * channels // blocks["BLOCK_Q"]), -(-size // blocks["BLOCK_R"]), N * 3 // channels),
@@ -75,22 +75,19 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
     return out_Nhw3
 
 
-def _blocks(H: int, size: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
+def _blocks(H: int, size: int, channels: int) -> dict[str, int]:
     """BLOCK_R output rows and BLOCK_Q values of each are a program's, BLOCK_J source values of a row at a time.
 
-    BLOCK_Y: source rows of one product that sums over them, in fp16 only; 0: each output row sums its own, of which
-    UNROLL are asked for before the first is waited for.
+    UNROLL: source rows of an output row that are asked for before the first is waited for.
     """
     if backend.interpreted():
-        product = {"BLOCK_Y": 16 if dtype == torch.float16 else 0}  # both ways are tested
-        return {"BLOCK_R": 16, "BLOCK_Q": 16, "BLOCK_J": 32, "UNROLL": 2} | product
+        return {"BLOCK_R": 16, "BLOCK_Q": 16, "BLOCK_J": 32, "UNROLL": 2}
     few = 4 * size < H  # output pixels for the pixels read: smaller programs fill a GPU
     return {
         "BLOCK_R": 16 if few or channels == 1 else 32,
         "BLOCK_Q": 32,
         "BLOCK_J": 32,
         "UNROLL": min(_taps(H, size), 8),
-        "BLOCK_Y": 0,
         "num_warps": 2,
         "num_stages": 1,  # more would fetch source rows past the cache that the next tap finds them in
     }
@@ -143,7 +140,7 @@ def _halves(x):
 @jit
 def _pixels_kernel(
     x_ptr, out_ptr, H, W, size, inverse_y, inverse_x, stride_n, stride_c, stride_h, stride_j,
-    CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, UNROLL: tl.constexpr, BLOCK_Y: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, NAN_STAYS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R output rows x BLOCK_Q output values of a plane: a sum over each row's source rows, then a product across.
@@ -174,10 +171,6 @@ def _pixels_kernel(
 
     total_Q = _total(column_Q, W, size, inverse_x, TAPS_X)
     total_R = _total(row_R, H, size, inverse_y, TAPS_Y)
-    if BLOCK_Y:
-        top = _first(tl.program_id(1) * BLOCK_R, H, size)
-        bottom = tl.minimum(_first(tl.minimum((tl.program_id(1) + 1) * BLOCK_R, size) - 1, H, size) + TAPS_Y, H)
-        center_R = ((2 * row_R + 1) * H - (2 * top + 1) * size).to(tl.float32)
     out_RQ = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
     start = left * CHANNELS // 16 * 16  # aligned, for wide loads
     stop = tl.minimum(right, W) * CHANNELS
@@ -185,31 +178,17 @@ def _pixels_kernel(
         j_J = tl.multiple_of(chunk, 16) + tl.arange(0, BLOCK_J)
         inside_J = j_J < W * CHANNELS
         sum_RJ = tl.zeros([BLOCK_R, BLOCK_J], tl.float32)
-        if BLOCK_Y:
-            for y in range(top, bottom, BLOCK_Y):
-                y_Y = y + tl.arange(0, BLOCK_Y)
-                x_YJ = tl.load(
-                    x_ptr + y_Y[:, None] * stride_h + j_J[None, :] * stride_j,
-                    mask=(y_Y < H)[:, None] & inside_J[None, :],
+        for taps in range(0, TAPS_Y, UNROLL):
+            for tap in tl.static_range(UNROLL):
+                y_R = first_R + taps + tap
+                weight_R = _weight((2 * y_R + 1) * size - (2 * row_R + 1) * H, inverse_y)
+                weight_R = tl.where(y_R < H, weight_R, 0.0)
+                x_RJ = tl.load(
+                    x_ptr + tl.minimum(y_R, H - 1)[:, None] * stride_h + j_J[None, :] * stride_j,
+                    mask=inside_J[None, :],
                     other=0.0,
                 )
-                place_Y = ((y_Y - top) * (2 * size)).to(tl.float32)
-                high_RY, low_RY = _halves(_weight(center_R[:, None] - place_Y[None, :], inverse_y))
-                x_YJ = _clamped(x_YJ, NAN_STAYS)
-                sum_RJ = tl.dot(low_RY, x_YJ, sum_RJ)
-                sum_RJ = tl.dot(high_RY, x_YJ, sum_RJ)
-        else:
-            for taps in range(0, TAPS_Y, UNROLL):
-                for tap in tl.static_range(UNROLL):
-                    y_R = first_R + taps + tap
-                    weight_R = _weight((2 * y_R + 1) * size - (2 * row_R + 1) * H, inverse_y)
-                    weight_R = tl.where(y_R < H, weight_R, 0.0)
-                    x_RJ = tl.load(
-                        x_ptr + tl.minimum(y_R, H - 1)[:, None] * stride_h + j_J[None, :] * stride_j,
-                        mask=inside_J[None, :],
-                        other=0.0,
-                    )
-                    sum_RJ += weight_R[:, None] * _clamped(x_RJ.to(tl.float32), NAN_STAYS)
+                sum_RJ += weight_R[:, None] * _clamped(x_RJ.to(tl.float32), NAN_STAYS)
         place_J = ((2 * (j_J // CHANNELS) + 1) * size - origin).to(tl.float32) + (j_J % CHANNELS) * apart
         place_J = tl.where(inside_J, place_J, -apart)
         across_JQ = _weight(place_J[:, None] - center_Q[None, :], inverse_x)

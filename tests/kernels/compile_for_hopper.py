@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -101,7 +100,7 @@ def view_case(side: int, out_bytes: int, **constants) -> tuple:
 
 def pixel_case_of(size: int, channels: int) -> tuple:
     """512 px to size; channels: 3 in channels_last, as a compiled decoder answers, 1 in planes."""
-    blocks = pixels._blocks(512, size, channels, torch.float16)
+    blocks = pixels._blocks(512, size, channels)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages") if name in blocks}
     taps = pixels._taps(512, size)
     constants = {"CHANNELS": channels, "TAPS_Y": taps, "TAPS_X": taps, "NAN_STAYS": False, "stride_j": 1} | blocks
