@@ -32,16 +32,10 @@ def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[tor
     return upload(table_BVE, device), bool((p.factor_BV4[..., CONTRAST] != 1).any())
 
 
-def launch_settings(height: int, width: int, out_bytes: int) -> dict[str, int | str]:
-    """How an output of this size is cut into programs: COLUMNS, ROWS, num_warps, and PIXELS of a lane.
-
-    STORE: "words" of two halves of neighboring pixels, for an even width and PIXELS 2; "joined", the channels of a warp's
-    pixels side by side, so that its stores are whole runs of bytes; "apart", each channel by itself, every third value.
-    """
+def launch_settings(height: int, width: int) -> dict[str, int]:
+    """How an output of this size is cut into programs: COLUMNS, ROWS, num_warps, and PIXELS of a lane."""
     pixels = 1 if width <= 32 else 2
-    words = pixels == 2 and out_bytes == 2 and width % 2 == 0
-    return {"COLUMNS": 32 * pixels, "ROWS": 32 if height > 64 else 16, "PIXELS": pixels, "num_warps": 1,
-            "STORE": "words" if words else "joined"}  # fmt: skip
+    return {"COLUMNS": 32 * pixels, "ROWS": 32 if height > 64 else 16, "PIXELS": pixels, "num_warps": 1}
 
 
 def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tensor:
@@ -49,7 +43,7 @@ def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tenso
     B, H, W, _ = images_BHWC.shape
     table_BVE, contrast = tables
     V, device = table_BVE.shape[1], images_BHWC.device
-    settings = launch_settings(*size, out_dtype.itemsize)
+    settings = launch_settings(*size)
     strips = -(-size[0] // settings["ROWS"]) * -(-size[1] // settings["COLUMNS"])
     sums_BVs = torch.empty(B, V, strips, dtype=torch.float32, device=device)
     out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
@@ -82,7 +76,6 @@ def _views_kernel(
     images_ptr, table_ptr, sums_ptr, out_ptr, B, V, H, W, out_H, out_W,
     mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, READ_WORDS: tl.constexpr,
     MEANS: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
-    STORE: tl.constexpr,
 ):  # fmt: skip
     """One strip of one view: its sum of grey before contrast (MEANS), or its pixels."""
     across, strips = tl.cdiv(out_W, COLUMNS), tl.cdiv(out_W, COLUMNS) * tl.cdiv(out_H, ROWS)
@@ -114,10 +107,9 @@ def _views_kernel(
     turn = 6.0 * (turn - tl.floor(turn)) + 1.0  # >= 1 sixths of the circle
     shift_r, shift_g, shift_b = -mean_r * inverse_r, -mean_g * inverse_g, -mean_b * inverse_b
 
-    start_x = strip % across * COLUMNS
     # a lane has PIXELS neighbors: on the last axis, which the compiler does not spread over lanes where loads are gathers
-    local_x = tl.arange(0, COLUMNS // PIXELS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
-    x = start_x + local_x
+    x = tl.arange(0, COLUMNS // PIXELS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+    x += strip % across * COLUMNS
     out_ptr += (v * B + b).to(tl.int64) * out_H * out_W * 3
     image_ptr = images_ptr + b.to(tl.int64) * H * W * 3
     seen = tl.minimum(x, out_W - 1)  # lanes past the end repeat the last column
@@ -177,7 +169,11 @@ def _views_kernel(
                 level = _grey_of(red, green, blue)
                 red, green, blue = level, level, level
             red, green, blue = red * inverse_r + shift_r, green * inverse_g + shift_g, blue * inverse_b + shift_b
-            _put(out_ptr + (y * out_W + start_x) * 3, local_x, out_W - start_x, red, green, blue, STORE)
+            kind: tl.constexpr = out_ptr.dtype.element_ty
+            row_ptr = out_ptr + (y * out_W + x) * 3
+            tl.store(row_ptr, red.to(kind), mask=x < out_W)
+            tl.store(row_ptr + 1, green.to(kind), mask=x < out_W)
+            tl.store(row_ptr + 2, blue.to(kind), mask=x < out_W)
     if MEANS:
         total = tl.where(x < out_W, total, 0.0)
         tl.store(sums_ptr + view.to(tl.int64) * strips + strip, tl.sum(tl.sum(total, 1), 0))
@@ -285,37 +281,3 @@ def _turned(red, green, blue, turn):
     green = tl.minimum(tl.maximum(three - tl.abs(hue - 3 * chroma), low), high)
     blue = tl.minimum(tl.maximum(one + tl.abs(hue - 2 * chroma), low), high)
     return red, green, blue
-
-
-@jit
-def _put(row_ptr, local_x, width, red, green, blue, STORE: tl.constexpr):
-    """Store the channels of pixels local_x (lanes x PIXELS) < width, of a row that begins at row_ptr, as STORE says."""
-    kind: tl.constexpr = row_ptr.dtype.element_ty
-    c = tl.arange(0, 4)
-    red, green, blue = red.to(kind), green.to(kind), blue.to(kind)
-    if STORE == "words":
-        red, green, blue = _bits(red), _bits(green), _bits(blue)
-        first = tl.arange(0, 2)[None, :] == 0  # of a lane's two pixels; the sums over them are within a lane
-        word_0 = tl.sum(tl.where(first, red | (green << 16), 0), 1)
-        word_1 = tl.sum(tl.where(first, blue, red << 16), 1)
-        word_2 = tl.sum(tl.where(first, 0, green | (blue << 16)), 1)
-        lanes: tl.constexpr = word_0.shape[0]
-        words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_2)), (lanes, 4))
-        lane = tl.arange(0, lanes)[:, None]
-        at = row_ptr.to(tl.pointer_type(tl.int32)) + (lane * 3 + c[None, :])
-        tl.store(at, words, mask=(lane * 2 < width) & (c < 3)[None, :])
-    elif STORE == "joined":
-        colors = tl.join(tl.join(red, blue), tl.join(green, blue))
-        colors = tl.reshape(colors, (red.shape[0], red.shape[1], 4))
-        at = row_ptr + (local_x[:, :, None] * 3 + c[None, None, :])
-        tl.store(at, colors, mask=(local_x < width)[:, :, None] & (c < 3)[None, None, :])
-    else:
-        tl.store(row_ptr + local_x * 3, red, mask=local_x < width)
-        tl.store(row_ptr + local_x * 3 + 1, green, mask=local_x < width)
-        tl.store(row_ptr + local_x * 3 + 2, blue, mask=local_x < width)
-
-
-@jit
-def _bits(halves):
-    """Numbers of 16 bits as integers."""
-    return halves.to(tl.uint16, bitcast=True).to(tl.int32)

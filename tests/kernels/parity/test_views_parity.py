@@ -1,4 +1,4 @@
-"""The views kernel cut into many small strips: means over strips, ragged strips, each way to read and to store."""
+"""The views kernel cut into many small strips: means over strips, ragged strips, each way to read."""
 
 import dataclasses
 
@@ -20,22 +20,22 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
 
 
-def cut(monkeypatch, rows: int, columns: int, pixels: int, store: str):
-    settings = {"ROWS": rows, "COLUMNS": columns, "PIXELS": pixels, "STORE": store, "num_warps": 1}
-    monkeypatch.setattr(views_kernel, "launch_settings", lambda height, width, out_bytes: settings)
+def cut(monkeypatch, rows: int, columns: int, pixels: int):
+    settings = {"ROWS": rows, "COLUMNS": columns, "PIXELS": pixels, "num_warps": 1}
+    monkeypatch.setattr(views_kernel, "launch_settings", lambda height, width: settings)
 
 
 @pytest.mark.parametrize(
     "height, width, size, dtype, settings",
     [
-        (7, 12, None, torch.float32, (5, 8, 1, "joined")),
-        (6, 12, None, torch.float32, (4, 8, 2, "joined")),
-        (5, 7, None, torch.float32, (4, 4, 1, "apart")),  # rows that begin at any byte
-        (6, 16, (6, 18), torch.bfloat16, (4, 8, 2, "words")),
-        (5, 8, (6, 22), torch.float16, (8, 8, 2, "words")),
-        (5, 7, (7, 11), torch.float16, (4, 8, 2, "joined")),
-        (8, 6, (5, 4), torch.float16, (4, 4, 2, "words")),  # shrinks
-        (4, 10, (5, 6), torch.float32, (4, 4, 2, "apart")),  # shrinks across alone
+        (7, 12, None, torch.float32, (5, 8, 1)),
+        (6, 12, None, torch.float32, (4, 8, 2)),
+        (5, 7, None, torch.float32, (4, 4, 1)),  # rows that begin at any byte
+        (6, 16, (6, 18), torch.bfloat16, (4, 8, 2)),
+        (5, 8, (6, 22), torch.float16, (8, 8, 2)),
+        (5, 7, (7, 11), torch.float16, (4, 8, 2)),
+        (8, 6, (5, 4), torch.float16, (4, 4, 2)),  # shrinks
+        (4, 10, (5, 6), torch.float32, (4, 4, 2)),  # shrinks across alone
     ],
 )
 def test_strips(height, width, size, dtype, settings, device, monkeypatch, as_good_as_eager):
@@ -50,7 +50,7 @@ def test_strips(height, width, size, dtype, settings, device, monkeypatch, as_go
 
 def test_images_that_begin_at_any_byte(device, monkeypatch):
     """A word can be read at multiples of four bytes only."""
-    cut(monkeypatch, 8, 8, 1, "joined")
+    cut(monkeypatch, 8, 8, 1)
     images = noise(3 * 8 * 8 * 3 + 1).to(device)[1:].view(3, 8, 8, 3)
     parameters = drawn(3, 1, 8, 8)
     shifted, aligned = (views(x, parameters, MEAN, STD, implementation="triton") for x in (images, images.clone()))
