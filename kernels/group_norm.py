@@ -290,6 +290,19 @@ def _normalize_kernel(
 
 
 @jit
+def _of_channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, c, group, C):
+    """weight and bias of channels c, mean and 1/sd of the groups they are in."""
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    return (
+        weight,
+        bias,
+        tl.load(mean_ptr + group, mask=c < C, other=0.0),
+        tl.load(rstd_ptr + group, mask=c < C, other=0.0),
+    )
+
+
+@jit
 def _gradient(x, dy, weight, bias, mean, rstd, SILU: tl.constexpr):
     """x^ and g = dL/dy silu'(u) of a tile."""
     x_hat = (x - mean[None, :]) * rstd[None, :]
@@ -309,10 +322,8 @@ def _backward_sums_kernel(
     """Sums of g and g x^ of each channel over one chunk, kept a lane until the end."""
     n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + n * groups + c // width, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + n * groups + c // width, mask=c < C, other=0.0)
+    group = n * groups + c // width
+    weight, bias, mean, rstd = _of_channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, c, group, C)
     pixels = tl.minimum(size, P - k * size)
     first = (n * P + k * size) * C
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -362,10 +373,7 @@ def _backward_kernel(
     n, k = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     group = n * groups + c // width
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    weight, bias, mean, rstd = _of_channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, c, group, C)
     mean_wg = tl.load(mean_wg_ptr + group, mask=c < C, other=0.0)
     mean_wgx = tl.load(mean_wgx_ptr + group, mask=c < C, other=0.0)
     pixels = tl.minimum(size, P - k * size)
