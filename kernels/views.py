@@ -71,32 +71,26 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     normalize_23 = upload(torch.stack([scale_3, -torch.tensor(mean, dtype=torch.float32) * scale_3]), device)
     scale_311, shift_311 = normalize_23[:, :, None, None].unbind(0)
     row_R = place_R.argsort(stable=True)
+    images_BX = images_BHWC.flatten(1)
     ends_5 = torch.bincount(place_R, minlength=UNCHANGED + 1).cumsum(0)
     geometry_R6, place_R, turn_R, blend_R33 = (t[row_R] for t in (geometry_R6, place_R, turn_R, blend_R33))
     grey_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
     geometry_R6, turn_R, blend_R33 = (upload(table, device) for table in (geometry_R6, turn_R, blend_R33))
-    out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
+    sorted_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     block = V * B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
     for start in range(0, V * B, block):
         b = slice(start, min(start + block, V * B))
-        source_b3HW = images_BHWC[upload(row_R[b] % B, device)].permute(0, 3, 1, 2).float().div_(255)
-        x_b3HW = _crop(source_b3HW, geometry_R6[b], size)
+        source_bHWC = images_BX.index_select(0, upload(row_R[b] % B, device)).unflatten(1, (H, W, 3))
+        x_b3HW = _crop(source_bHWC.permute(0, 3, 1, 2).float().div_(255), geometry_R6[b], size)
         ends = (ends_5 - start).clamp(0, b.stop - start).tolist()
         _jitter(x_b3HW, turn_R[b], blend_R33[b], ends, bool(turns_R[b].any()))
         grey = upload(grey_R[b].nonzero().squeeze(1), device)
         if len(grey):
-            x_b3HW[grey] = _grey(x_b3HW[grey]).expand(-1, 3, -1, -1)
-        _put_rows(out_RHWC, row_R[b], x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1))
-    return out_RHWC.permute(0, 3, 1, 2)
-
-
-def _put_rows(out_RHWC, rows, values_bHWC) -> None:
-    """values into rows (on the CPU) of out; on a CPU one copy a row, which is vectorized where an index is not."""
-    if out_RHWC.device.type != "cpu":
-        out_RHWC[upload(rows, out_RHWC.device)] = values_bHWC.to(out_RHWC.dtype)
-        return
-    for row, value_HWC in zip(rows.tolist(), values_bHWC, strict=True):
-        out_RHWC[row].copy_(value_HWC)
+            x_b3HW.index_copy_(0, grey, _grey(x_b3HW.index_select(0, grey)).expand(-1, 3, -1, -1))
+        sorted_RHWC[b] = x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1)
+    # Whole rows are picked as they lie in memory; `images[rows]` goes through single bytes on a CPU.
+    out_RX = sorted_RHWC.flatten(1).index_select(0, upload(row_R.argsort(), device))
+    return out_RX.unflatten(1, (*size, 3)).permute(0, 3, 1, 2)
 
 
 def _jitter_tables(op_R4, factor_R4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
