@@ -20,7 +20,7 @@ def frozen_linear(
     """y = x W^T + b, [..., I] to [..., O]; gradients flow to x only, so weight and bias must not require any.
 
     auto is oneDNN for float32 on a CPU where torch was built with it, else torch's product; torch's too under
-    torch.compile, which packs the weights of a frozen model itself (see modules/diffusion/capture.py).
+    torch.compile, where no difference could be measured (benchmarks/LOG.md).
 
     Raises ValueError for weights that require a gradient, and where oneDNN is demanded but cannot run.
     """

@@ -75,8 +75,7 @@ def _compiled(slots: Slots, on_gpu: bool) -> Choice:
         install(slots.pipeline.unet, fuse=True)
         slots.pipeline.vae.to(memory_format=torch.channels_last)
     slots.pipeline.unet.to(memory_format=torch.channels_last)
-    # On a CPU weights are packed as constants: 5 % (benchmarks/LOG.md); on a GPU the cost of a copy of them is not paid.
-    tick.unet = torch.compile(slots.pipeline.unet, dynamic=False, options=None if on_gpu else {"freezing": True})
+    tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
     if not on_gpu:  # the decoder stays as it is: compiled it was a fifth slower (benchmarks/LOG.md)
         tick.step()
         return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
