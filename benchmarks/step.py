@@ -66,7 +66,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     on_gpu = torch.device(options.device).type == "cuda"
     modes = ("sequential", "stream") if on_gpu else ("sequential",)
     small = {"pipeline.path": options.pipeline, "run.device": options.device}
-    found = [Case("small_resnet 64 px", small, (0.0, 1.0, 2.0, 3.0, 4.0, 8.0), 3.0, modes=modes)]
+    found = [Case("small_resnet 64 px", small, (0.0, 1.0, 1.5, 2.0, 4.0, 8.0), 1.5, modes=modes)]
     if on_gpu:
         large = {
             "run.device": options.device,
