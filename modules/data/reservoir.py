@@ -116,6 +116,8 @@ class Reservoir:
         `excluding` always. Fewer rows than `count` is a shortfall, which the caller counts.
         """
         self._step = max(self._step, step)
+        if not count:
+            return []
         labels = range(self.num_classes) if label is None else (label,) if isinstance(label, int) else label
         tie = torch.rand(len(self._entries), generator=generator, dtype=torch.float64).tolist()
         queues = []
