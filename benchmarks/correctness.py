@@ -20,7 +20,6 @@ from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_cases import SWEEPS
-from modules.runtime import quiet_libraries
 
 MORE_THAN_EAGER = 1e-4  # relative error that a kernel may add to twice the definition's own
 DEFINITION = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}  # relative error that a definition may have
@@ -127,7 +126,6 @@ def main(argv: list[str] | None = None) -> dict:
         "--pipeline", default="", help="random | embedded | path; default: random on a GPU, else embedded"
     )
     options = parser.parse_args(argv)
-    quiet_libraries()
     device = torch.device(options.device)
     checks: list[Check] = []
     conditions, lost = harness.conditions(device), False

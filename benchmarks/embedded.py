@@ -34,7 +34,7 @@ from modules.diffusion.token_report import token_report
 from modules.diffusion.tokens import PromptBank
 from modules.evaluation.sheets import sheet_png
 from modules.learning.judge import load_judge
-from modules.runtime import commit, environment, quiet_libraries, stream
+from modules.runtime import commit, environment, stream
 from modules.settings import load_config
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="use every n-th val image")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    quiet_libraries()
     config, _ = load_config(arguments.config, arguments.overrides)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,6 @@ from benchmarks.techniques import (
     Candidate,
 )
 from kernels.linear import frozen_linear
-from modules.runtime import quiet_libraries
 
 RATIOS = {
     "da_fusion_loop": DA_FUSION,
@@ -50,7 +49,6 @@ RATIOS = {
 def main(argv: list[str] | None = None) -> dict:
     """Measure, append rows, print a table and the JSON document; returns that document."""
     options = _parse(argv)
-    quiet_libraries()
     if options.threads:
         torch.set_num_threads(options.threads)
     budget = harness.Budget(options.budget_s)

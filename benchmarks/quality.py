@@ -23,7 +23,6 @@ from modules.commands.job import Job, State
 from modules.diffusion.suitability import ALL, judge_images, suitability
 from modules.evaluation.evaluate import evaluate, feature_set
 from modules.evaluation.features import embed_images
-from modules.runtime import quiet_libraries
 
 TOLERANCE = 0.03  # of agreement, accuracy and AUROC that a lossy choice may lose
 COLUMNS = (  # of a row, after its conditions
@@ -49,7 +48,6 @@ CHOICES: dict[str, dict[str, object]] = {
 def main(argv: list[str] | None = None) -> dict:
     """Run the choices, append their rows, print a table and the JSON document; returns that document."""
     options = _parse(argv)
-    quiet_libraries()
     if options.threads:
         torch.set_num_threads(options.threads)
     budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)

@@ -23,7 +23,6 @@ from benchmarks import harness, inputs
 from benchmarks.session import session
 from benchmarks.stepper import Stepper
 from modules.phases import STEP_PHASES
-from modules.runtime import quiet_libraries
 
 COMMON = {  # settings of every case: nothing to learn beforehand, rings that never run dry
     "inversion.class_agnostic": True,
@@ -211,7 +210,6 @@ def _times(timing: harness.Timing, steps: int) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> dict:
     """Measure, append rows, print a table and the JSON document; returns that document."""
     options = _parse(argv)
-    quiet_libraries()
     if options.threads:
         torch.set_num_threads(options.threads)
     budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
