@@ -286,7 +286,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--unet-rows", type=int, default=unet_call.ROWS, help="rows of one UNet call timed apart; 0: none"
     )
     parser.add_argument("--only", action="append", help="a technique to measure, by its name in the table; repeatable")
-    parser.add_argument("--compile-only", action="store_true", help="make the techniques ready and measure nothing")
+    parser.add_argument("--compile-only", action="store_true", help="compile the techniques and measure nothing")
+    parser.add_argument("--backends", default="{}", help="JSON: attention backends by shape that are taken untimed")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
