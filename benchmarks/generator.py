@@ -60,7 +60,13 @@ def main(argv: list[str] | None = None) -> dict:
     ahead_s = precompile(bench)
     conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
-    candidates = ready(bench, budget)
+
+    def keep_ready(found: list[Candidate]) -> None:
+        if options.out:  # before the first round, should making the others ready take all the time there is
+            document = {"benchmark": "generator", **conditions, "ready": [_first_batch(c, bench.batch) for c in found]}
+            harness.write_partial(options.out, document | {"skipped": bench.skipped})
+
+    candidates = ready(bench, budget, keep_ready)
     if not candidates:
         raise SystemExit(f"no technique could run: {bench.skipped}")
     images = images_a_block(candidates, bench.setting.images, bench.batch, options.blocks, budget.left)
@@ -105,7 +111,7 @@ def matrix_peak(device: torch.device, ceilings: Ceilings) -> float:
     return max(ceilings.matmul_tflop_per_s, 2 * n**3 / found.timings["onednn"].median_ms / 1e9)
 
 
-def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
+def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -> list[Candidate]:
     """Every technique that can run here, warmed up over one batch; bench.skipped says which cannot, and why.
 
     None is begun in the part of the budget that is kept for the alternating blocks.
@@ -133,7 +139,14 @@ def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
         print(f"{candidate.name}: ready after {candidate.ready_s:.1f} s, a batch {candidate.batch_s:.2f} s  "
               f"{candidate.quality}", flush=True)  # fmt: skip
         found.append(candidate)
+        after_each(found)
     return found
+
+
+def _first_batch(candidate: Candidate, batch: int) -> dict[str, object]:
+    """What is known of a technique before its first block: one batch, timed once."""
+    known = {name: getattr(candidate, name) for name in ("batch", "ready_s", "peak_mib", "switches", "quality")}
+    return {"technique": candidate.name, "images_per_s": round(batch / candidate.batch_s, 4)} | known
 
 
 def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks: int, seconds: float) -> int:

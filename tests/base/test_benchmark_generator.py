@@ -93,6 +93,20 @@ def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     assert document["ratios"]["da_fusion_loop"] == pytest.approx(ratio, rel=1e-2)
 
 
+def test_what_is_ready_is_kept_before_the_first_block(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generator, "alternate", stopped)
+    out = tmp_path / "generator.csv"
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "2", "--batch", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        generator.main([*arguments, "--no-compile", "--only", "slots", "--only", "diffusers", "--out", str(out)])
+    kept = json.loads((tmp_path / "generator.partial.json").read_text())
+    assert [row["technique"] for row in kept["ready"]] == ["slots", "diffusers"] and kept["commit"]
+    assert all(row["images_per_s"] > 0 and row["batch"] == 2 for row in kept["ready"])
+
+
 def test_only_the_techniques_asked_for_are_measured(capsys):
     arguments = [
         "--device",
@@ -149,12 +163,16 @@ def test_compiling_ahead_ends_where_the_blocks_need_the_rest_of_the_budget(monke
     monkeypatch.setattr(precompile.subprocess, "Popen", lambda *a, **k: begun.append(real(*a, **k)) or begun[-1])
     monkeypatch.setattr(precompile, "commands", lambda bench: dict(lines))
     monkeypatch.setattr(precompile, "AT_ONCE", 2)
+    monkeypatch.setattr(precompile, "LEAST_S", 0.0)
     budget = harness.Budget(2.0)
     bench = SimpleNamespace(budget=budget, too_late=set())
     precompile.precompile(bench)
     assert 0 < budget.left < 1.2 and bench.too_late == lines.keys()
     assert len(begun) == 2 and all(process.poll() is not None for process in begun), "nothing runs beside the blocks"
     assert "no time left to compile" in capsys.readouterr().out
+    monkeypatch.setattr(precompile, "LEAST_S", 9.0)
+    bench = SimpleNamespace(budget=harness.Budget(20.0), too_late=set())
+    assert precompile.precompile(bench) < 5 and bench.too_late == lines.keys() and len(begun) == 2, "not even begun"
 
 
 def test_what_there_was_no_time_to_compile_ahead_is_not_compiled_later():
