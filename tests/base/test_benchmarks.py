@@ -78,7 +78,7 @@ def tiny(tmp_path_factory):
 
 def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step, "session", lambda settings: session(settings, tiny))
-    case = step.Case("tiny 32 px", {"run.device": "cpu"}, (0.0, 1.0, 2.0), 1.0)
+    case = step.Case("tiny 32 px", {"run.device": "cpu"}, (0.0, 1.0, 2.0), 1.0, least_s=1.0)
     monkeypatch.setattr(step, "cases", lambda options: [case])
     monkeypatch.setattr(step, "FEW_SHOTS", 3)
     step.main(["--device", "cpu", "--blocks", "1", "--steps", "2", "--out", str(tmp_path / "step.csv")])
