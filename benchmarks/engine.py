@@ -41,6 +41,7 @@ class SlotEngine:
         slots: int,
         compile_setting: str = "off",
         tune_attention: bool = False,
+        backends: dict[str, str] | None = None,
         kernels: str = "auto",
     ):
         """An engine with idle slots.
@@ -50,6 +51,7 @@ class SlotEngine:
             pipeline: its UNet is changed (attention processors), so that peers need another copy.
             compile_setting: as `pipeline.compile`.
             tune_attention: time attention backends on the UNet's shapes and take the fastest of each.
+            backends: those found before, by shape, which are taken again (see `attention.tune`).
             kernels: as `run.kernels`; triton also swaps group norms of UNet and VAE.
         """
         self.pipeline, self.setting, self.texts, self.kernels = pipeline, setting, texts, kernels
@@ -80,7 +82,8 @@ class SlotEngine:
             empty_TE=self.context[""] if guided else None,
             unconditional_rows=None if guided in (0, calls) else min(slots, math.ceil(slots * guided / calls) + 1),
         )
-        self.attention = self._tune_attention() if tune_attention else "auto"
+        self.backends: dict[str, str] = {}
+        self.attention = self._tune_attention(backends) if tune_attention else "auto"
         with backend.using(kernels):
             self.compiled = accelerate(self.slots, compile_setting)
 
@@ -126,10 +129,11 @@ class SlotEngine:
             if request.image_index < len(self.slots.occupants):
                 self.kept[request.image_index] = image.clone()
 
-    def _tune_attention(self) -> str:
-        """The backends taken, by shape (rows, tokens, keys, heads, width)."""
+    def _tune_attention(self, known: dict[str, str] | None) -> str:
+        """How many layers took which backend; `backends` has them by shape."""
         measure, tick = timer(self.pipeline.device), self.slots.in_flight
-        attention.tune(self.pipeline.unet, tick.step, lambda work: measure(work, 5))
+        timings = attention.tune(self.pipeline.unet, tick.step, lambda work: measure(work, 5), kept=known)
+        self.backends = attention.chosen(timings)
         taken = {}
         for layer in attention.layers_of(self.pipeline.unet):
             taken[layer.processor.backend] = taken.get(layer.processor.backend, 0) + 1

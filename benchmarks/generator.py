@@ -58,7 +58,13 @@ def main(argv: list[str] | None = None) -> dict:
     ahead_s = precompile(bench)
     conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device)
     peak = matrix_peak(bench.device, ceilings)
-    candidates = ready(bench, budget)
+
+    def keep_ready(found: list[Candidate]) -> None:
+        if options.out:  # before the first round, should making the others ready take all the time there is
+            document = {"benchmark": "generator", **conditions, "ready": [_first_batch(c, bench.batch) for c in found]}
+            harness.write_partial(options.out, document | {"skipped": bench.skipped})
+
+    candidates = ready(bench, budget, keep_ready)
     if not candidates:
         raise SystemExit(f"no technique could run: {bench.skipped}")
     images = images_a_block(candidates, bench.setting.images, bench.batch, options.blocks, budget.left)
@@ -103,7 +109,7 @@ def matrix_peak(device: torch.device, ceilings: Ceilings) -> float:
     return max(ceilings.matmul_tflop_per_s, 2 * n**3 / found.timings["onednn"].median_ms / 1e9)
 
 
-def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
+def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -> list[Candidate]:
     """Every technique that can run here, warmed up over one batch; bench.skipped says which cannot, and why.
 
     None is begun in the part of the budget that is kept for the alternating blocks.
@@ -131,7 +137,14 @@ def ready(bench: Bench, budget: harness.Budget) -> list[Candidate]:
         print(f"{candidate.name}: ready after {candidate.ready_s:.1f} s, a batch {candidate.batch_s:.2f} s  "
               f"{candidate.quality}", flush=True)  # fmt: skip
         found.append(candidate)
+        after_each(found)
     return found
+
+
+def _first_batch(candidate: Candidate, batch: int) -> dict[str, object]:
+    """What is known of a technique before its first block: one batch, timed once."""
+    known = {name: getattr(candidate, name) for name in ("batch", "ready_s", "peak_mib", "switches", "quality")}
+    return {"technique": candidate.name, "images_per_s": round(batch / candidate.batch_s, 4)} | known
 
 
 def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks: int, seconds: float) -> int:
@@ -284,7 +297,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--unet-rows", type=int, default=unet_call.ROWS, help="rows of one UNet call timed apart; 0: none"
     )
     parser.add_argument("--only", action="append", help="a technique to measure, by its name in the table; repeatable")
-    parser.add_argument("--compile-only", action="store_true", help="make the techniques ready and measure nothing")
+    parser.add_argument("--compile-only", action="store_true", help="compile the techniques and measure nothing")
+    parser.add_argument("--backends", default="{}", help="JSON: attention backends by shape that are taken untimed")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)

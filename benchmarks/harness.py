@@ -88,13 +88,14 @@ def compare(
     blocks: int = 5,
     block_seconds: float = 0.05,
     max_seconds: float = float("inf"),
+    enough: Callable[[float], bool] = lambda round_seconds: False,
     clock: str = "wall",
     before: Callable[[], object] | None = None,
 ) -> Comparison:
-    """Time candidates in alternating blocks after a warm-up call each.
+    """Time candidates in alternating blocks after a warm-up call each, two where blocks repeat it.
 
-    Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted; at least one round is
-    run, and a new one only while `max_seconds` lasts. A candidate that cannot run its warm-up (no memory, not installed)
+    Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted (0: once); at least one
+    round is run, and a new one only while `max_seconds` lasts and `enough`, told how long a round takes, says no. A candidate that cannot run its warm-up (no memory, not installed)
     is reported in `failures` with the reason; if that is the first, the next one is the baseline. Raises ValueError if
     none is left. `clock`, `before`: see `block`.
     """
@@ -109,10 +110,13 @@ def compare(
             held = torch.cuda.memory_allocated()
         try:
             block(function, 1, device, clock)  # compiles, allocates, fills caches
-            seconds_a_call = apart + block(function, 1, device, clock, before)
-            repeats[name] = max(1, round(block_seconds / max(seconds_a_call, 1e-9)))
+            repeats[name] = 1
+            if block_seconds:
+                seconds_a_call = apart + block(function, 1, device, clock, before)
+                repeats[name] = max(1, round(block_seconds / max(seconds_a_call, 1e-9)))
         except Exception as error:  # a peer that is not installed, a kernel that does not compile, no memory
             failures[name] = described(error)
+            repeats.pop(name, None)
             if isinstance(error, torch.OutOfMemoryError) and torch.device(device).type == "cuda":
                 held_mib[name] = round((torch.cuda.max_memory_allocated() - held) / 2**20, 2)
                 failures[name] += f"; {held_mib[name]:.0f} MiB were held when it stopped"
@@ -125,7 +129,8 @@ def compare(
     again: list[float] = []
     start = time.perf_counter()
     for done in range(blocks):
-        if done and time.perf_counter() - start > max_seconds:
+        took = time.perf_counter() - start
+        if done and (took > max_seconds or enough(took / done)):
             break
         for name, count in repeats.items():
             seconds[name].append(block(candidates[name], count, device, clock, before))

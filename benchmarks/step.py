@@ -12,8 +12,9 @@ Rows are appended to benchmarks/results/step_gpu.csv or step_cpu.csv; the last l
 """
 
 import argparse
+import math
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ COLUMNS = (  # of a row, after its conditions
     "peak_mib",  # that a block needs beyond what is held before it, graphs' pools included: see harness.peak_mib
     "switches", "quality",
 )  # fmt: skip
+BESIDE = 2.5  # rounds that the blocks beside the timed ones take at most
+OVER_IMAGES_S = 40.0  # that two sessions and a round of blocks take where the cost of more train images is shown
 FEW_SHOTS = 4  # train images a class of the small side, where the cost of more of them is shown
 
 
@@ -57,7 +60,7 @@ class Case:
     usual: float  # the ratio of the config, at which one figure stands for all
     image_folder: tuple[int, int, int] | None = None  # classes, images a class, pixels a side, where no set is shipped
     modes: tuple[str, ...] = ("sequential",)
-    least_s: float = 20.0  # that loading, compiling and a round of blocks take
+    least_s: float = 0.0  # that loading, compiling, a round of blocks and a row of each take
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -65,7 +68,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
     on_gpu = torch.device(options.device).type == "cuda"
     modes = ("sequential", "stream") if on_gpu else ("sequential",)
     small = {"pipeline.path": options.pipeline, "run.device": options.device}
-    found = [Case("small_resnet 64 px", small, (0.0, 1.0, 1.5, 2.0, 4.0, 8.0), 1.5, modes=modes)]
+    grid = options.ratios or (0.0, 1.0, 1.5, 2.0, 4.0, 8.0)
+    found = [Case("small_resnet 64 px", small, grid, 1.5, modes=modes, least_s=60.0 if on_gpu else 90.0)]
     if on_gpu:
         large = {
             "run.device": options.device,
@@ -79,13 +83,18 @@ def cases(options: argparse.Namespace) -> list[Case]:
             "generation.slots": 8,
         }
         found.append(
-            Case("resnet50 224 px", large, (0.0, 0.1, 0.25, 0.5, 1.0), 0.25, (20, 12, 512), modes, least_s=150.0)
+            Case("resnet50 224 px", large, (0.0, 0.1, 0.25, 0.5, 1.0), 0.25, (20, 12, 512), modes, least_s=250.0)
         )
     return [case for case in found if not options.cases or case.name.split()[0] in options.cases]
 
 
-def measure(case: Case, options: argparse.Namespace, seconds: float) -> tuple[list[dict], dict[str, dict[str, float]]]:
-    """Rows of one case in all its modes, measured in alternating blocks, and the straight line through those of each."""
+def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator[dict[str, object]]:
+    """Rows of one case in all its modes, measured in alternating blocks.
+
+    A new round begins only while the seconds left are enough for it and for what each row needs beside its time: a
+    block whose phases are timed, and one that is watched.
+    """
+    budget = harness.Budget(seconds if math.isfinite(seconds) else 0.0)
     with tempfile.TemporaryDirectory(prefix="benchmark-images-") as folder:
         settings = COMMON | case.settings | {"generation.images_per_step": case.usual}
         if case.image_folder:
@@ -94,10 +103,16 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> tuple[li
             steppers = [Stepper(state, options.steps, mode) for mode in case.modes]
             calls = {f"{s.mode} {x:g}": s.at(x) for s in steppers for x in case.grid}
             calls |= {f"generate {x:g}": steppers[0].generating(x) for x in case.grid[1:]}
-            found = harness.compare(calls, options.device, blocks=options.blocks, max_seconds=seconds)
-            rows = [_row(case, x, stepper, found) for stepper in steppers for x in case.grid]
+            enough = lambda round_s: budget.left < (1 + BESIDE) * round_s  # noqa: E731 - one use, one line
+            found = harness.compare(calls, options.device, blocks=options.blocks, block_seconds=0.0, enough=enough)
+            for stepper in steppers:
+                yield from (_row(case, x, stepper, found) for x in case.grid)
+
+
+def lines_of(case: Case, rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
+    """The straight line through the rows of each mode of a case."""
     of_mode = {mode: [row["step_ms"] for row in rows if row["mode"] == mode] for mode in case.modes}
-    return rows, {f"{case.name}, {mode}": straight_line(case.grid, times) for mode, times in of_mode.items()}
+    return {f"{case.name}, {mode}": straight_line(case.grid, times) for mode, times in of_mode.items()}
 
 
 def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison) -> dict[str, object]:
@@ -110,7 +125,9 @@ def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison)
     joint_ms = joint.median_ms / count
     phases = stepper.phases(images)
     overhead = phases["mix"] + phases["augment"] + phases["bookkeeping"]
-    mixed = stepper.state.mixer.statistics()
+    watched, mixed = stepper.watched(images), stepper.state.mixer.statistics()
+    for message in stepper.syncs[:3]:
+        print(f"  sync: {message.splitlines()[0]}", flush=True)
     run = stepper.config.run
     return {
         "case": case.name,
@@ -126,11 +143,7 @@ def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison)
         **{f"{name}_ms": round(phases[name], 3) for name in (*STEP_PHASES, "bookkeeping")},
         # phases that run side by side do not add up to a step
         "overhead_pct": _or_blank(round(100 * overhead / phases["step"], 2) if mode == "sequential" else None),
-        "host_syncs": _or_blank(stepper.host_syncs(images)),
-        "bytes_written": _or_blank(stepper.bytes_written(images)),
-        "peak_mib": _or_blank(
-            harness.peak_mib(stepper.at(images), stepper.device, pool_bytes=stepper.state.pool_bytes)
-        ),
+        **{name: _or_blank(value) for name, value in vars(watched).items()},
         "switches": f"precision={run.precision} kernels={run.kernels} tick={_tick(stepper)}",
         "quality": f"loss {float(stepper.state.logs['loss']):.3f}, generated rows {mixed['realized_fraction']:.3f} "
         f"of {stepper.config.generation.synthetic_fraction:g}",
@@ -213,26 +226,36 @@ def main(argv: list[str] | None = None) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     budget, conditions = harness.Budget(options.budget_s), harness.conditions(options.device)
-    rows, lines, skipped, longest = [], {}, {}, 0.0
+    rows, lines, skipped = [], {}, {}
     chosen = cases(options)
+
+    def keep(row: dict[str, object]) -> None:
+        if options.out:  # as they come: what ends this process takes no finished row with it
+            harness.append_rows(options.out, [conditions | row])
+
     for number, case in enumerate(chosen):
-        share = budget.left / (len(chosen) - number + 1)
-        begin = time.perf_counter()
+        later = [OVER_IMAGES_S] * options.train_images + [other.least_s for other in chosen[number + 1 :]]
+        others = sum(least_s for least_s in later if case.least_s + least_s < budget.left)  # what will have its turn
+        share = budget.left * case.least_s / max(case.least_s + others, 1e-9)
+        found: list[dict[str, object]] = []
         try:
-            if budget.left <= max(longest, case.least_s if options.budget_s else 0.0):
+            if options.budget_s and budget.left <= case.least_s:
                 raise TimeoutError("budget")
-            found, straight = measure(case, options, share)
-            rows, lines = rows + found, lines | straight
-            _print_rows(found)
+            for row in measure(case, options, share):
+                found.append(row)
+                keep(row)
+                _print_row(row)
+            lines |= lines_of(case, found)
         except Exception as error:  # a case that is left out or cannot be measured is a row, not the end of the others
             skipped[case.name] = "budget" if isinstance(error, TimeoutError) else f"failed: {harness.described(error)}"
             print(f"{case.name} skipped: {skipped[case.name]}", flush=True)
-            found = left_out(case, skipped[case.name])
-        longest = max(longest, time.perf_counter() - begin)
-        if options.out:
-            harness.append_rows(options.out, [conditions | row for row in found])
+            for row in left_out(case, skipped[case.name]):
+                keep(row)
+        rows += found
     constant = None
-    if options.train_images and chosen and budget.left > 0:
+    if options.train_images and chosen and options.budget_s and budget.left < OVER_IMAGES_S:
+        constant = {"skipped": "budget"}
+    elif options.train_images and chosen:
         try:
             found, constant = over_train_images(chosen[0], options, budget.left)
             if options.out:
@@ -265,12 +288,11 @@ def _or_blank(value):
     return "" if value is None else value
 
 
-def _print_rows(rows: list[dict]) -> None:
-    for row in rows:
-        print(f"{row['case']:20s} {row['mode']:11s} {row['images_per_step']:5g} images/step  {row['step_ms']:9.2f} ms  "
-              f"generation {row['generation_share_pct']:5.1f} %  overlap {row['overlap_efficiency']:.3f} "
-              f"(bound {row['overlap_bound']:.3f})  overhead {row['overhead_pct']} %  "
-              f"syncs {row['host_syncs']}  bytes {row['bytes_written']}", flush=True)  # fmt: skip
+def _print_row(row: dict) -> None:
+    print(f"{row['case']:20s} {row['mode']:11s} {row['images_per_step']:5g} images/step  {row['step_ms']:9.2f} ms  "
+          f"generation {row['generation_share_pct']:5.1f} %  overlap {row['overlap_efficiency']:.3f} "
+          f"(bound {row['overlap_bound']:.3f})  overhead {row['overhead_pct']} %  "
+          f"syncs {row['host_syncs']}  bytes {row['bytes_written']}", flush=True)  # fmt: skip
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -281,6 +303,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cases", default="", help="comma-separated: small_resnet, resnet50; default: what fits the device"
     )
+    parser.add_argument(
+        "--ratios", default="", help="images_per_step of the small case; default: 0 to 8, 0 comes first"
+    )
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps a block, at least")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
@@ -288,6 +313,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=0.0, help="begin nothing after this; 0: no bound")
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)
+    options.ratios = tuple(float(ratio) for ratio in options.ratios.split(",") if ratio)
     options.cases = [name for name in options.cases.split(",") if name]
     options.out = harness.rows_file(options.out, "step", options.device)
     return options

@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import trainer
+from benchmarks import harness
 from benchmarks.session import with_images_per_step
 from modules.commands.job import State
 from modules.commands.timing import time_steps, window
@@ -15,6 +17,15 @@ from modules.diffusion.overlap import Overlap
 from modules.phases import STEP_PHASES
 
 SYNC = "called a synchronizing CUDA operation"  # torch's words for each; switching the mode on warns in other words
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a block of steps does beside its work."""
+
+    host_syncs: int | None  # times the host waits for the device; None without a device to wait for
+    bytes_written: int | None  # handed to the system for writing by this process; None where it does not count
+    peak_mib: float | None  # needed beyond what is held before it, graphs' pools included: see `harness.peak_mib`
 
 
 class Stepper:
@@ -30,6 +41,7 @@ class Stepper:
         self.device = next(state.encoder.parameters()).device
         self.advance = state.generator.advance
         self.mode, self.overlap = mode, Overlap(mode, self.device)
+        self.syncs: list[str] = []  # what torch said of those of the block watched last
 
     @property
     def train_images(self) -> int:
@@ -75,26 +87,29 @@ class Stepper:
         bookkeeping = max(0.0, phases["generate"] - sum(found.part_ms.values()))
         return phases | {"step": found.step_ms, "bookkeeping": bookkeeping}
 
-    def bytes_written(self, images: float) -> int | None:
-        """Bytes this process hands to the system for writing during a block; None where the system does not count."""
-        call, before = self.at(images), _written()
-        call()
-        after = _written()
-        return None if before is None else after - before
+    def watched(self, images: float) -> Watched:
+        """What one block waits for, writes and holds; a block of its own, as watching costs time."""
+        call, found = self.at(images), {}
 
-    def host_syncs(self, images: float) -> int | None:
-        """Times the host waits for the device during a block; None without a device to wait for."""
+        def watched_call() -> None:
+            before = _written()
+            found["syncs"] = self._host_syncs(call)
+            after = _written()
+            found["written"] = None if before is None else after - before
+
+        peak = harness.peak_mib(watched_call, self.device, pool_bytes=self.state.pool_bytes)
+        return Watched(found["syncs"], found["written"], peak)
+
+    def _host_syncs(self, call: Callable[[], None]) -> int | None:
         if self.device.type != "cuda":
+            call()
             return None
-        call = self.at(images)
         torch.cuda.synchronize()
         with warnings.catch_warnings(record=True) as caught, _syncs_reported():
             warnings.simplefilter("always")
             call()
-        found = [str(warning.message) for warning in caught if SYNC in str(warning.message)]
-        for message in sorted(set(found))[:3]:
-            print(f"  sync: {message.splitlines()[0]}", flush=True)
-        return len(found)
+        self.syncs = sorted({str(warning.message) for warning in caught if SYNC in str(warning.message)})
+        return sum(SYNC in str(warning.message) for warning in caught)
 
     def _set(self, images: float) -> None:
         self.state.overlap = self.overlap  # steppers of several modes share a state

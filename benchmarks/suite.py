@@ -75,7 +75,7 @@ def _kernels(options, seconds: float) -> list[str]:
 
 def _step(options, seconds: float) -> list[str]:
     small = _pipeline(options) if options.pipeline not in ("", "random") else []
-    reduced = [] if options.gpu else ["--steps", "6"]
+    reduced = [] if options.gpu else ["--steps", "6", "--ratios", "0,2,8"]
     return _device(options) + small + reduced + ["--budget-s", f"{seconds:.0f}"]
 
 

@@ -6,6 +6,7 @@ layout, compilation) it changes on a UNet and a VAE of its own.
 
 import argparse
 import dataclasses
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Bench:
         self.skipped: dict[str, str] = {}
         self.engines: dict[str, SlotEngine] = {}
         self.how: dict[str, dict] = {}  # settings of an engine, to build it again for other rows
+        self.backends: dict[str, str] = json.loads(options.backends)  # of attention, by shape, found once
+        self.too_late: set[tuple[str, int]] = set()  # (technique, batch) that there was no time to compile ahead
         self._reference = None
         self._folder = tempfile.TemporaryDirectory(prefix="da-fusion-")
 
@@ -107,15 +110,19 @@ class Bench:
     def slots_fast(self) -> Candidate:
         """The compiled engine under preset fast: fewer steps of another solver; benchmarks/quality.py judges its images."""
         self._need_compiler(SLOTS_FAST)
-        exact, on_gpu = self.setting, self.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
+        return self._engine(SLOTS_FAST, self._fast(), compile_setting="on", tune_attention=on_gpu)
+
+    def _fast(self) -> Setting:
+        """The setting under preset fast."""
+        exact = self.setting
         asked = Generation(
             num_inference_steps=exact.num_inference_steps, guidance_scale=exact.guidance_scale, solver=exact.solver
         )
         fast = plan("fast", asked, self.pipeline)
-        setting = dataclasses.replace(
+        return dataclasses.replace(
             exact, solver=fast.solver, num_inference_steps=fast.num_inference_steps, guided_steps=fast.guided_steps
         )
-        return self._engine(SLOTS_FAST, setting, compile_setting="on", tune_attention=on_gpu)
 
     def slots_kernels(self) -> Candidate:
         """The compiled engine with run.kernels=triton: what they gain over the compiler's own fusions."""
@@ -139,6 +146,8 @@ class Bench:
     def diffusers_compiled(self) -> Candidate:
         """The same compiled as diffusers' guide says, at the better of the batches that there is time to compile for."""
         self._need_compiler(COMPILED)
+        if self.options.compile_only:  # one step is compiled as all of them are
+            self.setting = dataclasses.replace(self.setting, num_inference_steps=2)
         peer = peers.compiled(peers.image_to_image(inputs.own_copy(self.pipeline), self.setting))
         rates = batches.compiled_rates(
             lambda batch: self._call(peer, batch),
@@ -163,8 +172,9 @@ class Bench:
             torch.cuda.synchronize()
 
     def _engine(self, name: str, setting: Setting | None = None, **how) -> Candidate:
-        own = inputs.own_copy(self.pipeline)
-        engine = SlotEngine(own, setting or self.setting, self.moments, self.texts, slots=self.rows, **how)
+        engine = self._built(setting or self.setting, **how)
+        if self.options.compile_only:
+            return Candidate(name, engine.make, self.rows, False, "", "not made")
         made, z0, eps = first_images(engine)
         pool_bytes = engine.slots.pool_bytes
         switches = (
@@ -181,6 +191,17 @@ class Bench:
             self._reference = reference, z0, eps
         self.engines[name], self.how[name] = engine, how
         return Candidate(name, engine.make, self.rows, False, switches, self._psnr(made), pool_bytes=pool_bytes)
+
+    def _built(self, setting: Setting, **how) -> SlotEngine:
+        own = inputs.own_copy(self.pipeline)
+        engine = SlotEngine(own, setting, self.moments, self.texts, slots=self.rows, backends=self.backends, **how)
+        self.backends |= engine.backends
+        return engine
+
+    def tune_attention(self) -> None:
+        """Find the attention backends of the engines that are compiled, before anything else is on the device."""
+        for setting in (self.setting, self._fast()):
+            self._built(setting, tune_attention=True)
 
     def _batched(self, name: str, peer, switches: str, batch: int) -> Candidate:
         quality = "not compared: the engine made no images"
@@ -213,7 +234,8 @@ class Bench:
         """The best batch of the pipeline as it comes and the next one: each takes a compilation of its own."""
         if self.options.batch:
             return (self.batch,)
-        return (self.batch, *batches.next_to(self.batch, self.options.images, self.device))
+        tried = (self.batch, *batches.next_to(self.batch, self.options.images, self.device))
+        return tuple(batch for batch in tried if (COMPILED, batch) not in self.too_late)
 
     def _psnr(self, made: torch.Tensor) -> str:
         reference, _, _ = self._reference
@@ -223,3 +245,6 @@ class Bench:
     def _need_compiler(self, technique: str) -> None:
         if not self.options.compile:
             raise peers.Unavailable(technique, "--no-compile")
+        batches_of = self.batches_to_compile() if technique == COMPILED else (self.rows,)
+        if not {(technique, batch) for batch in batches_of} - self.too_late:
+            raise peers.Unavailable(technique, "budget")

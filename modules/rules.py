@@ -52,6 +52,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "data.near_ood_val_fraction": (0, 1, "()"),
     "data.max_pixels": (1, None, ""),
     "data.crop_margin": (0, None, ""),
+    "pipeline.resolution": (0, 8192, ""),
     "inversion.images_per_class": (1, None, ""),
     "inversion.batch_size": (1, None, ""),
     "inversion.num_vectors": (1, 32, ""),

@@ -27,6 +27,7 @@ class Facts:
     arch: str  # of the encoder
     precision: str  # fp32 | bf16 | fp16
     kl_decoder: bool  # the VAE is an AutoencoderKL
+    views: str = "torch"  # what augments: torch | triton
     busy: float = 1.0  # share of a step in which the GPU has work
     unet_utilization: float = 1.0  # of the matrix ceiling
     syncs: tuple[str, ...] = ()
@@ -190,7 +191,7 @@ def _channels_last(facts: Facts) -> Advice | None:
 
 def _augmentation(facts: Facts) -> Advice | None:
     augment_ms = facts.phase_ms.get("augment", 0.0)
-    if not facts.on_gpu or facts.config.run.kernels == "triton" or augment_ms < 0.1 * facts.step_ms:
+    if not facts.on_gpu or facts.views == "triton" or augment_ms < 0.1 * facts.step_ms:
         return None
     return Advice(
         "run.kernels triton",

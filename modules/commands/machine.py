@@ -233,7 +233,8 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     value = ", ".join(f"{name} in {count} layers" for name, count in taken.most_common())
     if kept:
         return Choice(value, "as this run chose before")
-    return Choice(value, "the fastest at each shape" if asked == "auto" else "pipeline.attention")
+    why = "the fastest at each shape; torch's own where that is about as fast"
+    return Choice(value, why if asked == "auto" else "pipeline.attention")
 
 
 def _read(job: Job) -> dict:

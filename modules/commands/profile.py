@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from kernels import backend
 from modules.commands import costs, stages
 from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
 from modules.commands.flags import FLAGS, number, split_flags
@@ -168,6 +169,7 @@ def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], 
         unconditional_rows=0 if slots is None else slots.unconditional_rows,
         arch=choose_arch(job.config.encoder.arch, job.config.data.image_size).value,
         precision=names[job.runtime.precision.value],
+        views=backend.choose("views", device=job.device).name,
         kl_decoder=job.pipeline is not None and type(job.pipeline.vae).__name__ == "AutoencoderKL",
         busy=min(1.0, trace.busy_ms / timing.step_ms) if state.meter.on_gpu else 1.0,
         unet_utilization=parts[0].of_ceiling if slots is not None else 1.0,

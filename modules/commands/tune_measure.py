@@ -4,7 +4,10 @@ Ratios and the step without generation take turns, and of several windows the fa
 other work beside, the least disturbed window is the nearest to the truth. How far equal windows lay apart is told.
 """
 
+import gc
 from dataclasses import dataclass, replace
+
+import torch
 
 from modules.commands import stages
 from modules.commands.job import Job, State
@@ -76,6 +79,9 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
                 rows.append(Row(rate, preset, reason=refused[rate]))
             else:
                 rows.append(_row(job, preset, rate, fastest(windows[rate]), judged[rate]))
+        candidates, candidate = {}, None
+        gc.collect()  # an engine and its tick hold each other: the next preset's slots are fitted to the memory there is
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
     baseline = _row(job, "", 0.0, fastest(baselines), figures)
     spread = max(timing.step_ms for timing in baselines) / baseline.step_ms - 1
     rows = [row if row.reason else replace(row, slowdown=row.step_ms / baseline.step_ms) for row in rows]

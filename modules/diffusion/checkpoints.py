@@ -97,7 +97,23 @@ def own_resolution(cfg) -> int:
         vae = vae_config(Path(cfg.vae).expanduser()) if cfg.vae else vae
     widths = "block_out_channels" if vae.get("_class_name") != "AutoencoderTiny" else "decoder_block_out_channels"
     kind = AutoencoderKL if widths == "block_out_channels" else AutoencoderTiny
-    return _setting(UNet2DConditionModel, unet, "sample_size") * 2 ** (len(_setting(kind, vae, widths)) - 1)
+    return _own_size(_setting(UNet2DConditionModel, unet, "sample_size")) * 2 ** (len(_setting(kind, vae, widths)) - 1)
+
+
+def _own_size(sample_size) -> int:
+    """Latent cells a side that a UNet's config names.
+
+    Raises:
+        ConfigError: it names none, or sides that differ.
+    """
+    sides = {*sample_size} if isinstance(sample_size, list | tuple) else {sample_size}
+    side = sides.pop()
+    if sides or not isinstance(side, int):
+        raise ConfigError(
+            f"pipeline.resolution is 0, which is the UNet's own, but its config.json says sample_size {sample_size}; set "
+            "pipeline.resolution"
+        )
+    return side
 
 
 def _configurations(source: Path, cfg) -> tuple[dict, dict]:
@@ -200,7 +216,7 @@ def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source:
         source=source,
         family=_family(unet, text_encoder, scheduler, cfg, source),
     )
-    pipeline.resolution = cfg.resolution or unet.config.sample_size * pipeline.vae_factor
+    pipeline.resolution = cfg.resolution or _own_size(unet.config.sample_size) * pipeline.vae_factor
     if pipeline.resolution % pipeline.vae_factor:
         raise ConfigError(
             f"pipeline.resolution {pipeline.resolution} is no multiple of {pipeline.vae_factor}, the pixels a latent cell "
@@ -292,10 +308,18 @@ def vae_config(folder: Path) -> dict:
     Raises:
         DataError: the folder or the file is missing, or names another class.
     """
+    if folder.is_file():
+        convert = CONVERT if folder.suffix in PICKLED else "a file alone does not say what it is"
+        raise DataError(
+            f"pipeline.vae: {folder} is a file; give the folder of an AutoencoderKL or AutoencoderTiny, with its "
+            f"config.json ({convert})"
+        )
     if not folder.is_dir():
         raise DataError(
             f"pipeline.vae: {folder} does not exist; give the folder of an AutoencoderKL or AutoencoderTiny"
         )
+    if (folder / "model_index.json").is_file():
+        raise DataError(f"pipeline.vae: {folder} is a whole pipeline; name its part: {folder / 'vae'}")
     config = read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from modules.errors import DataError
 
@@ -44,6 +44,9 @@ def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch
     """A model of one part, every weight from its files."""
     variant = "fp16" if ".fp16" in files[0].name else None
     read_json(part / "config.json")
+    by_name = (
+        {"ignore_mismatched_sizes": True} if issubclass(kind, PreTrainedModel) else {}
+    )  # diffusers names them itself
     try:
         model, info = kind.from_pretrained(
             part,
@@ -52,11 +55,18 @@ def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch
             local_files_only=True,
             output_loading_info=True,
             dtype=dtype,
+            **by_name,
         )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{part}: cannot be read as {kind.__name__} ({first_line(error)}); fetch the part again"
         ) from error
+    if wrong := sorted(info.get("mismatched_keys") or ()):
+        name, found, expected = wrong[0]
+        raise DataError(
+            f"{part}: {len(wrong)} weights are not of the shape that its config.json says, the first is {name}: "
+            f"{list(found)}, expected {list(expected)}; weights and configuration are of different models"
+        )
     if missing := sorted(info["missing_keys"]):
         raise DataError(f"{part}: lacks {len(missing)} weights, the first is {missing[0]}; fetch the part again")
     return model
@@ -68,7 +78,7 @@ def read_tokenizer(part: Path) -> CLIPTokenizer:
         raise DataError(f"{part}: tokenizer.json, or vocab.json with merges.txt, is missing")
     try:
         return CLIPTokenizer.from_pretrained(part, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{part}: cannot be read as CLIPTokenizer ({first_line(error)}); fetch the part again"
         ) from error
@@ -79,9 +89,12 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise DataError(f"{path} is missing; fetch the part again")
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({first_line(error)}); fetch the part again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds a {type(found).__name__} where settings by name belong; fetch the part again")
+    return found
 
 
 def digest(files: list[Path], root: Path) -> str:

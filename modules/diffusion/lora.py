@@ -28,6 +28,8 @@ def fuse_lora(parts: dict, path: Path) -> None:
     Raises:
         DataError: the file is missing, not safetensors, made for another model, or has keys that fit nothing.
     """
+    if path.is_dir():
+        raise DataError(f"pipeline.lora: {path} is a folder; name the .safetensors file in it")
     if not path.is_file():
         raise DataError(f"pipeline.lora: {path} does not exist")
     if path.suffix != ".safetensors":

@@ -93,6 +93,20 @@ def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     assert document["ratios"]["da_fusion_loop"] == pytest.approx(ratio, rel=1e-2)
 
 
+def test_what_is_ready_is_kept_before_the_first_block(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generator, "alternate", stopped)
+    out = tmp_path / "generator.csv"
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "2", "--batch", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        generator.main([*arguments, "--no-compile", "--only", "slots", "--only", "diffusers", "--out", str(out)])
+    kept = json.loads((tmp_path / "generator.partial.json").read_text())
+    assert [row["technique"] for row in kept["ready"]] == ["slots", "diffusers"] and kept["commit"]
+    assert all(row["images_per_s"] > 0 and row["batch"] == 2 for row in kept["ready"])
+
+
 def test_only_the_techniques_asked_for_are_measured(capsys):
     arguments = [
         "--device",
@@ -115,26 +129,64 @@ def test_only_the_techniques_asked_for_are_measured(capsys):
     assert "known are slots; diffusers;" in capsys.readouterr().err
 
 
-def test_compiled_techniques_are_compiled_ahead_at_the_batches_they_will_run(monkeypatch):
+def test_compiled_techniques_are_compiled_ahead_at_the_batches_they_will_run():
     options = generator._parse(["--device", "cuda", "--pipeline", "random", "--images", "32"])
     names = dict.fromkeys(("slots", "slots, compiled", "diffusers, compiled + channels_last"))
     bench = SimpleNamespace(
         makers=lambda: names, device=torch.device("cuda"), options=options, rows=8, batches_to_compile=lambda: (16, 32)
     )
-    found = {(line[line.index("--only") + 1], line[line.index("--batch") + 1]) for line in precompile.commands(bench)}
-    assert found == {("slots, compiled", "8"), *(("diffusers, compiled + channels_last", b) for b in ("16", "32"))}
-    for line in precompile.commands(bench):
+    bench.tune_attention = lambda: setattr(bench, "backends", {"16x64x64x8x40": "sdpa_cudnn"})
+    found = precompile.commands(bench)
+    assert list(found) == [("slots, compiled", 8), *(("diffusers, compiled + channels_last", b) for b in (16, 32))]
+    for (name, batch), line in found.items():
         again = generator._parse(line[3:])
+        assert (again.only, again.batch) == ([name], batch)
         assert again.compile_only and again.out is None and (again.images, again.pipeline) == (32, "random")
+        assert json.loads(again.backends) == bench.backends, "timed beside each other they would take others"
     bench.device = torch.device("cpu")
     assert not precompile.commands(bench), "a CPU has no cores left for it"
 
 
 def test_what_cannot_be_compiled_ahead_is_told_and_costs_nothing_else(monkeypatch, capsys):
-    fine, broken = ([sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3))
-    monkeypatch.setattr(precompile, "commands", lambda bench: [broken, fine])
-    assert precompile.precompile(None) > 0
-    assert "failed with exit code 3" in capsys.readouterr().out
+    lines = {("ab", code): [sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3)}
+    monkeypatch.setattr(precompile, "commands", lambda bench: lines)
+    bench = SimpleNamespace(budget=harness.Budget(0), too_late=set())
+    assert precompile.precompile(bench) > 0 and not bench.too_late
+    assert "compiling ab, 3 ahead failed with exit code 3" in capsys.readouterr().out
+
+
+def test_compiling_ahead_ends_where_the_blocks_need_the_rest_of_the_budget(monkeypatch, capsys):
+    begun, names = [], ("slots, compiled", "diffusers, compiled + channels_last")
+    lines = {(name, 8): [sys.executable, "-c", "import time; time.sleep(60)"] for name in names}
+    lines |= {(name, 16): lines[name, 8] for name in names}
+    real = precompile.subprocess.Popen
+    monkeypatch.setattr(precompile.subprocess, "Popen", lambda *a, **k: begun.append(real(*a, **k)) or begun[-1])
+    monkeypatch.setattr(precompile, "commands", lambda bench: dict(lines))
+    monkeypatch.setattr(precompile, "AT_ONCE", 2)
+    monkeypatch.setattr(precompile, "LEAST_S", 0.0)
+    budget = harness.Budget(2.0)
+    bench = SimpleNamespace(budget=budget, too_late=set())
+    precompile.precompile(bench)
+    assert 0 < budget.left < 1.2 and bench.too_late == lines.keys()
+    assert len(begun) == 2 and all(process.poll() is not None for process in begun), "nothing runs beside the blocks"
+    assert "no time left to compile" in capsys.readouterr().out
+    monkeypatch.setattr(precompile, "LEAST_S", 9.0)
+    bench = SimpleNamespace(budget=harness.Budget(20.0), too_late=set())
+    assert precompile.precompile(bench) < 5 and bench.too_late == lines.keys() and len(begun) == 2, "not even begun"
+
+
+def test_what_there_was_no_time_to_compile_ahead_is_not_compiled_later():
+    options = SimpleNamespace(compile=True, batch=0, images=64)
+    bench = SimpleNamespace(options=options, device=torch.device("cuda"), batch=16, rows=8)
+    bench.batches_to_compile = lambda: Bench.batches_to_compile(bench)
+    bench.too_late = {("diffusers, compiled + channels_last", 32), ("slots, compiled", 8)}
+    assert Bench.batches_to_compile(bench) == (16,)
+    Bench._need_compiler(bench, "diffusers, compiled + channels_last")
+    with pytest.raises(peers.Unavailable, match="slots, compiled: budget"):
+        Bench._need_compiler(bench, "slots, compiled")
+    bench.too_late = {("diffusers, compiled + channels_last", batch) for batch in (16, 32)}
+    with pytest.raises(peers.Unavailable, match="channels_last: budget"):
+        Bench._need_compiler(bench, "diffusers, compiled + channels_last")
 
 
 def test_to_compile_alone_measures_nothing():
@@ -193,7 +245,7 @@ def test_a_compiled_pipelines_other_batch_is_the_next_one():
     gpu = torch.device("cuda")
     assert batches.next_to(16, 64, gpu) == (32,) and batches.next_to(64, 64, gpu) == (32,)
     assert batches.next_to(8, 8, gpu) == () and batches.next_to(3, 3, gpu) == ()
-    bench = SimpleNamespace(options=SimpleNamespace(batch=0, images=64), device=gpu, batch=32)
+    bench = SimpleNamespace(options=SimpleNamespace(batch=0, images=64), device=gpu, batch=32, too_late=set())
     assert Bench.batches_to_compile(bench) == (32, 64)
     bench.device = torch.device("cpu")
     assert Bench.batches_to_compile(bench) == (32, 16), "the next smaller where there is no larger"

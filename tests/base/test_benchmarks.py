@@ -78,7 +78,7 @@ def tiny(tmp_path_factory):
 
 def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step, "session", lambda settings: session(settings, tiny))
-    case = step.Case("tiny 32 px", {"run.device": "cpu"}, (0.0, 1.0, 2.0), 1.0)
+    case = step.Case("tiny 32 px", {"run.device": "cpu"}, (0.0, 1.0, 2.0), 1.0, least_s=1.0)
     monkeypatch.setattr(step, "cases", lambda options: [case])
     monkeypatch.setattr(step, "FEW_SHOTS", 3)
     step.main(["--device", "cpu", "--blocks", "1", "--steps", "2", "--out", str(tmp_path / "step.csv")])
@@ -97,6 +97,25 @@ def test_the_step_is_measured_at_every_ratio(tiny, monkeypatch, tmp_path, capsys
     assert tuple(rows_of(tmp_path / "step.csv")[0])[len(harness.CONDITIONS) :] == step.COLUMNS
 
 
+def test_rows_are_written_as_they_come_and_no_round_begins_that_leaves_no_time_for_them(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(step, "session", lambda settings: session(settings, tiny))
+    case = step.Case("tiny 32 px", {"run.device": "cpu"}, (0.0, 1.0), 1.0, least_s=0.001)
+    monkeypatch.setattr(step, "cases", lambda options: [case])
+    row_of = step._row
+
+    def killed_at_the_second(case, images, stepper, found):
+        if images:
+            raise KeyboardInterrupt
+        return row_of(case, images, stepper, found)
+
+    monkeypatch.setattr(step, "_row", killed_at_the_second)
+    arguments = ["--device", "cpu", "--steps", "2", "--no-train-images", "--out", str(tmp_path / "step.csv")]
+    with pytest.raises(KeyboardInterrupt):
+        step.main([*arguments, "--budget-s", "0.1"])
+    (row,) = rows_of(tmp_path / "step.csv")
+    assert row["blocks"] == "1" and row["images_per_step"] == "0.0"
+
+
 def test_modes_are_compared_step_by_step():
     row = {"case": "a", "images_per_step": 2.0}
     rows = [row | {"mode": "sequential", "step_ms": 12.0}, row | {"mode": "stream", "step_ms": 10.0}]
@@ -110,10 +129,14 @@ def test_a_case_that_fails_or_has_no_time_left_is_a_row(monkeypatch, tmp_path, c
 
     monkeypatch.setattr(step, "measure", measure)
     step.main(["--device", "cpu", "--no-train-images", "--out", str(tmp_path / "step.csv")])
-    assert list(last_line(capsys)["skipped"].values()) == ["failed: RuntimeError: no room"]
+    document = last_line(capsys)
+    assert list(document["skipped"].values()) == ["failed: RuntimeError: no room"]
+    assert document["constant_in_train_images"] is None
     monkeypatch.setattr(harness.Budget, "left", property(lambda budget: -1.0))
     step.main(["--device", "cpu", "--budget-s", "1", "--out", str(tmp_path / "step.csv")])
-    assert list(last_line(capsys)["skipped"].values()) == ["budget"]
+    document = last_line(capsys)
+    assert list(document["skipped"].values()) == ["budget"]
+    assert document["constant_in_train_images"] == {"skipped": "budget"}
     failed, late = rows_of(tmp_path / "step.csv")
     assert failed["quality"] == "skipped: failed: RuntimeError: no room" and late["quality"] == "skipped: budget"
 
@@ -152,7 +175,7 @@ def test_in_stream_mode_generation_starts_once_the_batch_is_mixed(tiny, monkeypa
 def test_bytes_written_are_seen(tiny, tmp_path):
     with session(step.COMMON, tiny) as (_job, state):
         own = Stepper(state, 1)
-        assert own.bytes_written(1.0) == 0
+        assert own.watched(1.0).bytes_written == 0
         advance = state.generator.advance
 
         def writing(number):
@@ -160,7 +183,7 @@ def test_bytes_written_are_seen(tiny, tmp_path):
             advance(number)
 
         state.generator.advance = writing
-        assert own.bytes_written(1.0) >= 5000
+        assert own.watched(1.0).bytes_written >= 5000
 
 
 def test_quality_reads_val_only_and_judges_each_choice(tiny, monkeypatch, tmp_path, capsys):

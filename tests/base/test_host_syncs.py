@@ -22,6 +22,23 @@ SETTINGS = {
     "evaluation.judge_steps": 0,
 }
 
+OFF_BY_DEFAULT = {
+    "gate.enabled": True,
+    "gate.start_step": 2,
+    "gate.refresh_every": 3,
+    "controller.enabled": True,
+    "controller.update_every": 3,
+    "near_ood.recipes": {"negative_guidance": 1.0, "embedding_outlier": 1.0, "jigsaw_roundtrip": 1.0, "jigsaw": 1.0},
+    "encoder.separate_batchnorm": True,
+    "learning.optimizer": "adamw",
+    "learning.max_grad_norm": 1.0,
+    "learning.ema_decay": 0.9,
+    "learning.ood_columns": "own_class",
+    "learning.ood_variant": "prototype_push",
+    "learning.hardness": 0.5,
+    "learning.augment": "strong",
+}
+
 
 @contextmanager
 def syncs_are_errors(device: torch.device):
@@ -37,15 +54,17 @@ def syncs_are_errors(device: torch.device):
 
 
 @pytest.mark.parametrize(
-    ("device", "mode"),
+    ("device", "mode", "settings"),
     [
-        pytest.param("cpu", "sequential", marks=pytest.mark.slow),
-        pytest.param("cuda", "sequential", marks=pytest.mark.gpu),
-        pytest.param("cuda", "stream", marks=pytest.mark.gpu),
+        pytest.param("cpu", "sequential", {}, marks=pytest.mark.slow, id="cpu"),
+        pytest.param("cpu", "sequential", OFF_BY_DEFAULT, marks=pytest.mark.slow, id="cpu, off by default"),
+        pytest.param("cuda", "sequential", {}, marks=pytest.mark.gpu, id="sequential"),
+        pytest.param("cuda", "stream", {}, marks=pytest.mark.gpu, id="stream"),
+        pytest.param("cuda", "sequential", OFF_BY_DEFAULT, marks=pytest.mark.gpu, id="off by default"),
     ],
 )
-def test_whole_steps_with_sync_errors_on(device, mode):
-    with session(SETTINGS | {"run.device": device}) as (job, state):
+def test_whole_steps_with_sync_errors_on(device, mode, settings):
+    with session(SETTINGS | settings | {"run.device": device}) as (job, state):
         state.overlap = Overlap(mode, job.device)
         for _ in range(3):  # what is set up once may wait
             trainer.step(state)

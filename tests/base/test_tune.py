@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_a_preset_that_cannot_be_run_is_a_row(tmp_path):
     refused = [row for row in report["rows"] if row["preset"] == "turbo"]
     assert "turbo needs weights distilled to a few steps" in refused[0]["reason"]
     assert "preset turbo" in text
+
+
+def test_a_preset_leaves_no_engine_behind_that_the_next_would_be_fitted_beside(tmp_path, monkeypatch):
+    engines, alive = [], []
+    candidates = tune_measure._candidates
+
+    def counted(job, step, preset, *rest):
+        alive.append(sum(engine() is not None for engine in engines))
+        found = candidates(job, step, preset, *rest)
+        engines.extend(weakref.ref(candidate.state.generator.slots) for candidate in found[0].values())
+        return found
+
+    monkeypatch.setattr(tune_measure, "_candidates", counted)
+    path = write_config(tmp_path, tune={"grid": "[1]", "steps": 1}, generation={"strengths": "{0.5: 1.0}"})
+    speak(tune.command, path, "--presets=fast", "near_ood.strength=0.5")
+    assert alive == [0, 0] and len(engines) == 2
 
 
 def test_sigterm_is_no_refusal_of_a_ratio(tmp_path):

@@ -152,6 +152,16 @@ def test_the_tuner_sets_the_fastest_backend_of_each_shape(monkeypatch):
     assert taken == {"xformers": 4, "sdpa": 8}
 
 
+@pytest.mark.parametrize("ms, taken", [(1.0, "sdpa"), (0.97, "sdpa"), (0.9, "xformers")])
+def test_torchs_own_choice_stays_where_no_other_is_faster_by_more_than_chance(ms, taken, monkeypatch):
+    unet = build_parts()["unet"]
+    install(unet)
+    fake_xformers(monkeypatch, sdpa_in_its_layout)
+    speed = {"xformers": ms, "sdpa": 1.0}
+    found = tune(unet, lambda: run(unet), Timer(monkeypatch, speed), candidates=("xformers", "sdpa"))
+    assert {layer.processor.backend for layer in layers_of(unet)} == {taken} == set(chosen(found).values())
+
+
 def test_what_was_chosen_is_taken_again_without_looking_at_the_others(monkeypatch):
     unet = build_parts()["unet"]
     install(unet)

@@ -181,6 +181,16 @@ def test_prediction_type_is_read_and_may_not_be_contradicted():
         load(folder, prediction_type="epsilon")
 
 
+@pytest.mark.parametrize("said", [None, [8, 6]])
+def test_a_unet_without_a_size_of_its_own_asks_for_the_setting(broken, said):
+    path = broken / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": said}))
+    for read in (load, lambda folder: pipelines.own_resolution(dataclasses.replace(CFG, path=str(folder)))):
+        with pytest.raises(ConfigError, match=r"says sample_size (None|\[8, 6\]); set pipeline.resolution"):
+            read(broken)
+    assert load(broken, resolution=32).resolution == 32
+
+
 def test_a_half_precision_folder_loads_in_any_dtype():
     tiny = load(pipeline_folder(half=True))
     assert tiny.unet.dtype == torch.float32
@@ -226,6 +236,32 @@ def test_a_cut_file_is_named(broken, file):
 
 
 @pytest.mark.parametrize(
+    "file",
+    ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"],
+)
+def test_a_list_where_settings_belong_is_named(broken, file):
+    (broken / file).write_text("[]")
+    with pytest.raises(DataError, match=f"{file.partition('/')[0]}.*fetch the part again"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "conv_in.weight"),
+        ("text_encoder/model.safetensors", "token_embedding.weight"),
+    ],
+)
+def test_a_weight_of_another_shape_is_named_with_both(broken, file, key):
+    weights = load_file(broken / file)
+    (name,) = (k for k in weights if k.endswith(key))
+    weights[name] = weights[name][:, :2].contiguous()
+    save_file(weights, broken / file, {"format": "pt"})
+    with pytest.raises(DataError, match=rf"{key}.*\b2\b.*expected|{key} expected .*but got .*\b2\b"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
     ("file", "key"),
     [
         ("unet/diffusion_pytorch_model.safetensors", "conv_out.weight"),
@@ -249,6 +285,23 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(broken):
     torch.save({"weight": Bomb()}, broken / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(DataError, match="save_pretrained.*safe_serialization"):
         load(broken)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "said"),
+    [
+        ("vae", "vae.safetensors", "is a file; give the folder"),
+        ("vae", "vae.pt", "is a file; give the folder .*pickled weights"),
+        ("vae", "", "is a whole pipeline; name its part: .*vae"),
+        ("lora", "", "is a folder; name the .safetensors file in it"),
+        ("lora", "none.safetensors", "none.safetensors does not exist"),
+    ],
+)
+def test_what_stands_where_something_else_belongs_is_said(broken, setting, name, said):
+    for file in ("vae.safetensors", "vae.pt"):
+        (broken / file).write_bytes(b"")
+    with pytest.raises(DataError, match=f"pipeline.{setting}: .*{said}"):
+        load(pipeline_folder(), **{setting: str(broken / name)})
 
 
 def test_parts_of_different_models_are_refused(broken):
