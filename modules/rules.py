@@ -51,7 +51,9 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "data.val_fraction": (0, 1, "()"),
     "data.near_ood_val_fraction": (0, 1, "()"),
     "data.max_pixels": (1, None, ""),
+    "data.num_classes": (0, None, ""),
     "data.crop_margin": (0, None, ""),
+    "pipeline.resolution": (0, None, ""),
     "inversion.images_per_class": (1, None, ""),
     "inversion.batch_size": (1, None, ""),
     "inversion.num_vectors": (1, 32, ""),
@@ -322,6 +324,11 @@ def _check_learning(config) -> None:
     learning, generation = config.learning, config.generation
     if learning.crop_scale[0] <= 0 or learning.crop_scale[0] > learning.crop_scale[1] or learning.crop_scale[1] > 1:
         raise ConfigError(f"`learning.crop_scale` is {list(learning.crop_scale)}; it must be a rising pair in (0, 1]")
+    if min(learning.jitter) < 0 or learning.jitter[3] > 0.5:
+        raise ConfigError(
+            f"`learning.jitter` is {list(learning.jitter)}; brightness, contrast, saturation and hue are 0 or more, hue at "
+            "most 0.5, half a turn"
+        )
     has_ood = generates(config) and generation.near_ood_fraction > 0
     if learning.method == "cross_entropy" and has_ood and learning.outlier_exposure == 0:
         raise ConfigError(
