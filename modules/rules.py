@@ -206,7 +206,7 @@ def generated_rows(config) -> float:
 
 def lowest_strength(steps: int) -> float:
     """The lowest strength, of three digits, that takes a step of a grid of `steps`: 1 / steps, rounded up."""
-    return float(f"{_rounded_up(1 / steps):.3g}")
+    return float(f"{rounded_up(1 / steps):.3g}")
 
 
 def _get(config, name: str):
@@ -305,7 +305,7 @@ def _check_feeding(config) -> None:
     needed = generated_rows(config)
     rate, uses = config.generation.images_per_step, config.generation.max_uses
     if rate * uses < needed - 1e-9:
-        more_images = f"images_per_step to {_rounded_up(needed / uses):g}"
+        more_images = f"images_per_step to {rounded_up(needed / uses):g}"
         more_uses = f" or max_uses to {math.ceil(needed / rate - 1e-12)}" if rate else ""
         raise ConfigError(
             f"generation.synthetic_fraction {config.generation.synthetic_fraction} needs {needed:.3g} generated rows a "
@@ -314,7 +314,7 @@ def _check_feeding(config) -> None:
         )
 
 
-def _rounded_up(value: float) -> float:
+def rounded_up(value: float) -> float:
     """`value` > 0 to three digits, never below it."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.ceil(value / unit - 1e-12) * unit
