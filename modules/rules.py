@@ -326,8 +326,8 @@ def _check_learning(config) -> None:
         raise ConfigError(f"`learning.crop_scale` is {list(learning.crop_scale)}; it must be a rising pair in (0, 1]")
     if min(learning.jitter) < 0 or learning.jitter[3] > 0.5:
         raise ConfigError(
-            f"`learning.jitter` is {list(learning.jitter)}; brightness, contrast, saturation and hue are 0 or more, hue at "
-            "most 0.5, half a turn"
+            f"`learning.jitter` is {list(learning.jitter)}; brightness, contrast, saturation and hue are 0 or more, hue "
+            "at most 0.5, half a turn"
         )
     has_ood = generates(config) and generation.near_ood_fraction > 0
     if learning.method == "cross_entropy" and has_ood and learning.outlier_exposure == 0:
