@@ -116,7 +116,8 @@ class Console:
         """A table with a header; columns of numbers are right-aligned, columns of words left."""
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i and _numeric([row[i] for row in rows]) else "left")
+            justify = "right" if i and _numeric([row[i] for row in rows]) else "left"
+            table.add_column(name, justify=justify, overflow="fold")  # a setting's name is never cut short
         for row in rows:
             table.add_row(*row)
         self.rich.print(table)

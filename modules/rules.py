@@ -51,6 +51,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "data.val_fraction": (0, 1, "()"),
     "data.near_ood_val_fraction": (0, 1, "()"),
     "data.max_pixels": (1, None, ""),
+    "data.num_classes": (0, None, ""),
     "data.crop_margin": (0, None, ""),
     "pipeline.resolution": (0, 8192, ""),
     "inversion.images_per_class": (1, None, ""),
@@ -112,6 +113,9 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "evaluation.judge_steps": (0, None, ""),
     "probe.weight_decay": (0, None, ""),
     "tune.steps": (1, None, ""),
+    "tune.max_hours": (0, None, ""),
+    "tune.max_slowdown": (0, None, ""),
+    "tune.max_reuse": (0, None, ""),
     "shape.resolution": (8, 1024, ""),
     "shape.text_layers": (1, None, ""),
     "shape.max_tokens": (16, 77, ""),
@@ -202,7 +206,7 @@ def generated_rows(config) -> float:
 
 def lowest_strength(steps: int) -> float:
     """The lowest strength, of three digits, that takes a step of a grid of `steps`: 1 / steps, rounded up."""
-    return float(f"{_rounded_up(1 / steps):.3g}")
+    return float(f"{rounded_up(1 / steps):.3g}")
 
 
 def _get(config, name: str):
@@ -301,7 +305,7 @@ def _check_feeding(config) -> None:
     needed = generated_rows(config)
     rate, uses = config.generation.images_per_step, config.generation.max_uses
     if rate * uses < needed - 1e-9:
-        more_images = f"images_per_step to {_rounded_up(needed / uses):g}"
+        more_images = f"images_per_step to {rounded_up(needed / uses):g}"
         more_uses = f" or max_uses to {math.ceil(needed / rate - 1e-12)}" if rate else ""
         raise ConfigError(
             f"generation.synthetic_fraction {config.generation.synthetic_fraction} needs {needed:.3g} generated rows a "
@@ -310,7 +314,7 @@ def _check_feeding(config) -> None:
         )
 
 
-def _rounded_up(value: float) -> float:
+def rounded_up(value: float) -> float:
     """`value` > 0 to three digits, never below it."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.ceil(value / unit - 1e-12) * unit
@@ -320,6 +324,11 @@ def _check_learning(config) -> None:
     learning, generation = config.learning, config.generation
     if learning.crop_scale[0] <= 0 or learning.crop_scale[0] > learning.crop_scale[1] or learning.crop_scale[1] > 1:
         raise ConfigError(f"`learning.crop_scale` is {list(learning.crop_scale)}; it must be a rising pair in (0, 1]")
+    if min(learning.jitter) < 0 or learning.jitter[3] > 0.5:
+        raise ConfigError(
+            f"`learning.jitter` is {list(learning.jitter)}; brightness, contrast, saturation and hue are 0 or more, hue "
+            "at most 0.5, half a turn"
+        )
     has_ood = generates(config) and generation.near_ood_fraction > 0
     if learning.method == "cross_entropy" and has_ood and learning.outlier_exposure == 0:
         raise ConfigError(

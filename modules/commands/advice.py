@@ -7,6 +7,7 @@ time (staler images, other pictures) is said with it, and a saving that changes 
 from dataclasses import dataclass
 
 from modules.config import Config
+from modules.rules import rounded_up
 
 LAUNCH_BOUND = 0.85  # share of a step in which a GPU has work, below which it waits for the host
 LOW_UTILIZATION = 0.35  # of the matrix ceiling, below which more rows a call are likely to help
@@ -62,7 +63,7 @@ def _ratio(facts: Facts) -> Advice | None:
     if lower > 0.95 * rate:
         return None
     return Advice(
-        f"generation.images_per_step {rate:g} -> {lower:.3g}",
+        f"generation.images_per_step {rate:g} -> {rounded_up(lower):g}",  # rounded down it might not feed a batch
         f"generation takes {_percent(generate_ms, facts)} of a step; an image would serve in {facts.needed / lower:.1f} "
         f"batches instead of {facts.needed / rate:.1f} (max_uses {generation.max_uses}); tune measures the choice",
         generate_ms * (1 - lower / rate),
@@ -88,9 +89,11 @@ def _solver(facts: Facts) -> Advice | None:
 
 def _guidance(facts: Facts) -> Advice | None:
     unet_ms = facts.part_ms.get("unet", 0.0)
-    if not facts.unconditional_rows or not unet_ms:
+    generation, near_ood = facts.config.generation, facts.config.near_ood
+    against = generation.near_ood_fraction > 0 and near_ood.recipes.get("negative_guidance", 0) > 0
+    if not facts.unconditional_rows or not unet_ms or against:  # negative guidance needs those rows whatever the scale
         return None
-    slots = facts.config.generation.slots
+    slots = generation.slots
     return Advice(
         "generation.guidance_scale 1",
         f"the UNet takes {_percent(unet_ms, facts)} of a step, and {facts.unconditional_rows} of the "

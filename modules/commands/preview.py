@@ -14,6 +14,7 @@ alone. Sheets and the provenance of their images stand in the run's directory un
 import dataclasses
 import difflib
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -70,6 +71,8 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
         config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | {"mask_split": 1.0}})
     if _masked(config, variants) and not needs_masks(config):  # by a role that the run itself leaves out
         config = with_settings(config, {"generation.near_ood_fraction": 0.5, **_exposed(config)})
+    for variant in variants:
+        _alone(config, variant)  # a strength that takes no step is refused here, not after tokens were learned
     with opened(config, origins, console, "preview") as job:
         with job.stage("data") as progress:
             stages.load_data(job, progress)
@@ -96,13 +99,7 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
 
     The k-th request has image index k, and so the same noise, in every variant.
     """
-    settings: dict[str, object] = {"generation.near_ood_fraction": float(variant.recipe != POSITIVE)}
-    if variant.recipe == POSITIVE:
-        settings["generation.strengths"] = {variant.strength: 1.0}
-    else:
-        settings |= {"near_ood.recipes": {variant.recipe: 1.0}, "near_ood.strength": variant.strength}
-    settings |= _exposed(job.config)
-    own = dataclasses.replace(job, config=with_settings(job.config, settings))
+    own = dataclasses.replace(job, config=_alone(job.config, variant))
     recipes, index = stages.job_recipes(own), 0
     found: dict[int, list[Request]] = {label: [] for label in sources}
     while any(len(found[label]) < len(rows) for label, rows in sources.items()):
@@ -113,6 +110,16 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
             source = sources[request.label][column]
             found[request.label].append(dataclasses.replace(request, image_index=column, source=source))
     return found
+
+
+def _alone(config, variant: Variant):
+    """The config of a run that makes nothing but a variant; ConfigError where there can be no such run."""
+    settings: dict[str, object] = {"generation.near_ood_fraction": float(variant.recipe != POSITIVE)}
+    if variant.recipe == POSITIVE:
+        settings["generation.strengths"] = {variant.strength: 1.0}
+    else:
+        settings |= {"near_ood.recipes": {variant.recipe: 1.0}, "near_ood.strength": variant.strength}
+    return with_settings(config, settings | _exposed(config))
 
 
 def read_provenance(file: Path) -> list[Request]:
@@ -157,13 +164,19 @@ def _draw(job: Job, labels: list[int], variants: list[Variant], columns: int, pr
 
 
 def _make_again(job: Job, asked: list[Request]) -> list[Path]:
-    """A sheet for each provenance: its source, and the image made again."""
-    files = []
+    """A sheet for each provenance: its source, and the image made again.
+
+    Rows and sheets of a preview number their images alike, so a file's name counts those of one index.
+    """
+    files: list[Path] = []
+    earlier: Counter[int] = Counter()
     for request in asked:
+        earlier[request.image_index] += 1
+        number = f"-{earlier[request.image_index]}" if earlier[request.image_index] > 1 else ""
         rows = [[_shown_source(job, request.source), _images(job, [request])[0]]]
         source = job.sets.train.items[request.source].path
         caption = f"{request.image_index}: {request.recipe} {request.strength:g} of {source}"
-        files.append(job.workdir.path / f"again-{request.image_index}.png")
+        files.append(job.workdir.path / f"again-{request.image_index}{number}.png")
         write_atomic(files[-1], sheet_png(rows, [caption], scale=_scale(rows)))
     return files
 

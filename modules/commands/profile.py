@@ -87,12 +87,14 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
 
 
 def _traced_steps(state) -> int:
-    """Steps that hold at least one tick: three, or more where a tick comes rarely."""
+    """Steps that hold at least one tick: three, or more where a tick comes rarely; three where none ever comes."""
     if state.generator is None or not state.config.generation.images_per_step:
         return 3
     generation = state.config.generation
     cost = sum(state.generator.recipes.request(i).cost for i in range(32)) / 32
-    return max(3, math.ceil(generation.slots / max(1e-9, generation.images_per_step * cost)) + 1)
+    if not cost:  # jigsaws alone
+        return 3
+    return max(3, math.ceil(generation.slots / (generation.images_per_step * cost)) + 1)
 
 
 def _ceilings(job: Job) -> dict[str, Ceilings]:

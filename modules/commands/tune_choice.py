@@ -1,6 +1,6 @@
 """From measured ratios to one recommendation, by a rule that is printed with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modules.config import Tune
 from modules.console import duration
@@ -9,6 +9,8 @@ RULE = (
     "the largest measured images_per_step whose run stays within tune.max_hours, whose step stays within "
     "tune.max_slowdown times the step without generation, and whose images serve at most tune.max_reuse times (0: no bound)"
 )
+
+ROUNDING = 1e-9  # of a reuse: a table that says 4 keeps a bound of 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def within(row: Row, bounds: Tune) -> list[str]:
         broken.append(f"{row.hours:.3g} hours are more than tune.max_hours {bounds.max_hours:g}")
     if bounds.max_slowdown and row.slowdown > bounds.max_slowdown:
         broken.append(f"{row.slowdown:.2f}x is slower than tune.max_slowdown {bounds.max_slowdown:g}")
-    if bounds.max_reuse and row.reuse > bounds.max_reuse:
+    if bounds.max_reuse and row.reuse > bounds.max_reuse * (1 + ROUNDING):
         broken.append(f"a reuse of {row.reuse:.1f} is more than tune.max_reuse {bounds.max_reuse:g}")
     return broken
 
@@ -57,16 +59,11 @@ def recommend(rows: list[Row], bounds: Tune, preset: str) -> list[str]:
         why = f"; {beyond[0].images_per_step:g}: {', '.join(within(beyond[0], bounds))}" if beyond else ""
         lines.append(f"recommended: {_figures(best)}{why}")
         lines.append("paste below `generation:` of the config:")
-        lines.append(f"  images_per_step: {best.images_per_step:g}")
+        lines.append(f"  images_per_step: {best.images_per_step:.12g}")  # the ratio that ran, not a rounded one
         if judged := [row for row in allowed if row.quality]:
             lines.append(_accuracy_line(judged, best))
     elif own:
-        nearest = min(own, key=lambda row: row.step_ms)
-        lines.append(
-            f"recommended: none, because no measured ratio keeps every bound; the nearest is {_figures(nearest)}: "
-            f"{', '.join(within(nearest, bounds))}; raise that bound, add a smaller ratio to tune.grid, or take a faster "
-            "preset"
-        )
+        lines.append(_none_line(own, bounds))
     else:
         lines.append(
             "recommended: none, because no ratio of tune.grid can be run (see the reasons); "
@@ -95,6 +92,24 @@ def _figures(row: Row) -> str:
         f"images_per_step {row.images_per_step:g} ({1e3 / row.step_ms:.3g} steps/s, {row.slowdown:.2f}x the step without "
         f"generation, {100 * row.generation_share:.0f} % of it generation, reuse {row.reuse:.1f}, "
         f"{duration(3600 * row.hours)} in all)"
+    )
+
+
+def _none_line(own: list[Row], bounds: Tune) -> str:
+    """Why no ratio is recommended, and the ratio nearest to one: time asks for less generation, reuse for more."""
+    in_time = [row for row in own if not within(row, replace(bounds, max_reuse=0.0))]
+    if not in_time:
+        nearest, ways = (
+            min(own, key=lambda row: row.step_ms),
+            "add a smaller ratio to tune.grid, or take a faster preset",
+        )
+    elif len(in_time) == len(own):
+        nearest, ways = min(own, key=lambda row: row.reuse), "or add a larger ratio to tune.grid"
+    else:
+        nearest, ways = min(in_time, key=lambda row: row.reuse), "or take a faster preset"
+    return (
+        f"recommended: none, because no measured ratio keeps every bound; the nearest is {_figures(nearest)}: "
+        f"{', '.join(within(nearest, bounds))}; raise that bound, {ways}"
     )
 
 

@@ -68,7 +68,7 @@ def read_far_ood(data: Data) -> Index | None:
     """
     if not data.far_ood_root:
         return None
-    source = read_source(data.far_ood_root)
+    source = read_source(data.far_ood_root, setting="data.far_ood_root")
     if source.root == read_source(data.root, data).root:
         raise ConfigError(f"`data.far_ood_root` is `data.root` itself ({source.root}); name another image set")
     items = [item for item in source.items if item.role in ("", "id")]

@@ -24,37 +24,38 @@ NAMED_FOLDERS = 10  # empty class folders that a note names
 COLUMNS = "path,label[,role][,split][,mask][,group|model][,caption][,noun][,keywords]"
 
 
-def resolve_root(root: str) -> Path:
-    """The folder or file that `data.root` names; "embedded:parts64" is the pack shipped with the program.
+def resolve_root(root: str, setting: str = "data.root") -> Path:
+    """The folder or file that `setting` names; "embedded:parts64" is the pack shipped with the program.
 
     Raises:
         ConfigError: the setting is empty or names an unknown embedded pack.
         DataError: nothing is there.
     """
     if not root.strip():
-        raise ConfigError("`data.root` is empty; name a folder of class folders, a .csv, a .zip or embedded:parts64")
+        raise ConfigError(f"`{setting}` is empty; name a folder of class folders, a .csv, a .zip or embedded:parts64")
     if root.startswith("embedded:"):
         known = sorted(path.stem for path in EMBEDDED.glob("*.zip"))
         name = root.removeprefix("embedded:")
         if name not in known:
-            raise ConfigError(f"`data.root` is {root!r}; the embedded packs are {', '.join(known) or 'none'}")
+            raise ConfigError(f"`{setting}` is {root!r}; the embedded packs are {', '.join(known) or 'none'}")
         return EMBEDDED / f"{name}.zip"
     path = Path(root).expanduser()
     if not path.exists():
-        raise DataError(f"`data.root` {root!r} does not exist; name a folder of class folders, a .csv or a .zip")
+        raise DataError(f"`{setting}` {root!r} does not exist; name a folder of class folders, a .csv or a .zip")
     return path
 
 
-def read_source(root: str, data: Data | None = None) -> Index:
+def read_source(root: str, data: Data | None = None, setting: str = "data.root") -> Index:
     """All items below `root` as its names and columns declare them; `classes` is empty, roles and splits may be "".
 
-    `data` (config.Data) chooses among the classes of an MVIP tree; without it all of them are read.
+    `data` (config.Data) chooses among the classes of an MVIP tree; without it all of them are read. A message names
+    `root` by its `setting`.
 
     Raises:
         ConfigError: `root` names nothing known.
         DataError: missing, empty or unreadable root; a row, name or link that cannot be right.
     """
-    path = resolve_root(root)
+    path = resolve_root(root, setting)
     if path.suffix.lower() == ".csv" and path.is_file():
         with Files(path.parent) as files:
             source = read_csv(files, path.name, "csv")

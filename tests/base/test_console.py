@@ -134,3 +134,14 @@ def test_the_closing_table_and_its_footer(plain):
     plain.table("kernels", ["op", "ms"], [["views", "1.5"]])
     for word in ("runs/x", "test accuracy", "50.0 %", "report: runs/x/report.html", "kernels", "op", "views", "1.5"):
         assert word in text(plain)
+
+
+def test_a_narrow_table_folds_a_setting_and_cuts_no_letter(live):
+    live.rich.width = 40
+    live.table(
+        "plan", ["part", "size", "smaller by"], [["encoder training step", "31.1 MiB", "learning.classes_per_batch"]]
+    )
+    text = live.rich.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    column = "".join(line[-14:].strip() for line in text.splitlines())
+    assert "learning.classes_per_batch" in column

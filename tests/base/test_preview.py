@@ -78,6 +78,22 @@ def test_made_again_from_provenance(drawn, tmp_path):
     assert np.abs(tile(made, 0, 1) - tile(sheet, 3, 1)).max() <= 1
 
 
+def test_images_of_one_index_are_made_again_into_files_of_their_own(drawn, tmp_path):
+    _, provenance, path = drawn
+    several = tmp_path / "several.json"
+    several.write_text(json.dumps([provenance[1], provenance[7], provenance[0], provenance[10]]))  # columns 1, 1, 0, 1
+    again, _ = draw(path, f"--again={several}")
+    assert [file.name for file in again] == ["again-1.png", "again-1-2.png", "again-0.png", "again-1-3.png"]
+    assert len({file.read_bytes() for file in again}) == 4
+
+
+def test_a_strength_without_a_step_is_refused_before_tokens_are_learned(tmp_path):
+    path, stream = write_config(tmp_path), io.StringIO()
+    with pytest.raises(ConfigError, match="= 0 denoising steps"):
+        preview.command(path, ["--strengths=.1"], Console(stream), None, None)
+    assert not stream.getvalue(), "nothing was read"
+
+
 def test_provenance_of_another_pipeline_or_no_provenance(drawn, tmp_path):
     _, provenance, path = drawn
     file = tmp_path / "x.json"

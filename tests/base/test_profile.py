@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,11 +183,25 @@ def test_ratio_goes_no_lower_than_max_uses_allows():
     assert "12.0 batches instead of 8.0" in roomy.reason
 
 
+def test_the_ratio_that_is_advised_feeds_a_batch():
+    settings = {"generation.images_per_step": 3.0, "generation.max_uses": 15}  # 32 / 15 = 2.1333
+    change = changes(settings=settings)["generation.images_per_step"].change
+    assert change.endswith("3 -> 2.14")
+    with_settings(Config(), settings | {"generation.images_per_step": float(change.split()[-1])})
+
+
+def test_recipes_without_a_unet_call_are_traced_for_three_steps():
+    requests = SimpleNamespace(request=lambda index: SimpleNamespace(cost=0))
+    state = SimpleNamespace(config=Config(), generator=SimpleNamespace(recipes=requests))
+    assert profile._traced_steps(state) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "on", "off"),
     [
         ("generation.solver", {}, {"settings": {"generation.solver": "dpmpp_2m"}}),
         ("generation.guidance_scale", {}, {"unconditional_rows": 0}),
+        ("generation.guidance_scale", {}, {"settings": {"near_ood.recipes": {"negative_guidance": 1.0}}}),
         ("pipeline.vae:", {}, {"kl_decoder": False}),
         ("pipeline.compile", {"busy": 0.5, "settings": {"pipeline.compile": "off"}}, {"busy": 0.95}),
         ("generation.slots", {"unet_utilization": 0.2}, {"unet_utilization": 0.6}),

@@ -145,6 +145,7 @@ def test_a_ratio_that_runs_out_of_memory_is_a_row(tmp_path):
     ("overrides", "message"),
     [
         (["generation.synthetic_fraction=0"], "tune: generation.synthetic_fraction is 0"),
+        (["tune.max_hours=-1"], "`tune.max_hours` is -1.0; it must lie in"),
         (["--qualty"], "unknown flag --qualty; did you mean --quality"),
         (["--quality=4"], "--quality is '4'; it must be a whole number of at least 10"),
         (["--presets=fastest"], "--presets names 'fastest'; choose from exact, fast, faster, turbo"),
@@ -172,6 +173,31 @@ def test_rule_takes_the_largest_within_every_bound():
         "3 hours are more than tune.max_hours 2",
         "2.40x is slower than tune.max_slowdown 2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "nearest", "ways"),
+    [
+        ({"max_reuse": 1}, 4, "raise that bound, or add a larger ratio to tune.grid"),
+        ({"max_reuse": 3, "max_slowdown": 2}, 2, "raise that bound, or take a faster preset"),
+        ({"max_slowdown": 1.1}, 1, "raise that bound, add a smaller ratio to tune.grid, or take a faster preset"),
+    ],
+)
+def test_none_names_the_nearest_ratio_and_the_way_to_keep_the_bound(bounds, nearest, ways):
+    rows = [BASELINE, row(1, slowdown=1.2, reuse=8), row(2, 120, slowdown=1.6, reuse=4),
+            row(4, 150, slowdown=2.4, reuse=2)]  # fmt: skip
+    line = recommend(rows, Tune(**({"max_slowdown": 0} | bounds)), "exact")[1]
+    assert f"the nearest is images_per_step {nearest} " in line and line.endswith(ways)
+
+
+def test_a_bound_that_is_just_met_is_kept():
+    generated = 4 * 3 * 0.4 / (1 - 0.4)  # 8.000000000000002
+    rows = [BASELINE, row(2, slowdown=1.0, reuse=generated / 2)]
+    assert "  images_per_step: 2" in recommend(rows, Tune(max_reuse=4), "exact")
+
+
+def test_the_line_to_paste_is_the_ratio_that_ran():
+    assert "  images_per_step: 0.33333334" in recommend([BASELINE, row(0.33333334, slowdown=1.0)], Tune(), "exact")
 
 
 def test_recommendation_says_why_not_more_and_what_else():
