@@ -2,13 +2,12 @@
 
 import os
 import warnings
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+from torch.profiler import ProfilerActivity, profile
 
 from modules.commands.job import State
 from modules.commands.timing import PARTS, parts_timed, synchronize
@@ -42,32 +41,28 @@ def trace_steps(state: State, step, count: int, path: Path) -> Trace:
     if not on_gpu:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report the missing GPU as an error
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    every_thread = _ExperimentalConfig(profile_all_threads=True)  # also those that share a UNet call on a CPU
-    with (
-        parts_timed(state),
-        profile(activities=activities, acc_events=True, experimental_config=every_thread) as recorded,
-    ):
+    with parts_timed(state), profile(activities=activities, acc_events=True) as recorded:
         for _ in range(count):
             step(state)
         synchronize(state)
     path.unlink(missing_ok=True)
     recorded.export_chrome_trace(str(path))
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events = recorded.events()
-    home = {event.thread for event in events if event.key in ANNOTATIONS}
-    events = [e for e in events if e.device_type == kind and not e.is_user_annotation and e.key not in ANNOTATIONS]
-    workers = max(1, len({event.thread for event in events} - home))  # on a CPU, each with its share of the cores
-    own_us, calls = defaultdict(float), Counter(event.key for event in events)
-    for event in events:
-        if on_gpu:
-            own_us[event.key] += event.self_device_time_total
-        else:
-            own_us[event.key] += event.self_cpu_time_total / (1 if event.thread in home else workers)
-    found = [Operation(short_name(name), us / 1e3 / count, calls[name] / count) for name, us in own_us.items()]
+    found = []
+    for event in recorded.key_averages():
+        if event.device_type != kind or event.is_user_annotation or event.key in ANNOTATIONS:
+            continue
+        own_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append(Operation(short_name(event.key), own_us / 1e3 / count, event.count / count))
     found.sort(key=lambda operation: -operation.ms)
     busy_ms = sum(operation.ms for operation in found)
     if on_gpu:
-        busy_ms = covered([(event.time_range.start, event.time_range.end) for event in events]) / 1e3 / count
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in recorded.events()
+            if event.device_type == kind and not event.is_user_annotation
+        ]
+        busy_ms = covered(spans) / 1e3 / count
     return Trace(tuple(found), sum(operation.calls for operation in found), busy_ms)
 
 

@@ -77,7 +77,7 @@ def _compiled(slots: Slots, on_gpu: bool) -> Choice:
     slots.pipeline.unet.to(memory_format=torch.channels_last)
     tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
     if not on_gpu:  # the decoder stays as it is: compiled it was a fifth slower (benchmarks/LOG.md)
-        tick.step(in_turn=True)
+        tick.step()
         return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
     tick.step = graph(tick.step)
     latents = torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch])

@@ -10,14 +10,11 @@ work at the highest resolution; in the embedded one a whole block comes before.
 Shapes: S slots, U unconditional rows; repeated rows stand behind the S.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 
 class SharedRows:
-    """Repeats rows at the blocks of one UNet; idle outside of `repeating`."""
+    """Repeats rows at the blocks of one UNet; idle until `call`."""
 
     def __init__(self, unet: torch.nn.Module):
         self.rows = self.all_rows = 0  # S and S + U of the call under way; 0: rows come as they are
@@ -29,16 +26,12 @@ class SharedRows:
             part.register_forward_pre_hook(self._take, with_kwargs=True)
             part.register_forward_hook(self._repeat_made)
 
-    @contextmanager
-    def repeating(self, rows: int, slot_U: torch.Tensor | None) -> Iterator[None]:
-        """Inside, calls of the UNet on S rows repeat those of slot_U (None: every one) before the text is read.
-
-        Calls may run side by side in several threads.
-        """
+    def call(self, unet, rows: int, slot_U: torch.Tensor | None, *inputs, **named):
+        """unet(*inputs, **named) on S rows, with the rows of slot_U (None: every one) repeated before the text is read."""
         self.rows, self.slot_U = rows, slot_U
         self.all_rows = rows + (rows if slot_U is None else len(slot_U))
         try:
-            yield
+            return unet(*inputs, **named)
         finally:
             self.rows, self.all_rows, self.slot_U = 0, 0, None
 

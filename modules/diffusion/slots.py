@@ -23,7 +23,6 @@ from kernels.staging import upload
 from modules.data.masks import latent_edit_mask
 from modules.data.synthetic import jigsaw
 from modules.diffusion.attention import KeyValueCache
-from modules.diffusion.cores import count_parts, in_parts
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.requests import Request
 from modules.diffusion.schedule import Grid, StepTable
@@ -87,7 +86,7 @@ class Slots:
             pipeline, self.table, slots, unconditional_rows=unconditional_rows, empty_TE=empty_TE, masked=masked
         )
         self.key_values = KeyValueCache(pipeline.unet, kv_cache_gib)
-        self.decode = in_parts(pipeline.decode, count_parts(pipeline.device, decode_batch))  # compiled: see `capture`
+        self.decode = pipeline.decode  # replaced by its compiled form, see `capture`
         self.pool_bytes = 0  # of graphs captured since, which torch does not count as allocated
         self.decode_batch, self.unconditional_rows = decode_batch, unconditional_rows
         self.occupants: list[Request | None] = [None] * slots
@@ -326,7 +325,7 @@ class Slots:
         self.occupants = [values and Request.from_dict(values) for values in state["occupants"]]
         for slot, request in enumerate(self.occupants):
             if request is not None:
-                self.in_flight.write_key_values([slot], self._key_values(request)[None])
+                self.in_flight.kv_RTX[slot] = self._key_values(request)
         self.retries = deque(map(Request.from_dict, state["retries"]))
         self.drawn = deque(map(Request.from_dict, state["drawn"]))
         self.remaining, self.costs = list(state["remaining"]), deque(state["costs"])

@@ -7,21 +7,18 @@ never asks.
 Guidance that is off at low noise keeps the constant shape: a call has S conditional rows and U <= S unconditional ones,
 which go to the slots that are guided at this moment.
 
-On a CPU the call is made in parts of n slots each, side by side on its cores, except where U is between 0 and S and a
-part would not know which of its slots are guided.
-
-Shapes: S slots, U unconditional rows, N images written, T tokens, X text keys and values of all layers, W guidance
-embedding width, h w latent grid, R rows of a table.
+Shapes: S slots, U unconditional rows, N images written, T tokens, X text keys and values of
+all layers, W guidance embedding width,
+h w latent grid, R table rows.
 """
 
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 from kernels.guided_step import guided_step
 from kernels.staging import upload
 from modules.diffusion.attention import install, text_key_values
-from modules.diffusion.cores import count_parts, map_parts
 from modules.diffusion.frozen import freeze_linears
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import StepTable
@@ -65,7 +62,6 @@ class Tick:
         self.shared = share_rows(self.unet)
         freeze_linears(self.unet)
         device, size = pipeline.device, pipeline.latent_size
-        self.parts = count_parts(device, slots) if unconditional_rows in (0, slots) else 1
         self.stochastic_steps = max((g.num_inference_steps for g in table.grids.values() if g.stochastic), default=0)
 
         def latents(*leading):
@@ -76,12 +72,11 @@ class Tick:
         self.row_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self.slot_S = torch.arange(slots, device=device)
         self.guidance_S = torch.ones(slots, device=device)
-        self.kv_RTX = torch.zeros(  # of each part the rows of its slots, then the unconditional ones
+        self.kv_RTX = torch.zeros(
             slots + unconditional_rows, pipeline.num_tokens, install(self.unet), dtype=pipeline.dtype, device=device
         )
         if unconditional_rows:
-            kv_PRTX = self.kv_RTX.unflatten(0, (self.parts, -1))
-            kv_PRTX[:, slots // self.parts :] = text_key_values(self.unet, empty_TE[None])
+            self.kv_RTX[slots:] = text_key_values(self.unet, empty_TE[None])
         width = pipeline.guidance_embedding_width
         self.embedding_SW = torch.zeros(slots, width, dtype=pipeline.dtype, device=device) if width else None
         if masked:
@@ -116,7 +111,7 @@ class Tick:
         self.x0_prev_S4hw.index_fill_(0, slots_N, 0.0)
         self.row_S.index_copy_(0, slots_N, rows_N)
         self.guidance_S.index_copy_(0, slots_N, upload(guidance, device, torch.float32))
-        self.write_key_values(slots, kv_NTX)
+        self.kv_RTX.index_copy_(0, slots_N, kv_NTX)
         if self.embedding_SW is not None:
             embedded_NW = embed_guidance(guidance, self.embedding_SW.shape[1]).to(self.embedding_SW.dtype)
             self.embedding_SW.index_copy_(0, slots_N, upload(embedded_NW, device))
@@ -128,26 +123,26 @@ class Tick:
         if self.stochastic_steps:
             self.noise_SK4hw.index_copy_(0, slots_N, noise_NK4hw)
 
-    def write_key_values(self, slots: list[int], kv_NTX: torch.Tensor) -> None:
-        """Text keys and values of N slots."""
-        n = len(self.row_S) // self.parts
-        rows = [slot + (slot // n * n if self.unconditional_rows else 0) for slot in slots]
-        self.kv_RTX.index_copy_(0, upload(rows, self.row_S.device), kv_NTX)
-
     @torch.no_grad()
-    def step(self, in_turn: bool = False) -> None:
-        """Advance every slot by one step; idle slots stay as they are.
-
-        Args:
-            in_turn: parts of the UNet call follow each other, as where the first of them compiles it.
-        """
-        S, U, P, row_S = len(self.row_S), self.unconditional_rows, self.parts, self.row_S
-        n = S // P
-        slot_U, row_of_slot = self._unconditional_rows() if U else (None, None)
-        columns = [self.z_S4hw, self.table.timestep_R[row_S], self.kv_RTX, self.embedding_SW]
-        parts = list(zip(*((None,) * P if column is None else column.chunk(P) for column in columns), strict=True))
-        with self.shared.repeating(n, slot_U) if U and self.shared is not None else nullcontext():
-            predicted = map_parts(lambda *part: self._predict(slot_U, *part), parts, in_turn)
+    def step(self) -> None:
+        """Advance every slot by one step; idle slots stay as they are."""
+        S, U, row_S = len(self.row_S), self.unconditional_rows, self.row_S
+        x, t = self.z_S4hw, self.table.timestep_R[row_S]
+        call, row_of_slot = self.unet, None
+        if U:
+            slot_U, row_of_slot = self._unconditional_rows()
+            if self.shared is not None:
+                call = partial(self.shared.call, self.unet, S, slot_U)
+            else:
+                x, t = (torch.cat([y, y if slot_U is None else y[slot_U]]) for y in (x, t))
+        predicted = call(
+            x.to(self.pipeline.dtype),
+            t,
+            None,
+            timestep_cond=self.embedding_SW,
+            cross_attention_kwargs={"kv": self.kv_RTX},
+            return_dict=False,
+        )[0]
         noise = {}
         if self.stochastic_steps:
             noise = {"noise_SNchw": self.noise_SK4hw, "noise_step_S": self.table.noise_R[row_S]}
@@ -155,8 +150,8 @@ class Tick:
         if self.masked:
             mask = {"mask_S1hw": self.mask_S1hw, "source_Schw": self.z0_S4hw, "eps_Schw": self.eps_S4hw}
         guided_step(
-            _joined([rows[:n] for rows in predicted]),
-            _joined([rows[n:] for rows in predicted]) if U else None,
+            predicted[:S],
+            predicted[S:] if U else None,
             self.z_S4hw,
             self.x0_prev_S4hw,
             self.table.table_R8,
@@ -168,19 +163,6 @@ class Tick:
             **mask,
         )
         row_S.copy_(self.table.successor_R[row_S])
-
-    def _predict(self, slot_U, x_n4hw, t_n, kv_rTX, embedding_nW) -> torch.Tensor:
-        """The UNet's answer for n slots: their conditional rows, then the unconditional ones."""
-        if self.unconditional_rows and self.shared is None:
-            x_n4hw, t_n = (torch.cat([y, y if slot_U is None else y[slot_U]]) for y in (x_n4hw, t_n))
-        return self.unet(
-            x_n4hw.to(self.pipeline.dtype),
-            t_n,
-            None,
-            timestep_cond=embedding_nW,
-            cross_attention_kwargs={"kv": kv_rTX},
-            return_dict=False,
-        )[0]
 
     def _unconditional_rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Slots [U] that get an unconditional row, and each slot's row or -1 [S]; None stands for slot s and row s."""
@@ -200,10 +182,6 @@ class Tick:
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             getattr(self, name).copy_(value)
-
-
-def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def embed_guidance(guidance: list[float], width: int) -> torch.Tensor:

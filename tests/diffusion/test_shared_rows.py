@@ -1,6 +1,5 @@
 """Rows that are equal until the text is read, computed once: the same predictions, and nothing for other callers."""
 
-import contextlib
 import copy
 
 import pytest
@@ -45,9 +44,9 @@ def slots_of(side):
 
 
 @torch.no_grad()
-def predict(unet, x, t, kv, shared=None, slot_U=None):
-    with shared.repeating(S, slot_U) if shared else contextlib.nullcontext():
-        return unet(x, t, None, cross_attention_kwargs={"kv": kv}, return_dict=False)[0]
+def predict(unet, x, t, kv, call=None):
+    arguments = {"cross_attention_kwargs": {"kv": kv}, "return_dict": False}
+    return (call or unet)(x, t, None, **arguments)[0]
 
 
 @pytest.mark.parametrize("slots", [None, [0, 3], [4]])
@@ -58,7 +57,7 @@ def test_predictions_are_those_of_rows_computed_twice(case, slots):
     kv = kv[: S + len(again)]
     expected = predict(unet, torch.cat([x, x[again]]), torch.cat([t, t[again]]), kv)
     shared = share_rows(unet)
-    found = predict(unet, x, t, kv, shared, slot_U)
+    found = predict(unet, x, t, kv, lambda *inputs, **named: shared.call(unet, S, slot_U, *inputs, **named))
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 1e-5
 
@@ -72,7 +71,7 @@ def test_the_blocks_before_the_text_see_each_slot_once_and_other_callers_see_no_
     )
     shared = share_rows(unet)
     assert share_rows(unet) is shared
-    predict(unet, x, t, kv, shared)
+    predict(unet, x, t, kv, lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
     assert torch.equal(predict(unet, x, t, kv[:S]), before)
     handle.remove()
     assert seen == [S, S]
@@ -82,7 +81,7 @@ def test_a_call_that_fails_leaves_nothing_behind(case):
     unet, x, t, kv = case
     shared = share_rows(unet)
     with pytest.raises(RuntimeError):
-        predict(unet, x, t, kv[:3], shared)
+        predict(unet, x, t, kv[:3], lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
     assert shared.rows == shared.all_rows == 0 and shared.slot_U is None
 
 
@@ -92,7 +91,7 @@ def test_a_copy_of_the_unet_has_a_sharing_of_its_own(case):
     own = copy.deepcopy(unet)
     shared = share_rows(own)
     assert shared is not share_rows(unet)
-    found = predict(own, x, t, kv, shared)
+    found = predict(own, x, t, kv, lambda *inputs, **named: shared.call(own, S, None, *inputs, **named))
     assert (found - expected).abs().max() < 1e-5
 
 
@@ -103,7 +102,7 @@ def test_what_comes_before_the_text_within_a_block_is_computed_once(case):
     layer = block.attentions[0].transformer_blocks[0]
     parts = [block.resnets[0].conv1, layer.attn1.to_q, layer.attn2.to_q, unet.mid_block.resnets[0].conv1]
     handles = [part.register_forward_hook(lambda part, inputs, made: seen.append(len(made))) for part in parts]
-    predict(unet, x, t, kv, shared)
+    predict(unet, x, t, kv, lambda *inputs, **named: shared.call(unet, S, None, *inputs, **named))
     for handle in handles:
         handle.remove()
     assert seen == [S, S, 2 * S, 2 * S]
