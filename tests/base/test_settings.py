@@ -87,7 +87,7 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("learning.warmup_steps=500", r"does not end before learning.steps"),
         ("learning.jitter=[-1, 0, 0, 0]", r"`learning.jitter` is \[-1.0, 0.0, 0.0, 0.0\]; .* are 0 or more"),
         ("learning.jitter=[0, 0, 0, 0.6]", r"hue at most 0.5, half a turn"),
-        ("pipeline.resolution=-5", r"`pipeline.resolution` is -5; it must lie in \[0, inf\)"),
+        ("pipeline.resolution=-5", r"`pipeline.resolution` is -5; it must lie in \[0, 8192\]"),
         ("data.num_classes=-2", r"`data.num_classes` is -2; it must lie in \[0, inf\)"),
         ("tune.grid=[]", r"`tune.grid` is \[\]; name images a step to try"),
         ("tune.grid=[-1, 2]", r"`tune.grid` is \[-1.0, 2.0\]; name images a step to try"),
