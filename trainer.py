@@ -40,7 +40,8 @@ def step(state) -> None:
         batch = state.mixer.batch(state.step)
         state.overlap.launch()  # in stream mode generation starts here, beside the rest of the step
     with phase("augment"):
-        views = two_views(batch.images_BHWC, seed=config.run.seed, step=state.step, learning=config.learning)
+        draws = {"seed": config.run.seed, "step": state.step, "learning": config.learning}
+        views = two_views(batch.images_BHWC, **draws, out_dtype=state.precision)
     with phase("encode"), state.autocast():
         outputs = state.encoder(views, state.objective.output, [entry >= 0 for entry in batch.entries])
     with phase("loss"):
@@ -118,7 +119,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {found}", file=sys.stderr)
         return found.code
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
+        print("interrupted; start the same command again to go on from what is kept", file=sys.stderr)
         return 130
     return 0
 

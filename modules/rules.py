@@ -60,6 +60,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "inversion.lr": (0, None, "("),
     "inversion.flip": (0, 1, ""),
     "generation.images_per_step": (0, None, ""),
+    "generation.guidance_scale": (0, None, ""),
     "generation.synthetic_fraction": (0, 1, ")"),
     "generation.near_ood_fraction": (0, 1, ""),
     "generation.slots": (1, 4096, ""),

@@ -54,7 +54,7 @@ class Termination:
             raise self._terminated()
 
     def _terminated(self) -> Terminated:
-        return Terminated("SIGTERM: stopped; the same command goes on from the last checkpoint")
+        return Terminated("SIGTERM: stopped; start the same command again to go on from what is kept")
 
 
 def behind(error: BaseException) -> Terminated | None:

@@ -21,7 +21,7 @@ from modules.commands.timing import Timing, time_steps, window
 from modules.console import duration
 from modules.diffusion.generator import prefill_target
 from modules.diffusion.inversion import Inversion
-from modules.errors import OutOfMemory
+from modules.errors import DataError, OutOfMemory
 from modules.meter import timer
 from modules.probes import available_memory
 from modules.rules import generates
@@ -35,7 +35,8 @@ ENCODER_FORWARD_SHARE = 1 / 3  # of a training step's encoder time: the backward
 def command(path: str, overrides: list[str], console, run, step) -> dict:
     """Look at everything a run depends on; returns what check.json holds.
 
-    Raises: as the stages of a run, for what no run could go on with.
+    Raises: as the stages of a run, for what no run could go on with; and at the end, when all else was told, what a run
+    would stop at: DataError for bad files, OutOfMemory where the plan does not fit.
     """
     flags, overrides = split_flags(overrides, FLAGS["check"])
     asked, origins = load_config(path, overrides)
@@ -203,12 +204,13 @@ def _feature_seconds(job: Job, timing: Timing) -> float:
 
 
 def _verdict(console, bad: list, on_bad_image: str, fits: bool) -> None:
-    obstacles = []
+    memory = "" if fits else "memory (see the plan)"
     if bad and on_bad_image == "fail":
-        obstacles.append(f"{len(bad)} bad files (mend them, or set data.on_bad_image=skip)")
-    if not fits:
-        obstacles.append("memory (see the plan)")
-    console.line("a run would stop at: " + "; ".join(obstacles) if obstacles else "nothing found that would stop a run")
+        files = f"{len(bad)} bad files (mend them, or set data.on_bad_image=skip)"
+        raise DataError("check: a run would stop at " + "; ".join(filter(None, (files, memory))))
+    if memory:
+        raise OutOfMemory(f"check: a run would stop at {memory}")
+    console.line("nothing found that would stop a run")
 
 
 def _size(count: int) -> str:

@@ -127,7 +127,7 @@ class State:
 
     config: Config
     meter: Meter
-    autocast: object  # () -> context manager
+    precision: torch.dtype  # of the views and of the encoder's autocast; float32: no autocast
     generator: Generator | None  # None in arms without generated rows
     mixer: Mixer
     encoder: torch.nn.Module
@@ -139,6 +139,11 @@ class State:
     step: int = 0
     forward_rows: int = 0  # views that went through the encoder
     logs: dict = field(default_factory=dict)  # device tensors of the last step
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the encoder computes."""
+        device = next(self.encoder.parameters()).device.type
+        return torch.autocast(device, self.precision, enabled=self.precision != torch.float32)
 
     @property
     def pool_bytes(self) -> int:

@@ -204,7 +204,7 @@ def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
     images = train_DHWC[:1].expand(rows, -1, -1, -1).contiguous()
     before = torch.cuda.memory_allocated()
     state.meter.restart_peak()
-    views = two_views(images, seed=config.run.seed, step=0, learning=learning)
+    views = two_views(images, seed=config.run.seed, step=0, learning=learning, out_dtype=state.precision)
     with state.autocast():
         outputs = encoder(views, state.objective.output, [False] * rows)
     outputs.float().square().mean().backward()

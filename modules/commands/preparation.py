@@ -23,7 +23,12 @@ from modules.workdir import Workdir
 @contextmanager
 def opened(config: Config, origins: dict[str, str], console, verb: str):
     """A Job whose directory is `<run.dir>/<run.name>/<verb>`; results of an earlier look there are replaced."""
-    config = with_settings(config, {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0})
+    looks = {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0}
+    if (
+        verb != "check"
+    ):  # which says what a run will meet; the others make no intervals, whatever the groups of the test set
+        looks["evaluation.bootstrap"] = 0
+    config = with_settings(config, looks)
     workdir = Workdir(config, origins, replacing=True)
     try:
         yield Job(config, workdir, console)

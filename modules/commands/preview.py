@@ -67,8 +67,11 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
     if flags.get("again") == SWITCH:
         raise ConfigError("command line: --again names no file; give one, such as --again=preview/provenance.json")
     asked = read_provenance(Path(flags["again"])) if "again" in flags else []
-    if any(variant.recipe == "mask_split" for variant in variants):  # masks are read only where a recipe needs them
-        config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | {"mask_split": 1.0}})
+    shown = {v.recipe: 1.0 for v in variants if v.recipe != POSITIVE and not config.near_ood.recipes.get(v.recipe)}
+    if (
+        shown
+    ):  # so that what a recipe needs (masks, a grid that divides the image) is asked for before tokens are learned
+        config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | shown})
     if _masked(config, variants) and not needs_masks(config):  # by a role that the run itself leaves out
         config = with_settings(config, {"generation.near_ood_fraction": 0.5, **_exposed(config)})
     for variant in variants:
@@ -262,10 +265,12 @@ def _variants(flags: dict[str, str], config) -> list[Variant]:
         raise ConfigError(
             f"command line: --strengths is {flags['strengths']!r}; give numbers in (0, 1], such as --strengths=.2,.4"
         ) from None
-    if any(not 0 < strength <= 1 for strength in chosen):
+    if not chosen or any(not 0 < strength <= 1 for strength in chosen):
         raise ConfigError(f"command line: --strengths is {flags['strengths']!r}; a strength lies in (0, 1]")
     used = [name for name, weight in config.near_ood.recipes.items() if weight > 0]
     names = words(flags["recipes"]) if "recipes" in flags else used
+    if "recipes" in flags and not names:
+        raise ConfigError("command line: --recipes names nothing; name recipes with commas between them, or none")
     names = [] if names == ["none"] else names
     known = DIFFUSION_RECIPES + FREE_RECIPES
     for name in names:

@@ -4,7 +4,6 @@ What a stage makes for the next ones stands in `Job` (data, pipeline, tokens); w
 """
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -272,7 +271,7 @@ def build(job: Job, progress) -> State:
     state = State(
         config=config,
         meter=job.meter,
-        autocast=partial(torch.autocast, device.type, precision, enabled=precision != torch.float32),
+        precision=precision,
         generator=None,
         mixer=Mixer(train, sets.labels_D, reservoir, generation, learning, config.run.seed, roundtrip),
         encoder=encoder,

@@ -62,6 +62,7 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
         candidates, refused = _candidates(job, step, preset, grid, quality)
         windows: dict[float, list[Timing]] = {rate: [] for rate in candidates}
         judged: dict[float, dict | None] = {}
+        done += rounds * (len(grid) - len(candidates))
         for _ in range(rounds):
             for rate, candidate in candidates.items():
                 if rate not in refused:

@@ -79,16 +79,18 @@ def _reuse(axes: Axes, rows: list[Row], presets: list[str], bounds: Tune) -> Non
         for time, row in zip(times, own, strict=True):
             _name(axes, row, time, row.reuse)
     if bounds.max_reuse:
-        axes.axhline(bounds.max_reuse, color=OUTSIDE, linestyle=(0, (4, 3)))
+        axes.axhline(bounds.max_reuse, color=OUTSIDE, linestyle=(0, (4, 3)), label=f"max_reuse {bounds.max_reuse:g}")
     if bounds.max_hours:
-        axes.axvline(scale * bounds.max_hours, color=OUTSIDE, linestyle=(0, (4, 3)))
+        axes.axvline(
+            scale * bounds.max_hours, color=OUTSIDE, linestyle=(0, (1, 2)), label=f"max_hours {bounds.max_hours:g}"
+        )
     axes.margins(0.14)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(f"{unit} of the run")
     axes.set_ylabel("batches an image serves in")
     axes.set_title("Reuse against time, by images_per_step")
-    if len(presets) > 1:
+    if len(presets) > 1 or bounds.max_reuse or bounds.max_hours:
         axes.legend(fontsize=8)
 
 

@@ -296,8 +296,28 @@ class TestSuite:
         self.replace_parts(monkeypatch, {"generator": "import time; time.sleep(60)", "step": "pass"})
         suite.main(["--device", "cpu", "--budget-s", "1"])
         parts = last_line(capsys)["parts"]
-        assert parts["generator"]["status"] == "failed: stopped, the budget was spent"
+        assert parts["generator"]["status"] == "failed: stopped, its share was spent"
         assert parts["step"]["status"] == "skipped: budget"
+
+    def test_a_part_that_overstays_its_share_leaves_the_others_theirs(self, monkeypatch, capsys):
+        monkeypatch.setattr(suite, "LEAST_S", 0.1)
+        monkeypatch.setattr(suite, "CLOSING_S", 0.0)
+        monkeypatch.setattr(suite, "OVERSTAY", 0.2)
+        self.replace_parts(monkeypatch, {"generator": "import time; time.sleep(60)", "quality": "print('{}')"})
+        suite.main(["--device", "cpu", "--only", "generator,quality", "--budget-s", "10"])
+        parts = last_line(capsys)["parts"]
+        assert parts["generator"]["status"] == "failed: stopped, its share was spent"
+        assert 2 <= parts["generator"]["seconds"] < 8 and parts["quality"]["status"] == "done"
+
+    def test_the_last_part_is_told_all_that_is_left(self, monkeypatch):
+        told = {}
+        monkeypatch.setattr(
+            suite,
+            "command_of",
+            lambda part, _, seconds: told.update({part.name: seconds}) or [sys.executable, "-c", ""],
+        )
+        suite.main(["--device", "cpu", "--only", "generator,step", "--budget-s", "400"])
+        assert 200 < told["generator"] <= 0.55 * 400 and 380 < told["step"] <= 390
 
     def test_every_part_has_a_script_that_takes_its_arguments(self):
         options = suite._parse(["--device", "cpu", "--pipeline", "/some/folder"])

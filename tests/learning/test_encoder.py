@@ -58,6 +58,16 @@ def test_embeddings_are_fp32_unit_rows_under_autocast():
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(4))
 
 
+@pytest.mark.parametrize("arch", ["small_resnet", "resnet18"])
+def test_views_in_half_precision_are_what_autocast_makes_of_them(arch):
+    """A step hands them over rounded already: half as much is written, and nothing else changes."""
+    encoder = build_encoder(Settings(arch=arch), 64, 4, seed=0)
+    x = torch.randn(4, 3, 64, 64, generator=stream(0, "x")).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, rounded = (encoder(views, "embeddings") for views in (x, x.bfloat16()))
+    assert torch.equal(whole, rounded)
+
+
 def test_the_small_encoder_costs_at_most_60_mflop_an_image():
     total = 0
 
