@@ -94,6 +94,14 @@ def test_a_strength_without_a_step_is_refused_before_tokens_are_learned(tmp_path
     assert not stream.getvalue(), "nothing was read"
 
 
+def test_a_recipe_that_cannot_be_made_is_refused_before_tokens_are_learned(tmp_path):
+    stream = io.StringIO()
+    path = write_config(tmp_path, near_ood={"recipes": "{strength: 1}", "jigsaw_grid": 3})
+    with pytest.raises(ConfigError, match="jigsaw_grid` is 3, which does not divide"):
+        preview.command(path, ["--recipes=jigsaw"], Console(stream), None, None)
+    assert not stream.getvalue(), "nothing was read"
+
+
 def test_provenance_of_another_pipeline_or_no_provenance(drawn, tmp_path):
     _, provenance, path = drawn
     file = tmp_path / "x.json"
@@ -165,6 +173,8 @@ def test_defaults_are_the_runs_own(drawn):
         (["--strengths=half"], "--strengths is 'half'; give numbers"),
         (["--strengths=1.5"], "--strengths is '1.5'; a strength lies in"),
         (["--strengths=.1"], "= 0 denoising steps"),
+        (["--strengths="], "--strengths is ''; a strength lies in"),
+        (["--recipes=,"], "--recipes names nothing"),
         (["--images=0"], "--images is '0'; it must be a whole number of at least 1"),
         (["--again"], "--again names no file"),
         (["generation.synthetic_fraction=0"], "preview: generation.synthetic_fraction is 0"),
