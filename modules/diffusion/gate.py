@@ -9,7 +9,8 @@ Features of a backbone that ends in ReLU and a mean are never negative: their co
 image shows (measured: .84 to a held-out image's own class, .87 of near-OOD images to their nearest). So the mean of the
 train features is taken off first, and cosines use their whole range.
 
-Verdicts are made on the device and read one step later, so that no step waits for them.
+Verdicts are made on the device and read one step later, always in that step, so that what is accepted does not depend on
+time: the host waits for them only where it is more than a step ahead of the device.
 
 Shapes: N images, D train images, C classes, E feature width, H W pixels.
 """
