@@ -68,9 +68,7 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
         raise ConfigError("command line: --again names no file; give one, such as --again=preview/provenance.json")
     asked = read_provenance(Path(flags["again"])) if "again" in flags else []
     shown = {v.recipe: 1.0 for v in variants if v.recipe != POSITIVE and not config.near_ood.recipes.get(v.recipe)}
-    if (
-        shown
-    ):  # so that what a recipe needs (masks, a grid that divides the image) is asked for before tokens are learned
+    if shown:  # what a recipe needs (masks, a grid that divides the image) is asked for before tokens are learned
         config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | shown})
     if _masked(config, variants) and not needs_masks(config):  # by a role that the run itself leaves out
         config = with_settings(config, {"generation.near_ood_fraction": 0.5, **_exposed(config)})

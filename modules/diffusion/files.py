@@ -44,9 +44,8 @@ def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch
     """A model of one part, every weight from its files."""
     variant = "fp16" if ".fp16" in files[0].name else None
     read_json(part / "config.json")
-    by_name = (
-        {"ignore_mismatched_sizes": True} if issubclass(kind, PreTrainedModel) else {}
-    )  # diffusers names them itself
+    # so that weights of another shape are told by name; diffusers does that by itself
+    by_name = {"ignore_mismatched_sizes": True} if issubclass(kind, PreTrainedModel) else {}
     try:
         model, info = kind.from_pretrained(
             part,
