@@ -188,9 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
             outcomes.append(Outcome(part.name, "skipped: budget"))
         else:
             outcomes.append(run_part(part, options, budget.left, last=part.name == chosen[-1]))
-        if (
-            part.name == "correctness" and not options.keep_going
-        ):  # where it gave no answer, nothing is known to be wrong
+        if part.name == "correctness" and not options.keep_going:  # without an answer nothing is known to be wrong
             options.wrong = (outcomes[-1].document or {}).get("wrong", [])
         if os.environ.get("OUT"):  # the documents of the parts whole, where files are carried away, as they come
             whole = {outcome.part: outcome.document for outcome in outcomes}

@@ -24,9 +24,7 @@ from modules.workdir import Workdir
 def opened(config: Config, origins: dict[str, str], console, verb: str):
     """A Job whose directory is `<run.dir>/<run.name>/<verb>`; results of an earlier look there are replaced."""
     looks = {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0}
-    if (
-        verb != "check"
-    ):  # which says what a run will meet; the others make no intervals, whatever the groups of the test set
+    if verb != "check":  # it says what a run will meet; the others make no intervals, so no test group is too few
         looks["evaluation.bootstrap"] = 0
     config = with_settings(config, looks)
     workdir = Workdir(config, origins, replacing=True)

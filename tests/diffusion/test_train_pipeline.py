@@ -173,9 +173,8 @@ def test_a_step_is_wholly_on_the_device_of_its_stage(tokenizer, monkeypatch, nam
             stage = training.unet_stage(*parts, TRAINING, words.num_objects, 0, "cuda")
             moments = torch.zeros(12, 8, 8, 8, dtype=torch.float16, device="cuda")
             step = lambda stage: training.unet_step(stage, moments, 1.0, words, alphas)  # noqa: E731
-        with pytest.raises(
-            RuntimeError, match="_local_scalar_dense"
-        ):  # the figure that a step returns has no value here
+        # what a step returns has no value here
+        with pytest.raises(RuntimeError, match="_local_scalar_dense"):
             step(stage)
     assert losses[0].device.type == stage.device.type == "cuda"
     assert {weight.device.type for weight in weights(stage)} == {"cuda"}
