@@ -217,9 +217,8 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
         for layer in attention.layers_of(unet):
             layer.processor.backend = asked
-        if (
-            asked == "auto" and job.pipeline.dtype == torch.float32
-        ):  # by shape, not by time: the same run, the same bits
+        if asked == "auto" and job.pipeline.dtype == torch.float32:
+            # by shape, not by time: the same run, the same bits
             return Choice("products where tokens are few, else sdpa", "auto: by shape on a CPU")
         return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: on a CPU products are for fp32 alone")
     measure = timer(job.device)
