@@ -16,7 +16,7 @@ from modules.commands import stages
 from modules.commands.flags import FLAGS, split_flags
 from modules.commands.job import Job
 from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
-from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, variant
+from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, thrown_away
 from modules.commands.timing import Timing, time_steps, window
 from modules.console import duration
 from modules.diffusion.generator import prefill_target
@@ -148,7 +148,7 @@ def _print_time(job: Job, step, console) -> dict[str, float]:
     """Seconds of each stage, from a few real steps; {} where they do not fit."""
     try:
         with job.stage("time") as progress:
-            state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
+            state = thrown_away(job, progress)
             timing = time_steps(state, step, window(state, TIMED_STEPS))
             seconds = {"tokens": _token_seconds(job), "prefill": _prefill_seconds(job, state, timing)}
     except OutOfMemory as error:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from modules.commands import stages
-from modules.commands.job import Job
+from modules.commands.job import Job, State
 from modules.config import Config
 from modules.console import Console
 from modules.diffusion import tokens as token_files
@@ -89,6 +89,14 @@ def print_card(job: Job) -> None:
     learning = job.config.learning
     rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(job.config)
     job.console.card(str(job.workdir.path), stages.run_card(job, rows))
+
+
+def thrown_away(job: Job, progress) -> State:
+    """A job's state for timing alone: rings nearly empty, on which no time depends, but slots in full flow."""
+    state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
+    if state.generator is not None:
+        state.generator.warm_up()
+    return state
 
 
 def variant(job: Job, settings: dict[str, object]) -> Job:

@@ -18,7 +18,7 @@ from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
 from modules.commands.flags import FLAGS, number, split_flags
 from modules.commands.job import Job
 from modules.commands.memory_plan import memory_plan
-from modules.commands.preparation import load_generation, opened, print_card, variant
+from modules.commands.preparation import load_generation, opened, print_card, thrown_away
 from modules.commands.profile_trace import Trace, find_syncs, trace_steps
 from modules.commands.timing import Ceilings, Timing, measure_ceilings, time_steps, window
 from modules.learning.encoder import choose_arch
@@ -53,7 +53,7 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
             console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
         print_card(job)
         with job.stage("profile") as progress:
-            state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
+            state = thrown_away(job, progress)
             timing = time_steps(state, step, window(state, least))
             progress(1, 4, "timed")
             trace = trace_steps(state, step, _traced_steps(state), job.workdir.path / "trace.json")

@@ -149,6 +149,8 @@ def _candidates(
         job.console.line(f"  preset {preset}: {'; '.join(own.plan.reasons)}")
         with named_memory("tune", own.config):
             state = stages.build(own, _silent)
+            if not quality and state.generator is not None:
+                state.generator.warm_up()
             choose_overlap(own, state, step)  # a run of this config would take the same mode
         mode = own.choices["mode"]
         job.console.line(f"  generation and training: {mode.value} ({mode.reason})")

@@ -153,6 +153,16 @@ class Generator:
         if progress is not None and total:
             progress(total, total, "images in the reservoir")
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Fill the slots as a run keeps them, each at its own point of its grid, for timing without a prefill."""
+        for _ in range(self.slots.table.longest):
+            if self.slots.tick() in (0, len(self.slots.occupants)):
+                break
+            self.gate.settle(everything=True)
+        self.slots.credit = 0.0
+        self.reservoir.end_prefill()
+
     def finish(self) -> None:
         """After the last step: act on the verdicts still out, so that every image made is counted and kept or not."""
         self.gate.settle(everything=True)
@@ -202,6 +212,7 @@ class Generator:
             unconditional_rows=self._unconditional_rows(slots),
             masked=self.recipes.masked,
             kv_cache_gib=self.config.generation.kv_cache_gib,
+            staggered=True,
         )
 
     def _unconditional_rows(self, slots: int) -> int | None:

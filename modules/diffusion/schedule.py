@@ -234,6 +234,7 @@ class StepTable:
     def __init__(self, grids: list[Grid], device: torch.device | str = "cpu"):
         tables, timesteps, successors, guided = [torch.tensor([IDLE])], [0.0], [0], [False]
         self.grids = {g.key: g for g in grids}
+        self.longest = max((g.num_inference_steps for g in grids), default=0)  # steps of a grid
         self._first = {}
         for key, grid in self.grids.items():
             count = grid.num_inference_steps

@@ -62,6 +62,7 @@ class Slots:
         unconditional_rows: int | None = None,
         masked: bool = False,
         kv_cache_gib: float = 2.0,
+        staggered: bool = False,
     ):
         """An engine with all slots idle.
 
@@ -76,6 +77,8 @@ class Slots:
                 is given and the UNet takes no guidance embedding, else 0.
             masked: whether requests may edit within masks.
             kv_cache_gib: bound of the cache of prompts' keys and values.
+            staggered: fill the slots over a time grid instead of at once, for images without end: as they enter they
+                leave, evenly and not in bursts of S. The first images come half a grid later for it.
         """
         self.pipeline, self.sources, self.seed = pipeline, sources, seed
         self.request, self.context, self.finish = request, context, finish
@@ -88,7 +91,7 @@ class Slots:
         self.key_values = KeyValueCache(pipeline.unet, kv_cache_gib)
         self.decode = pipeline.decode  # replaced by its compiled form, see `capture`
         self.pool_bytes = 0  # of graphs captured since, which torch does not count as allocated
-        self.decode_batch, self.unconditional_rows = decode_batch, unconditional_rows
+        self.decode_batch, self.unconditional_rows, self.staggered = decode_batch, unconditional_rows, staggered
         self.occupants: list[Request | None] = [None] * slots
         self.remaining = [0] * slots  # steps each slot still has to take
         self.ready: deque[tuple[int, Request]] = deque()  # (row of the queue, request) of latents to decode
@@ -178,18 +181,23 @@ class Slots:
     def _admit(self, ahead: bool) -> None:
         """Move requests in order into idle slots; recipes without denoising pass through at once.
 
-        A request that would need more unconditional rows than a call has waits, and all behind it.
+        A request that would need more unconditional rows than a call has waits, and all behind it. While staggered
+        slots fill, no more work enters than the ticks so far could have done with all of them busy: at that pace
+        images will leave.
         """
         idle = [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
         entering: list[tuple[int, Request]] = []
         last = self.next_index + 2 * len(self.occupants)  # where all images pass through, none would ever fill a slot
         guided = sum(self._guided_now(slot) for slot in range(len(self.occupants)))
+        rows = self.counts["busy_rows"] + sum(self.remaining)  # of every image that has entered
+        filling = self.staggered and self.counts["ticks"] < self.table.longest
+        due = len(self.occupants) * (self.counts["ticks"] + 1) if filling else math.inf
         while (request := self._peek(ahead and self.next_index < last)) is not None:
             if request.denoises:
                 needs = self._is_guided(request, request.start)
-                if not idle or guided + needs > self.unconditional_rows:
+                if not idle or guided + needs > self.unconditional_rows or rows >= due:
                     break
-                guided += needs
+                guided, rows = guided + needs, rows + request.cost
                 entering.append((idle.pop(0), request))
             (self.retries if self.retries else self.drawn).popleft()
             self.counts["admitted"] += 1

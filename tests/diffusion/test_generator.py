@@ -185,3 +185,22 @@ def test_resuming_equals_never_having_stopped(tmp_path):
     expected, made = held(whole), held(resumed)
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[index], expected[index]) for index in expected)
+
+
+def test_warmed_up_slots_make_what_the_ratio_says_from_the_first_step():
+    """Idle ones would first have to fill: a window timed there sees ticks without arrivals and hardly a decode."""
+    generator = build(near_ood__recipes={"strength": 1.0})
+    generator.warm_up()
+    counts = generator.slots.counts
+    assert 0 < counts["ticks"] <= 4 and generator.slots.credit == 0
+    ticks, finished = counts["ticks"], counts["finished"]
+    for step in range(8):
+        generator.advance(step)
+    assert counts["finished"] - finished == pytest.approx(8 * 1.5, abs=3)  # a decoded batch
+    assert counts["ticks"] - ticks == pytest.approx(8, abs=1)  # 1.5 images of 2.7 calls by 4 slots
+
+
+def test_warming_up_ends_where_nothing_takes_a_slot():
+    generator = build(near_ood__recipes={"jigsaw": 1.0}, generation__near_ood_fraction=1.0)
+    generator.warm_up()
+    assert generator.slots.counts["ticks"] == 0 and generator.slots.busy == 0

@@ -70,6 +70,42 @@ def test_images_enter_in_index_order_and_every_slot_is_refilled_before_the_next_
     assert begun == set(range(engine.slots.next_index - len(engine.slots.drawn)))
 
 
+def arrivals(engine, ticks: int) -> list[int]:
+    """Images that arrive in each of a number of ticks."""
+    counts = []
+    for _ in range(ticks):
+        engine.slots.tick()
+        counts.append(sum(request is None for request in engine.slots.occupants))
+    return counts
+
+
+def test_staggered_slots_are_left_evenly_and_the_others_all_at_once():
+    """Three slots on a grid of eight steps: filled within it, then left one at a time, with none idle in any tick."""
+    staggered, at_once = (Engine(slots=3, strengths=(1.0,), staggered=on) for on in (True, False))
+    arrivals(staggered, 8)
+    before = staggered.slots.counts["busy_rows"]
+    even = arrivals(staggered, 16)
+    assert sum(even) == 6 and max(even) == 1 and staggered.slots.counts["busy_rows"] - before == 16 * 3
+    bursts = arrivals(at_once, 16)
+    assert sum(bursts) == 6 and max(bursts) == 3
+
+
+def test_staggered_slots_of_mixed_strengths_are_full_after_the_longest_grid():
+    engine = Engine(slots=4, staggered=True)
+    arrivals(engine, 8)
+    before = engine.slots.counts["busy_rows"]
+    arrivals(engine, 12)
+    assert engine.slots.counts["busy_rows"] - before == 12 * 4
+
+
+def test_staggering_changes_no_image():
+    staggered, at_once = Engine(staggered=True), Engine()
+    for engine in (staggered, at_once):
+        engine.make(8)
+    for i in range(8):
+        assert (staggered.finished[i] - at_once.finished[i]).abs().max() <= 1e-5
+
+
 def test_guidance_that_ends_early_needs_fewer_rows_and_changes_nothing():
     full = Engine(guided_steps=4, slots=4)
     lean = Engine(guided_steps=4, slots=4, unconditional_rows=2)
