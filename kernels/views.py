@@ -62,13 +62,14 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
 
     Rows are taken in the order of the place that hue has among their jitters, those without jitter last. The blends
     before hue, hue, and the blends after it then each belong to a contiguous slice of rows and are applied to no other.
+    Values stay in [0, 255] until they are normalized, which does not matter to any of these operations but the clamps.
     """
     B, H, W, _ = images_BHWC.shape
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
     place_R, turn_R, blend_R33 = _jitter_tables(op_R4, factor_R4)
-    scale_3 = 1 / torch.tensor(std, dtype=torch.float32)
-    normalize_23 = upload(torch.stack([scale_3, -torch.tensor(mean, dtype=torch.float32) * scale_3]), device)
+    mean_3, std_3 = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
+    normalize_23 = upload(torch.stack([1 / (255 * std_3), -mean_3 / std_3]), device)
     scale_311, shift_311 = normalize_23[:, :, None, None].unbind(0)
     row_R = place_R.argsort(stable=True)
     images_BX = images_BHWC.flatten(1)
@@ -81,7 +82,7 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     for start in range(0, V * B, block):
         b = slice(start, min(start + block, V * B))
         source_bHWC = images_BX.index_select(0, upload(row_R[b] % B, device)).unflatten(1, (H, W, 3))
-        x_b3HW = _crop(source_bHWC.permute(0, 3, 1, 2).float().div_(255), geometry_R6[b], size)
+        x_b3HW = _crop(source_bHWC.permute(0, 3, 1, 2).float(), geometry_R6[b], size)
         ends = (ends_5 - start).clamp(0, b.stop - start).tolist()
         _jitter(x_b3HW, turn_R[b], blend_R33[b], ends, bool(turns_R[b].any()))
         grey = upload(grey_R[b].nonzero().squeeze(1), device)
@@ -143,7 +144,7 @@ def _blend(x_b3HW, blend_b3) -> None:
     factor_b111, mean_b111, grey_b111 = blend_b3[:, :, None, None, None].unbind(1)
     grey_b1HW = _grey(x_b3HW)
     mean_b111 = grey_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111
-    torch.addcmul(grey_b1HW.mul_(grey_b111).add_(mean_b111), x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 1)
+    torch.addcmul(grey_b1HW.mul_(grey_b111).add_(mean_b111), x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 255)
 
 
 def _grey(x_b3HW) -> torch.Tensor:
@@ -158,19 +159,18 @@ def _turn_hue(x_b3HW, turn_b) -> None:
     c clamp(2-|h-2|) and min + c clamp(2-|h-4|), clamped to [0, 1].
     """
     r, g, b = x_b3HW.unbind(1)
-    high, low = torch.maximum(r, g).maximum(b), torch.minimum(r, g).minimum(b)
+    high, low = x_b3HW.amax(1), x_b3HW.amin(1)
     chroma, is_high = high - low, torch.empty_like(high)
     # On a CPU a comparison written as a float and a lerp are vectorized, `where` is not.
     hue = torch.sub(r, g).add_(chroma, alpha=4)
     hue.lerp_(torch.sub(b, r).add_(chroma, alpha=2), torch.eq(g, high, out=is_high))
     hue.lerp_(torch.sub(g, b), torch.eq(r, high, out=is_high))
-    hue.div_(chroma.clamp(min=1e-12)).mul_(1 / 6).add_(1 + turn_b[:, None, None])  # a grey pixel's hue: 0 / 1e-12
-    hue.frac_().mul_(6)  # a circle is added above, so that what is cut is never negative
-    for channel, center in enumerate((3, 2, 4)):
-        torch.sub(hue, center, out=x_b3HW[:, channel]).abs_()
+    # A circle is added, so that the part cut off is never negative; a grey pixel's hue is 0 / 1e-12.
+    torch.addcdiv(1 + turn_b[:, None, None], hue, chroma.clamp_(min=1e-12), value=1 / 6, out=hue).frac_().mul_(6)
+    torch.sub(hue[:, None], upload([3.0, 2.0, 4.0], hue.device)[:, None, None], out=x_b3HW).abs_()
     x_b3HW[:, :1].sub_(1)
-    x_b3HW[:, 1:].neg_().add_(2)
-    x_b3HW.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
+    torch.sub(upload(2.0, hue.device), x_b3HW[:, 1:], out=x_b3HW[:, 1:])
+    torch.addcmul(low[:, None], x_b3HW.clamp_(0, 1), chroma[:, None], out=x_b3HW)
 
 
 def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:

@@ -59,7 +59,8 @@ def _step_times(axes: Axes, rows: list[Row], preset: str, bounds: Tune) -> None:
     for place, row in zip(places, rows, strict=True):
         outside = bool(row.preset) and bool(within(row, bounds))
         axes.text(place, row.step_ms, f"{row.slowdown:.2f}x", ha="center", va="bottom", fontsize=8,
-                  color=OUTSIDE if outside else INK)  # fmt: skip
+                  color=OUTSIDE if outside else INK,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
     axes.set_ylim(top=1.4 * max(row.step_ms for row in rows))  # room for the legend
     axes.set_xticks(list(places), [f"{row.images_per_step:g}" if row.preset else "none" for row in rows])
     axes.set_xlabel("images_per_step")

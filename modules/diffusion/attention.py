@@ -128,7 +128,14 @@ def install(unet: torch.nn.Module, fuse: bool = False) -> int:
 @torch.no_grad()
 def text_key_values(unet: torch.nn.Module, context_NTE: torch.Tensor) -> torch.Tensor:
     """Keys and values [N, T, X] of prompt embeddings [N, T, E] in every cross-attention layer of a UNet with `install`."""
-    layers = [layer for layer in layers_of(unet) if layer.is_cross_attention]
+    return _key_values(_text_layers(unet), context_NTE)
+
+
+def _text_layers(unet: torch.nn.Module) -> list:
+    return [layer for layer in layers_of(unet) if layer.is_cross_attention]
+
+
+def _key_values(layers: list, context_NTE: torch.Tensor) -> torch.Tensor:
     return torch.cat([x for layer in layers for x in (layer.to_k(context_NTE), layer.to_v(context_NTE))], -1)
 
 
@@ -136,7 +143,7 @@ class KeyValueCache:
     """Text keys and values of prompts, the last used longest, within a bound in GiB."""
 
     def __init__(self, unet: torch.nn.Module, capacity_gib: float):
-        self.unet, self.capacity = unet, int(capacity_gib * 2**30)
+        self.layers, self.capacity = _text_layers(unet), int(capacity_gib * 2**30)
         self.kept: OrderedDict[object, torch.Tensor] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
 
@@ -147,7 +154,8 @@ class KeyValueCache:
             self.kept.move_to_end(key)
             return in_use(self.kept[key])
         self.misses += 1
-        kv_TX = text_key_values(self.unet, context()[None])[0]
+        with torch.no_grad():
+            kv_TX = _key_values(self.layers, context()[None])[0]
         size = kv_TX.nbytes
         if key is not None and size <= self.capacity:
             self.kept[key] = kv_TX
