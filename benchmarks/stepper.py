@@ -31,8 +31,8 @@ class Watched:
 class Stepper:
     """Blocks of joint steps, of training alone (ratio 0) and of generation alone.
 
-    A block is a whole number of turnovers of the slots, so that the bursts of arriving images fall into it as often as
-    the ratio owes them.
+    A block is a whole number of turnovers of the slots, so that as many images arrive and are decoded in it as the ratio
+    owes.
     """
 
     def __init__(self, state: State, least: int, mode: str = "sequential"):

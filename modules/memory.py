@@ -40,6 +40,7 @@ PARTS = {  # function -> what it does, and the settings that make it smaller: a 
     ),
     "modules.commands.machine._learner_bytes": ("a training step of the encoder", LEARNER),
     "modules.diffusion.generator.Generator.prefill": ("filling the reservoir", GENERATOR),
+    "modules.diffusion.generator.Generator.warm_up": ("filling the slots", GENERATOR),
     "modules.commands.run_training.train": ("a step", (*GENERATOR, *LEARNER)),
     "modules.commands.timing.time_steps": ("a step", (*GENERATOR, *LEARNER)),
     "modules.evaluation.features.embed_images": ("embedding images", ("evaluation.batch_size", "data.image_size")),

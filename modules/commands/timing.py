@@ -1,7 +1,7 @@
 """Real steps on a state that is thrown away: how long they take, where, and what this machine could do at best.
 
-A window of steps makes whole turnovers of the slots and whole decoded batches, so that bursts (slots that arrive together
-are decoded together) fall into it as often as the ratio owes them. Time is the wall's, with the device waited for at both ends.
+A window of steps makes whole turnovers of the slots and whole decoded batches, so that as many images arrive and are
+decoded in it as the ratio owes. Time is the wall's, with the device waited for at both ends.
 """
 
 import math
