@@ -49,7 +49,8 @@ def step(state) -> None:
     with phase("backward"):
         state.optimizer.backward(loss)
     with phase("optimize"):
-        state.optimizer.step(state.step, loss, {"images": batch.images_BHWC, "labels": batch.labels_B})
+        captured = {"images": batch.images_BHWC, "labels": batch.labels_B, "is_ood": batch.is_ood_B}
+        state.optimizer.step(state.step, loss, captured)
         if state.average is not None:
             state.average.update_parameters(state.encoder)
     state.forward_rows += len(views)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.harness import append_rows
+from benchmarks.harness import append_once
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # name in the rows -> what differs from configs/demo.yaml
@@ -39,7 +39,7 @@ def main() -> None:
         command = ["trainer.py", "run", "configs/demo.yaml", f"run.dir={options.runs}", f"run.name={slug}", *settings]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         rows += rows_of(name, ROOT / options.runs / slug)
-    append_rows(Path(options.out) / "demo.csv", rows)
+    append_once(Path(options.out) / "demo.csv", rows)
     print(json.dumps({row["run"]: row["value"] for row in rows if row["metric"] == "test.accuracy"}))
 
 

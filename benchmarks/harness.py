@@ -338,6 +338,19 @@ def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def append_once(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """As `append_rows`, without those rows that the file holds already but for their date: a finished run has one row."""
+    held = set()
+    if path.exists():
+        with path.open(newline="") as file:
+            held = {_undated(row) for row in csv.DictReader(file)}
+    append_rows(path, [row for row in rows if _undated(row) not in held])
+
+
+def _undated(row: dict[str, object]) -> frozenset[tuple[str, str]]:
+    return frozenset((name, str(value)) for name, value in row.items() if name != "date" and str(value))
+
+
 def _add_columns(path: Path, columns: list[str]) -> None:
     """Give a CSV file these columns in place of some of them; what it does not know stays empty."""
     with path.open(newline="") as file:

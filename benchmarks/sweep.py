@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from benchmarks.harness import append_rows
+from benchmarks.harness import append_once
 from modules.commands.trials import Planned, plan, refuse_other_settings, run_trial
 from modules.errors import ConfigError, UserError
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = dict(zip(trials, pool.map(_bring_to_end, trials.values()), strict=True))
     rows = [row for key, trial in trials.items() if codes[key] == 0 for row in rows_of(key, trial)]
-    append_rows(Path(options.out) / "sweep.csv", rows)
+    append_once(Path(options.out) / "sweep.csv", rows)
     print(_table(rows))
     failed = [f"{trials[key].name} (exit code {code}, {_log(trials[key])})" for key, code in codes.items() if code]
     document = {"config": options.config, "trials": len(trials), "failed": failed}

@@ -96,8 +96,9 @@ class Optimizer:
     def step(self, step: int, loss: torch.Tensor, capture: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Update the weights with the gradients that are there, then drop them; the gradient norm before clipping.
 
-        If loss or norm is not finite nothing is updated, and the first such step is noted with copies of the tensors
-        in `capture`. The norm stays on the device, as everything here.
+        If loss or norm is not finite nothing is updated (an 8-bit optimizer, which has no switch for it, steps with
+        gradients of zero), and the first such step is noted with copies of the tensors in `capture`. The norm stays on
+        the device, as everything here.
         """
         for group in self.inner.param_groups:
             group["lr"] = learning_rate(step, self.peak_lr, self.learning.warmup_steps, self.learning.steps)
@@ -111,7 +112,7 @@ class Optimizer:
             torch._foreach_mul_(gradients, (self.learning.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self._skips_by_itself:
             self.inner.found_inf = bad.float()
-        else:  # an 8-bit optimizer has no such switch: a zero gradient keeps its weights and moments finite
+        else:  # a zero gradient keeps weights and moments finite, though momentum and weight decay still act
             for gradient in gradients:
                 gradient.masked_fill_(bad, 0.0)
         self.inner.step()
@@ -130,8 +131,8 @@ class Optimizer:
         if failure is None:
             return
         raise NonFinite(
-            f"step {failure['step']}: loss {failure['loss']:g}, gradient norm {failure['gradient_norm']:g}; the weights "
-            f"are those before it; replay it from {write_capture(failure)}, or lower learning.lr, lengthen "
+            f"step {failure['step']}: loss {failure['loss']:g}, gradient norm {failure['gradient_norm']:g}; its "
+            f"update was left out; its batch is in {write_capture(failure)}, or lower learning.lr, lengthen "
             "learning.warmup_steps, set learning.max_grad_norm or run.precision=fp32"
         )
 

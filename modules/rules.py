@@ -7,6 +7,8 @@ import math
 
 from modules.errors import ConfigError
 
+NORM_GROUPS = {"vae_channels": 16, "unet_channels": 8}  # of a pipeline made from scratch: its channels are multiples
+
 CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "run.precision": ("auto", "fp32", "fp16", "bf16"),
@@ -119,6 +121,7 @@ RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "tune.max_reuse": (0, None, ""),
     "shape.resolution": (8, 1024, ""),
     "shape.text_layers": (1, None, ""),
+    "shape.text_heads": (1, None, ""),
     "shape.max_tokens": (16, 77, ""),
     "shape.vocabulary": (600, None, ""),
     "training.vae_steps": (1, None, ""),
@@ -199,6 +202,22 @@ def needs_masks(config) -> bool:
     return generates(config) and (edits or (negatives > 0 and config.near_ood.recipes.get("mask_split", 0) > 0))
 
 
+def used_strengths(generation) -> list[float]:
+    """Strengths of the positives that have a weight."""
+    return [float(strength) for strength, weight in generation.strengths.items() if weight > 0]
+
+
+def real_rows(config) -> int:
+    """Real rows a batch: those that are balanced over classes, and further ones."""
+    learning = config.learning
+    return learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
+
+
+def batch_rows(config) -> float:
+    """Rows a batch on average, real and generated; each is seen under two views."""
+    return real_rows(config) + generated_rows(config)
+
+
 def generated_rows(config) -> float:
     """g: generated rows a batch needs on average, so that they are synthetic_fraction of it."""
     fraction = config.generation.synthetic_fraction
@@ -236,6 +255,10 @@ def _check_shape(shape) -> None:
             f"`shape.resolution` is {shape.resolution}; shape.vae_channels and shape.unet_channels halve it {halvings} "
             f"times, so it must be a multiple of {2 ** max(0, halvings)}"
         )
+    for name, step in (NORM_GROUPS | {"text_width": shape.text_heads}).items():
+        given = getattr(shape, name)
+        if any(value < 1 or value % step for value in (given if isinstance(given, tuple) else (given,))):
+            raise ConfigError(f"`shape.{name}` is {given}; it takes multiples of {step}")
 
 
 def _check_weights(name: str, weights: dict) -> None:
@@ -289,7 +312,7 @@ def _check_probe_rates(lrs: tuple[float, ...]) -> None:
 
 def _check_strengths(config) -> None:
     steps = config.generation.num_inference_steps
-    strengths = [("generation.strengths", s) for s, w in config.generation.strengths.items() if w > 0]
+    strengths = [("generation.strengths", strength) for strength in used_strengths(config.generation)]
     if any(w > 0 and r in DIFFUSION_RECIPES for r, w in config.near_ood.recipes.items()):
         strengths.append(("near_ood.strength", config.near_ood.strength))
     for name, strength in strengths:

@@ -7,7 +7,7 @@ time (staler images, other pictures) is said with it, and a saving that changes 
 from dataclasses import dataclass
 
 from modules.config import Config
-from modules.rules import rounded_up
+from modules.rules import rounded_up, used_strengths
 
 LAUNCH_BOUND = 0.85  # share of a step in which a GPU has work, below which it waits for the host
 LOW_UTILIZATION = 0.35  # of the matrix ceiling, below which more rows a call are likely to help
@@ -76,7 +76,7 @@ def _solver(facts: Facts) -> Advice | None:
     half = generation.num_inference_steps // 2
     if generation.solver not in ("ddim", "euler") or not unet_ms:
         return None
-    if int(half * min(generation.strengths)) < 2:
+    if int(half * min(used_strengths(generation))) < 2:
         return None
     return Advice(
         f"generation.solver dpmpp_2m with num_inference_steps {half}",

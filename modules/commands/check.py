@@ -19,12 +19,13 @@ from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
 from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, thrown_away
 from modules.commands.timing import Timing, time_steps, window
 from modules.console import duration
+from modules.data.views import VIEWS
 from modules.diffusion.generator import prefill_target
 from modules.diffusion.inversion import Inversion
 from modules.errors import DataError, OutOfMemory
 from modules.meter import timer
 from modules.probes import available_memory
-from modules.rules import generates
+from modules.rules import batch_rows, generates
 from modules.settings import load_config
 
 TIMED_STEPS = 4
@@ -197,8 +198,7 @@ def _prefill_seconds(job: Job, state, timing: Timing) -> float:
 def _feature_seconds(job: Job, timing: Timing) -> float:
     """Forward passes of every image of every set, from the encoder's time in a training step."""
     images = sum(len(images.items) for images in job.sets.images.values())
-    learning = job.config.learning
-    views = 2 * (learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows)
+    views = VIEWS * batch_rows(job.config)
     both_ms = timing.phase_ms.get("encode", 0.0) + timing.phase_ms.get("backward", 0.0)
     return images * both_ms * ENCODER_FORWARD_SHARE / views / 1e3
 

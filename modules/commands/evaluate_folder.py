@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modules.config import Config
 from modules.data.images import Images, load_images
+from modules.data.sources import identity
 from modules.data.unlabeled import read_images
 from modules.errors import ConfigError
 from modules.evaluation.features import embed_images
@@ -38,8 +39,8 @@ def judge_folder(folder: Path, config: Config, detector: Detector, embed, consol
     with named_memory("judge", config), console.stage("judge") as progress:
         features_DF = embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress)
         judgment = detector.judge(features_DF)
-    summary = summarize(images, judgment, detector) | {"root": index.root, "skipped": len(images.skipped)}
-    root = Path(index.root).resolve()
+    summary = summarize(images, judgment, detector) | {"root": config.data.root, "skipped": len(images.skipped)}
+    root = identity(config.data.root)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.stem) + "-" + hashlib.sha256(str(root).encode()).hexdigest()[:8]
     out = folder / "evaluated" / name
     write_atomic(out / "predictions.csv", as_csv(images, judgment, detector))

@@ -33,7 +33,7 @@ from modules.errors import OutOfMemory
 from modules.memory import ran_out
 from modules.meter import Meter, timer
 from modules.records import read_record
-from modules.rules import generated_rows
+from modules.rules import batch_rows
 from modules.runtime import Choice
 from modules.settings import flatten, with_settings
 
@@ -198,8 +198,7 @@ def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
 def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
     """Peak device memory of a training step beside what is held before it, measured on a copy of the encoder."""
     config, learning = state.config, state.config.learning
-    rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
-    rows += math.ceil(generated_rows(config))
+    rows = math.ceil(batch_rows(config))
     encoder = copy.deepcopy(state.encoder).train()
     images = train_DHWC[:1].expand(rows, -1, -1, -1).contiguous()
     before = torch.cuda.memory_allocated()

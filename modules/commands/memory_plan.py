@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from modules.commands import costs
 from modules.commands.job import Job
 from modules.commands.stages import job_recipes
+from modules.data.views import VIEWS
 from modules.diffusion.attention import layers_of
 from modules.learning.encoder import build_encoder
-from modules.rules import generated_rows
+from modules.rules import batch_rows
 
-VIEWS = 2
 PROVENANCE_BYTES = 900  # of one request as JSON, measured
 HELD, WORKING = "held", "working"
 
@@ -86,9 +86,7 @@ def _learner_parts(job: Job) -> list[Part]:
     encoder = build_encoder(config.encoder, size, len(sets.index.classes), config.run.seed)
     numbers = sum(p.numel() for p in encoder.parameters())
     weights = costs.weight_bytes(encoder)
-    rows = VIEWS * round(
-        learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(config)
-    )
+    rows = VIEWS * round(batch_rows(config))
     precision = job.runtime.precision.value
     batch = rows * 3 * size * size * precision.itemsize
     training = costs.encoder_cost(encoder, rows, size, precision, training=True).peak_bytes

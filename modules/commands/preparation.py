@@ -15,7 +15,7 @@ from modules.console import Console
 from modules.diffusion import tokens as token_files
 from modules.diffusion.inversion import token_cache_key
 from modules.diffusion.prompts import initializer_id, trained_words
-from modules.rules import generated_rows, generates
+from modules.rules import batch_rows, generates
 from modules.settings import with_settings
 from modules.workdir import Workdir
 
@@ -86,9 +86,7 @@ def initial_tokens(job: Job) -> token_files.Tokens:
 
 def print_card(job: Job) -> None:
     """The run card of a job, as `run` prints it: every choice with its reason."""
-    learning = job.config.learning
-    rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(job.config)
-    job.console.card(str(job.workdir.path), stages.run_card(job, rows))
+    job.console.card(str(job.workdir.path), stages.run_card(job, batch_rows(job.config)))
 
 
 def thrown_away(job: Job, progress) -> State:

@@ -31,7 +31,7 @@ from modules.diffusion.requests import Request
 from modules.diffusion.tokens import PromptBank
 from modules.errors import ConfigError, DataError
 from modules.evaluation.sheets import sheet_png
-from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates, needs_masks
+from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates, needs_masks, used_strengths
 from modules.settings import load_config, with_settings
 from modules.state import write_atomic
 
@@ -256,7 +256,7 @@ def _file_name(name: str, label: int) -> str:
 
 
 def _variants(flags: dict[str, str], config) -> list[Variant]:
-    strengths = words(flags["strengths"]) if "strengths" in flags else list(config.generation.strengths)
+    strengths = words(flags["strengths"]) if "strengths" in flags else used_strengths(config.generation)
     try:
         chosen = [float(strength) for strength in strengths]
     except ValueError:

@@ -21,9 +21,10 @@ from modules.commands.memory_plan import memory_plan
 from modules.commands.preparation import load_generation, opened, print_card, thrown_away
 from modules.commands.profile_trace import Trace, find_syncs, trace_steps
 from modules.commands.timing import Ceilings, Timing, measure_ceilings, time_steps, window
+from modules.data.views import VIEWS
 from modules.learning.encoder import choose_arch
 from modules.phases import STEP_PHASES
-from modules.rules import generated_rows
+from modules.rules import batch_rows, generated_rows
 from modules.runtime import DTYPES, environment
 from modules.settings import load_config
 
@@ -126,7 +127,7 @@ def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -
         rows.append(PartRow("text encoder", text_ms, 0.0, 0.0))
         rows.append(PartRow("generation, the rest", max(0.0, rest), 0.0, 0.0))
     size, precision = job.config.data.image_size, job.runtime.precision.value
-    views = 2 * _batch_rows(job)
+    views = VIEWS * round(batch_rows(job.config))
     forward = costs.encoder_cost(state.encoder, views, size, precision, training=False).flop
     both = costs.encoder_cost(state.encoder, views, size, precision, training=True).flop
     add(f"encoder forward, {views} views", timing.phase_ms["encode"], forward, "learner")
@@ -136,7 +137,7 @@ def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -
 
 def _bandwidth_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
     """Phases that move bytes rather than compute: GiB/s of the bytes they cannot avoid, share of the copy ceiling."""
-    pixels = _batch_rows(job) * job.config.data.image_size**2 * 3
+    pixels = round(batch_rows(job.config)) * job.config.data.image_size**2 * 3
     numbers = sum(p.numel() for p in state.encoder.parameters())
     passes = OPTIMIZER_PASSES.get(job.config.learning.optimizer.removesuffix("8bit"), 5)
     moved = {
@@ -150,12 +151,6 @@ def _bandwidth_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceiling
         rate = count / 2**30 / ms * 1e3 if ms else 0.0
         rows.append(PartRow(name, ms, rate, rate / ceilings["learner"].gib_per_s))
     return rows
-
-
-def _batch_rows(job: Job) -> int:
-    learning = job.config.learning
-    real = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
-    return round(real + generated_rows(job.config))
 
 
 def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], syncs) -> Facts:

@@ -38,7 +38,7 @@ from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
 from modules.optim import Optimizer
-from modules.rules import generated_rows, generates, idle_settings, needs_masks
+from modules.rules import batch_rows, generated_rows, generates, idle_settings, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
@@ -260,7 +260,7 @@ def build(job: Job, progress) -> State:
     generation, learning = config.generation, config.learning
     precision = job.runtime.precision.value
     encoder = build_encoder(config.encoder, config.data.image_size, num_classes, config.run.seed).to(device)
-    rows = learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows + generated_rows(config)
+    rows = batch_rows(config)
     train = sets.train.pixels_DHWC.to(device)
     reservoir = Reservoir(
         num_classes, generation.ring_size, config.data.image_size, device, generation.max_uses, generation.max_age

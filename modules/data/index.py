@@ -13,7 +13,7 @@ from dataclasses import replace
 from modules.config import Data
 from modules.data import splits
 from modules.data.items import ROLES, SPLITS, Index, Item
-from modules.data.sources import read_source
+from modules.data.sources import identity, read_source
 from modules.errors import ConfigError, DataError
 
 __all__ = ["Index", "Item", "read_far_ood", "read_index", "read_raw"]
@@ -68,9 +68,9 @@ def read_far_ood(data: Data) -> Index | None:
     """
     if not data.far_ood_root:
         return None
+    if identity(data.far_ood_root, "data.far_ood_root") == identity(data.root):
+        raise ConfigError(f"`data.far_ood_root` is `data.root` itself ({data.root}); name another image set")
     source = read_source(data.far_ood_root, setting="data.far_ood_root")
-    if source.root == read_source(data.root, data).root:
-        raise ConfigError(f"`data.far_ood_root` is `data.root` itself ({source.root}); name another image set")
     items = [item for item in source.items if item.role in ("", "id")]
     tested = [item for item in items if item.split == "test"]
     which = "test images" if tested else "images (it declares no test split)"

@@ -45,6 +45,16 @@ def resolve_root(root: str, setting: str = "data.root") -> Path:
     return path
 
 
+def identity(root: str, setting: str = "data.root") -> Path:
+    """What tells one image set from another: its absolute path, where a folder and the index.csv in it are the same.
+
+    Raises:
+        ConfigError, DataError: as `resolve_root`.
+    """
+    path = resolve_root(root, setting).resolve()
+    return path.parent if path.name == PACK_INDEX and path.is_file() else path
+
+
 def read_source(root: str, data: Data | None = None, setting: str = "data.root") -> Index:
     """All items below `root` as its names and columns declare them; `classes` is empty, roles and splits may be "".
 

@@ -22,6 +22,7 @@ from modules.diffusion.requests import Request
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
 from modules.errors import ConfigError
+from modules.rules import used_strengths
 
 EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
 PREFILL_PATIENCE = 40  # images made per image wanted before prefill gives up
@@ -81,7 +82,7 @@ class Generator:
         bank = PromptBank(pipeline, tokens, config.inversion.initializer)
         self.conditioning = Conditioning(bank, seed)
         bases = dict.fromkeys(config.near_ood.recipes, (config.near_ood.strength,))
-        bases[POSITIVE] = tuple(strength for strength, weight in generation.strengths.items() if weight > 0)
+        bases[POSITIVE] = tuple(used_strengths(generation))
         enabled = config.controller.enabled
         self.controller = Controller(config.controller, num_classes, bases) if enabled else None
         self.recipes = Recipes(

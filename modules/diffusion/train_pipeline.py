@@ -14,6 +14,7 @@ Shapes: B rows, T tokens, N images, h w the latent grid.
 import copy
 import json
 import math
+from functools import lru_cache
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -23,8 +24,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from modules.config import PipelineShape, PipelineTraining
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
+from modules.rules import NORM_GROUPS
 from modules.runtime import stream
 
+CAPTIONS_KEPT = 2**16  # token ids of texts seen last: some 40 MB
 SCHEDULER = {  # Stable Diffusion 1.x
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -75,7 +78,7 @@ def build_vae(shape: PipelineShape, seed: int) -> AutoencoderKL:
             latent_channels=4,
             block_out_channels=shape.vae_channels,
             layers_per_block=1,
-            norm_num_groups=16,
+            norm_num_groups=NORM_GROUPS["vae_channels"],
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             sample_size=shape.resolution,
@@ -107,7 +110,7 @@ def build_text_and_unet(
             sample_size=shape.resolution // 2 ** (len(shape.vae_channels) - 1),
             block_out_channels=shape.unet_channels,
             layers_per_block=1,
-            norm_num_groups=8,
+            norm_num_groups=NORM_GROUPS["unet_channels"],
             attention_head_dim=4,
             cross_attention_dim=shape.text_width,
             down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * inner,
@@ -265,7 +268,7 @@ class Captions:
         self.objects = [names[name] for name in objects]
         self.num_objects = len(names)
         self.mark = tokenizer.convert_tokens_to_ids("*</w>")  # stands where the object's own vector goes
-        self.cache: dict[str, list[int]] = {}
+        self._encode = lru_cache(maxsize=CAPTIONS_KEPT)(self._tokenized)
 
     def ids(self, rows: list[int], draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """ids_BT int64 and own_B int64: the object whose vector replaces the mark in a row, or -1."""
@@ -286,10 +289,8 @@ class Captions:
             own.append(instance)
         return torch.tensor([self._encode(text) for text in texts]), torch.tensor(own)
 
-    def _encode(self, text: str) -> list[int]:
-        if text not in self.cache:
-            self.cache[text] = self.tokenizer(text, padding="max_length", truncation=True)["input_ids"]
-        return self.cache[text]
+    def _tokenized(self, text: str) -> list[int]:
+        return self.tokenizer(text, padding="max_length", truncation=True)["input_ids"]
 
 
 def unet_stage(

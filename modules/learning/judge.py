@@ -17,6 +17,7 @@ from modules.optim import learning_rate
 from modules.runtime import stream
 
 BATCH, WIDTH, PEAK_LR = 64, 32, 2e-3
+ALGORITHM = 1  # part of the cache key; raised when the same settings would train another judge
 
 
 def load_judge(
@@ -43,6 +44,7 @@ def load_judge(
     views = {name: getattr(learning, name) for name in ("crop_scale", "jitter", "jitter_p", "grey_p")}
     model = build_encoder(settings, pixels_DHWC.shape[1], num_classes, seed).to(device)
     key = {
+        "algorithm": ALGORITHM,
         "pixels": digest_tensor(pixels_DHWC),
         "labels": digest_tensor(labels_D),
         "steps": steps,

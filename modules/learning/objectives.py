@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from kernels.supcon import supcon
 from modules.config import Learning
+from modules.data.views import VIEWS
 from modules.errors import ConfigError
 from modules.learning.geometry import describe_embeddings
 
-VIEWS = 2
 Logs = dict[str, torch.Tensor]
 
 

@@ -155,6 +155,15 @@ def test_a_plain_folder_of_images_will_do_and_two_folders_of_one_name_do_not_mee
     assert len(set(outs)) == 2 and all(out.name.startswith("in-box-") for out in outs)
 
 
+def test_two_lists_in_one_folder_are_judged_beside_each_other(saved, tmp_path):
+    Image.fromarray(image(COLORS["gear"], 0.8, 1)).save(tmp_path / "1.png")
+    outs = []
+    for day in ("monday", "tuesday"):
+        (tmp_path / f"{day}.csv").write_text("path,label\n1.png,gear\n")
+        outs.append(call(saved, f"data.root={tmp_path / day}.csv")[0])
+    assert [out.name.split("-")[0] for out in outs] == ["monday", "tuesday"]
+
+
 def test_bad_files_are_named_or_left_out_as_asked(saved, tmp_path):
     inbox = tmp_path / "inbox"
     inbox.mkdir()

@@ -104,6 +104,10 @@ def test_a_mistake_gets_one_clear_message(file, override, message):
         ("training.warmup_steps=0", r"`training.warmup_steps` is 0; it must lie in \[1, inf\)"),
         ("run.keep_checkpoints=0", r"`run.keep_checkpoints` is 0"),
         ("shape.resolution=50", r"halve it 4 times, so it must be a multiple of 16"),
+        ("shape.vae_channels=[20, 40]", r"`shape.vae_channels` is \(20, 40\); it takes multiples of 16"),
+        ("shape.unet_channels=[0, 8, 16]", r"it takes multiples of 8"),
+        ("shape.text_width=90", r"`shape.text_width` is 90; it takes multiples of 4"),
+        ("shape.text_heads=0", r"shape.text_heads"),
         ("learning.steps=3", r"unknown section `learning`"),
     ],
 )

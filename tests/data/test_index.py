@@ -132,6 +132,9 @@ def test_far_ood_takes_the_test_images_of_another_set(tmp_path):
     assert len(read_far_ood(data(tmp_path / "near", far_ood_root=str(tmp_path / "plain"))).items) == 3
     with pytest.raises(ConfigError, match="data.far_ood_root. is .data.root. itself"):
         read_far_ood(data(tmp_path / "near", far_ood_root=str(tmp_path / "near" / "index.csv")))
+    csv_set(tmp_path / "near", declared_rows(("cat", "dog"), ("fox", "cow")), name="far.csv")
+    beside = read_far_ood(data(tmp_path / "near", far_ood_root=str(tmp_path / "near" / "far.csv")))
+    assert {item.label for item in beside.items} == {"cat", "dog"}  # two sets may lie in one folder
     for root, error in ((str(tmp_path / "nowhere"), DataError), ("embedded:nothing", ConfigError)):
         with pytest.raises(error, match="^`data.far_ood_root` "):
             read_far_ood(data(tmp_path / "near", far_ood_root=root))

@@ -75,13 +75,13 @@ def rows_text(rows: list[dict]) -> str:
     return buffer.getvalue()
 
 
-def csv_set(root: Path, rows: list[dict]) -> Path:
-    """A folder with images, masks and index.csv as the rows say; returns the CSV."""
+def csv_set(root: Path, rows: list[dict], name: str = "index.csv") -> Path:
+    """A folder with images, masks and a CSV file as the rows say; returns the CSV."""
     for i, row in enumerate(rows):
         put(root / row["path"], picture(i))
         if row.get("mask"):
             put(root / row["mask"], disc())
-    return put(root / "index.csv", rows_text(rows))
+    return put(root / name, rows_text(rows))
 
 
 def pack(path: Path, rows: list[dict], members: dict[str, bytes] | None = None) -> Path:
