@@ -70,12 +70,12 @@ class Console:
             yield self._plain_progress(name)
             return
         self._progress = Progress(
-            TextColumn(f"[bold]{name:<12}"),
+            TextColumn(f"{name:<12}", style="bold", markup=False),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.rich,
         )
         self._task = self._progress.add_task(name, total=None, note="")
@@ -105,21 +105,22 @@ class Console:
 
     def result(self, title: str, rows: list[tuple[str, str]], footer: str = "") -> None:
         """The closing table of a verb."""
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if self.live else None, show_header=False)
+        style = box.SIMPLE_HEAD if self.live else None
+        table = Table(title=Text(title, style="table.title"), title_justify="left", box=style, show_header=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.rich.print(table)
         if footer:
             self.line(footer)
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """A table with a header; columns of numbers are right-aligned, columns of words left."""
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=Text(title, style="table.title"), title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(header):
             justify = "right" if i and _numeric([row[i] for row in rows]) else "left"
-            table.add_column(name, justify=justify, overflow="fold")  # a setting's name is never cut short
+            table.add_column(Text(name), justify=justify, overflow="fold")  # a setting's name is never cut short
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.rich.print(table)
 
     def _plain_progress(self, name: str):

@@ -14,7 +14,8 @@ import yaml
 
 from modules.config import Config
 from modules.errors import ConfigError
-from modules.rules import CHOICES, check_rules
+from modules.ranges import CHOICES
+from modules.rules import check_rules
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 

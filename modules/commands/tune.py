@@ -18,7 +18,8 @@ from modules.commands.tune_measure import measure
 from modules.config import Config
 from modules.console import duration
 from modules.errors import ConfigError
-from modules.rules import CHOICES, generates
+from modules.ranges import CHOICES
+from modules.rules import generates
 from modules.runtime import environment
 from modules.settings import load_config
 from modules.state import write_atomic

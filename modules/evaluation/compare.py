@@ -1,8 +1,8 @@
 """Arms and seeds that are finished, compared on the same test groups.
 
 Nothing is run here: a trial is a run directory with results.json and predictions.safetensors, and one that lacks them
-is named and left out. All arms must have been judged on the same test images; groups and seeds are then resampled
-jointly, every arm sees the same resample, and a difference between two arms is a difference of paired replicates.
+is named and left out. All arms must have been judged on the same test images; groups are then resampled, every arm sees
+the same resample, and a difference between two arms is a difference of paired replicates.
 
 Shapes: Q resamples, K seeds.
 """
@@ -10,7 +10,7 @@ Shapes: Q resamples, K seeds.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -25,12 +25,13 @@ from modules.evaluation.intervals import (
     over_seeds,
     percentile_interval,
     role_weights,
-    seed_draws,
+    student_draws,
 )
 from modules.evaluation.stored import ROLES, Predictions, load_predictions
 from modules.records import read_record
 
 TRIAL_NAME = re.compile(r"(?P<arm>.+)-s(?P<seed>\d+)")
+PIPELINE = "sha256.pipeline.path"
 COSTS = ("cost.seconds", "cost.forward_passes", "cost.images_generated", "cost.reuse")
 REPRESENTATION = ("test.alignment", "test.uniformity", "test.ece", "artifact.probe_auroc", "artifact.score_auroc")
 WITHOUT_INTERVAL = (*REPRESENTATION, *COSTS)  # no function of single test rows
@@ -62,7 +63,7 @@ class Summary:
 
     mean: float
     sd: float | None  # over seeds, with n - 1; None for one seed
-    low: float | None  # group-and-seed bootstrap; None where the metric is no function of test rows
+    low: float | None  # bootstrap of groups, error over seeds; None where the metric is no function of test rows
     high: float | None
     seeds: int
 
@@ -146,7 +147,7 @@ def compare(
     """Comparison of finished trials; `arms` gives their order, `baseline` the arm that stands in the tables.
 
     An arm's value is the mean over its seeds; a difference of two arms is over the seeds both have. Replicate q draws
-    the same groups for every arm and seed, and the same seeds for both sides of a difference.
+    the same groups for every arm and seed. With one seed an interval is of groups alone.
 
     Raises DataError: nothing finished, different test images, headline scores, or settings within an arm, too few
     groups, an arm without a finished trial.
@@ -179,15 +180,17 @@ def compare(
         for arm, given in seeds.items()
     }
     differences = {}
-    for arm, other in permutations(seeds, 2):
+    for arm, other in combinations(seeds, 2):
         common = [s for s in seeds[arm] if s in seeds[other]]
         if common:
-            differences[arm, other] = _summarize(
+            found = _summarize(
                 [_minus(values[arm, s], values[other, s]) for s in common],
                 [_minus(replicates[arm, s], replicates[other, s]) for s in common],
                 confidence,
                 seed,
             )
+            differences[arm, other] = found
+            differences[other, arm] = {metric: _mirrored(summary) for metric, summary in found.items()}
     return Comparison(
         arms=tuple(seeds),
         baseline=baseline or next(iter(seeds)),
@@ -214,11 +217,17 @@ def _summarize(
         low = high = None
         if all(len(given.get(metric, ())) for given in replicates):
             replicate_KQ = torch.stack([given[metric] for given in replicates])
-            draws_QK = seed_draws(len(replicate_KQ), replicate_KQ.shape[1], seed=seed)
-            low, high = percentile_interval(over_seeds(replicate_KQ, draws_QK), confidence)
+            t_Q = student_draws(len(replicate_KQ), replicate_KQ.shape[1], seed=seed)
+            low, high = percentile_interval(over_seeds(replicate_KQ, value_K, t_Q), confidence)
         sd = float(value_K.std()) if len(value_K) > 1 else None
         found[metric] = Summary(float(value_K.mean()), sd, low, high, len(value_K))
     return found
+
+
+def _mirrored(found: Summary) -> Summary:
+    """The difference the other way round."""
+    low, high = (None if bound is None else -bound for bound in (found.high, found.low))
+    return replace(found, mean=-found.mean, low=low, high=high)
 
 
 def _minus(first: dict, second: dict) -> dict:
@@ -271,12 +280,21 @@ def _check_comparable(finished: Sequence[Finished]) -> None:
                 f"{first.results.get('headline.score')}: evaluation.score must be one and fixed before the runs"
             )
     heads, seeds = ({key(one): one for one in reversed(finished)} for key in (_arm, _seed))
+    pipelines: dict[tuple, Finished] = {}  # by settings, of the trials that read one
     for one in finished:
         if one.results.get("sha256.data.root") != seeds[one.trial.seed].results.get("sha256.data.root"):
             raise DataError(
                 f"{one.trial.path} read other images than {seeds[one.trial.seed].trial.path}, which has the same seed: "
                 "arms must share their images; data.json of both says which"
             )
+        if (digest := one.results.get(PIPELINE)) is not None:
+            read = tuple(sorted((k, str(v)) for k, v in one.settings.items() if k.startswith("pipeline.")))
+            other = pipelines.setdefault(read, one)
+            if digest != other.results[PIPELINE]:
+                raise DataError(
+                    f"{one.trial.path} and {other.trial.path} read pipeline.path {one.settings['pipeline.path']!r} with other "
+                    "weights in it: move one of them away and run it again"
+                )
         head = heads[one.trial.arm]
         for name in one.settings.keys() | head.settings.keys():
             if not name.startswith("run.") and one.settings.get(name) != head.settings.get(name):

@@ -11,6 +11,7 @@ from modules.evaluation.metrics import OOD_METRICS
 from modules.evaluation.ood import SCORES
 
 ROW_COLUMNS = ("data", "arm", "seed", "shots", "steps", "metric", "value", "seconds", "commit", "device")
+ERROR_OF_SEEDS = "Student's t over seeds (one seed: groups alone)"
 LOWER_IS_BETTER = ("fpr_", "ece", "alignment", "uniformity", "artifact.", "cost.seconds", "cost.forward_passes")
 COST_TITLES = ("seconds with tokens", "forward passes", "images generated", "reuse")
 REPRESENTATION_TITLES = ("alignment", "uniformity", "calibration error", "decoder seen by probe", "and by OOD score")
@@ -38,7 +39,11 @@ def conditions(comparison: Comparison) -> str:
     )
     intervals = "without intervals (evaluation.bootstrap=0)"
     if comparison.resamples:
-        intervals = f"{100 * comparison.confidence:g} % intervals from {comparison.resamples} joint resamples of groups and seeds"
+        intervals = (
+            f"{100 * comparison.confidence:g} % intervals from {comparison.resamples} resamples of groups with "
+            f"{ERROR_OF_SEEDS if len(seeds) > 1 else 'one seed, whose luck they do not cover'}, not widened for the number "
+            "of comparisons"
+        )
     return (
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); test: {sizes}; {intervals}; headline score "
         f"{comparison.headline}"

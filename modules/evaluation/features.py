@@ -87,11 +87,14 @@ def alignment(features_DF: Tensor, labels_D: Tensor) -> float:
     """Mean squared distance of unit features over all ordered pairs of different images of one class, in [0, 4].
 
     mean over y_i = y_j, i != j of ||z_i - z_j||^2, in float64. Over unit vectors a class of n images with sum s
-    contributes 2 n (n-1) - 2 (||s||^2 - n), so no pair is formed. nan where no class has two images.
+    contributes 2 n (n-1) - 2 (||s||^2 - n), so no pair is formed. nan where no class has two images, or a feature is
+    all zero.
 
     Source: Wang and Isola 2020 (2005.10242), eq. 2 with alpha = 2; positives are images of one class.
     """
     unit_DF = normalize(features_DF.double(), dim=1)
+    if not _have_directions(unit_DF):
+        return float("nan")
     total, pairs = 0.0, 0
     for label in labels_D.unique():
         members_nF = unit_DF[labels_D == label]
@@ -101,16 +104,20 @@ def alignment(features_DF: Tensor, labels_D: Tensor) -> float:
     return max(0.0, total / pairs) if pairs else float("nan")
 
 
+def _have_directions(unit_DF: Tensor) -> bool:
+    return bool((unit_DF != 0).any(1).all())
+
+
 def uniformity(features_DF: Tensor) -> float:
     """log of the mean Gaussian potential of unit features over all pairs of different images, in [-8, 0].
 
-    log mean over i != j of exp(-2 ||z_i - z_j||^2), in float64; lower is more uniform. nan for a single image.
+    nan where a feature is all zero, and so has no direction. log mean over i != j of exp(-2 ||z_i - z_j||^2), in float64; lower is more uniform. nan for a single image.
 
     Source: Wang and Isola 2020 (2005.10242), eq. 3 with t = 2.
     """
     unit_DF = normalize(features_DF.double(), dim=1)
     n = len(unit_DF)
-    if n < 2:
+    if n < 2 or not _have_directions(unit_DF):
         return float("nan")
     # ||a - b||^2 = 2 - 2 a.b; the n pairs of an image with itself contribute exp(0) each and are taken out again
     total = sum(float((4 * (rows_BF @ unit_DF.T) - 4).exp().sum()) for rows_BF in unit_DF.split(ROW_BLOCK))

@@ -253,7 +253,8 @@ def embedding_points(features_DF: Tensor, points: int, seed: int) -> tuple[Tenso
     unit = normalize(features_DF[rows].float(), dim=1).numpy()
     perplexity = float(np.clip((len(rows) - 1) / 3, 1, 30))
     random_state = stream_seed(seed, "embedding map", "t-SNE") % 2**32
-    projector = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=random_state)
+    start = "pca" if (unit != unit[0]).any() else "random"  # points that all coincide have no principal axis
+    projector = TSNE(perplexity=perplexity, init=start, max_iter=500, random_state=random_state)
     return rows, projector.fit_transform(unit)
 
 

@@ -1,8 +1,8 @@
-"""Intervals from a bootstrap over groups, and over seeds where there are several.
+"""Intervals from a bootstrap over groups, joined with the error of the mean over seeds where there are several.
 
 Photographs of one object, or renders of one model, are not independent: resampling images would give intervals that
 are too narrow by the square root of the images a group holds. So whole groups are drawn with replacement, and in a
-comparison seeds are drawn jointly with them. Two arms are compared on the same draws (paired), which removes what the
+comparison the error of a mean over few seeds, as Student's t has it, joins every resample. Two arms are compared on the same draws (paired), which removes what the
 test groups have in common from the difference. Both numbers, groups and seeds, belong beside every interval.
 
 Shapes: Q resamples, D images, K seeds.
@@ -51,14 +51,23 @@ def group_weights(groups: Sequence[str], resamples: int, *, seed: int, name: str
     return counts_QG[:, torch.tensor([number[group] for group in groups])]
 
 
-def seed_draws(seeds: int, resamples: int, *, seed: int) -> Tensor:
-    """Positions of the seeds drawn in each resample, with replacement: int64 [Q, K]; all 0 for one seed."""
-    return torch.randint(seeds, (resamples, seeds), generator=stream(seed, "bootstrap", "seeds"))
+def student_draws(seeds: int, resamples: int, *, seed: int) -> Tensor:
+    """Draws of Student's t with `seeds` - 1 degrees of freedom, float64 [Q]; all 0 for one seed, which shows no spread."""
+    if seeds < 2:
+        return torch.zeros(resamples, dtype=torch.float64)
+    normal_QK = torch.randn(resamples, seeds, generator=stream(seed, "bootstrap", "seeds"), dtype=torch.float64)
+    return normal_QK[:, 0] / normal_QK[:, 1:].square().mean(dim=1).sqrt()
 
 
-def over_seeds(replicates_KQ: Tensor, draws_QK: Tensor) -> Tensor:
-    """Mean over the drawn seeds of the metric's replicates, [Q]: groups and seeds are resampled jointly."""
-    return replicates_KQ.T.gather(1, draws_QK).mean(dim=1)
+def over_seeds(replicates_KQ: Tensor, value_K: Tensor, t_Q: Tensor) -> Tensor:
+    """Replicates [Q] of a metric's mean over seeds: its mean under each resample of groups, plus t sd(value) / sqrt(K).
+
+    Seeds redrawn with replacement could not leave the range of the K there are: where seeds differ more than groups, 95 %
+    intervals of 3 seeds would hold the truth in 75 % of cases, those of Student's t hold it in 95 %.
+    """
+    if len(value_K) < 2:
+        return replicates_KQ[0].double()
+    return replicates_KQ.double().mean(dim=0) + value_K.double().std() / len(value_K) ** 0.5 * t_Q
 
 
 def percentile_interval(replicates_Q: Tensor, confidence: float) -> tuple[float, float]:
@@ -105,9 +114,13 @@ def metric_replicates(predictions: Predictions, weights: dict[str, Tensor]) -> d
 
 
 def bootstrap_intervals(predictions: Predictions, evaluation: config.Evaluation, seed: int) -> dict[str, float]:
-    """`<key>_low` and `<key>_high` of every key of metric_replicates, at evaluation.confidence."""
+    """`<key>_low` and `<key>_high` of every key of metric_replicates, at evaluation.confidence.
+
+    Where all resamples agree (every image right) they say nothing of the next group: such a key has no interval.
+    """
     found: dict[str, float] = {}
     weights = role_weights(predictions, evaluation.bootstrap, seed=seed)
     for key, replicates_Q in metric_replicates(predictions, weights).items():
-        found[f"{key}_low"], found[f"{key}_high"] = percentile_interval(replicates_Q, evaluation.confidence)
+        if len(replicates_Q) and bool((replicates_Q != replicates_Q[0]).any()):
+            found[f"{key}_low"], found[f"{key}_high"] = percentile_interval(replicates_Q, evaluation.confidence)
     return found

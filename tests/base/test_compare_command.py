@@ -69,7 +69,7 @@ def grid(file, tmp_path, monkeypatch, outcome):
     folder.mkdir()
     (folder / "trainer.py").write_text(FAKE_TRAINER)
     monkeypatch.setattr(trials, "TRAINER", folder / "trainer.py")
-    overrides = [f"run.dir={tmp_path / 'runs'}", "evaluation.bootstrap=20"]
+    overrides = [f"run.dir={tmp_path / 'runs'}", "evaluation.bootstrap=40"]
     for trial in trials.plan(file, ("ce", "supcon", "positives"), (0, 1), overrides):
         made = folder / "made" / trial.name
         made.mkdir(parents=True)

@@ -44,7 +44,7 @@ def test_sigterm_reaches_the_trial_under_way_and_waits_for_its_checkpoint(tmp_pa
 def test_printed_trials_run_in_parallel_as_separate_processes(tmp_path, capsys):
     """Two generating arms of one seed meet in the token cache, as on a cluster; `compare` then finds them finished."""
     path = write_config(
-        tmp_path, learning={"steps": 4, "warmup_steps": 1}, evaluation={"judge_steps": 1, "bootstrap": 10}
+        tmp_path, learning={"steps": 4, "warmup_steps": 1}, evaluation={"judge_steps": 1, "bootstrap": 40}
     )
     arguments = [str(path), "--arms", "positives,jigsaw_roundtrip", "--seeds", "0"]
     assert trainer.main(["compare", *arguments, "--print-trials"]) == 0

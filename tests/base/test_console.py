@@ -97,6 +97,10 @@ def test_brackets_are_no_markup(plain):
     plain.line("[bold]parts[/bold]")
     plain.warn("class '[red]' is small")
     assert text(plain).splitlines() == ["[bold]parts[/bold]", "warning: class '[red]' is small"]
+    plain.table("in[/b]ox", ["[b]", "images"], [["bolt[red]", "3"], ["bolt[blue]", "4"]])
+    plain.result("run[/b]", [("class [red]", "[/x]")])
+    for name in ("in[/b]ox", "[b]", "bolt[red]", "bolt[blue]", "run[/b]", "class [red]", "[/x]"):
+        assert name in text(plain)
 
 
 def test_the_card_gives_each_choice_with_its_reason(plain, live):

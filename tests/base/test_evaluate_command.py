@@ -86,6 +86,8 @@ def test_a_run_that_leaves_test_unread_is_read_once_later(tmp_path, capsys):
     assert not [name for name in results if name.startswith("test.")] and "val.accuracy" in results
     assert not (path / "predictions.safetensors").exists() and (path / "report.html").exists()
     assert "val accuracy" in capsys.readouterr().out
+    page = (path / "report.html").read_text()
+    assert "test was not read" in page and "test was read once" not in page and "without intervals" in page
     unread, _ = call(path)
     assert "test.accuracy" not in json.loads((unread / "results.json").read_text())
     out, text = call(path, "evaluation.test=true")

@@ -34,7 +34,7 @@ def test_a_run_on_an_mvip_tree_from_masks_to_far_ood(tmp_path):
         generation={"mask_edit": "background", "prefill": 0.5, "conditions": "{keywords: 1.0, old: 1.0}"},
         near_ood={"recipes": "{mask_split: 1.0, foreign: 1.0}"},
         learning={"steps": 2, "warmup_steps": 1},
-        evaluation={"bootstrap": 20, "judge_steps": 1, "knn_every": 0},
+        evaluation={"bootstrap": 40, "judge_steps": 1, "knn_every": 0},
     )
     results = trainer.run(*load_config(path), Console(io.StringIO()))
     run = tmp_path / "runs/mvip"

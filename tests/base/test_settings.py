@@ -89,6 +89,10 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("learning.jitter=[0, 0, 0, 0.6]", r"hue at most 0.5, half a turn"),
         ("pipeline.resolution=-5", r"`pipeline.resolution` is -5; it must lie in \[0, 8192\]"),
         ("data.num_classes=-2", r"`data.num_classes` is -2; it must lie in \[0, inf\)"),
+        (
+            "evaluation.bootstrap=39",
+            r"`evaluation.bootstrap` is 39: too few for the ends of a 0.95 interval; set it to 40",
+        ),
         ("tune.grid=[]", r"`tune.grid` is \[\]; name images a step to try"),
         ("tune.grid=[-1, 2]", r"`tune.grid` is \[-1.0, 2.0\]; name images a step to try"),
     ],

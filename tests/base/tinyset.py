@@ -55,7 +55,7 @@ SETTINGS = {
     "learning.rows_per_class": 2,
     "learning.warmup_steps": 3,
     "probe.epochs": 5,
-    "evaluation.bootstrap": 20,
+    "evaluation.bootstrap": 40,
     "evaluation.judge_steps": 2,
     "evaluation.knn_every": 5,
     "evaluation.tsne_points": 20,

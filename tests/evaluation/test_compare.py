@@ -168,6 +168,12 @@ def test_runs_that_cannot_be_compared_are_refused(folder, tmp_path):
     fewer = [dataclasses.replace(x, results=x.results | {"sha256.data.root": x.trial.arm}) for x in (one, other)]
     with pytest.raises(DataError, match="supcon-s0 read other images than .*positives-s0, which has the same seed"):
         compare(fewer, resamples=10)
+    repainted = [
+        dataclasses.replace(x, results=x.results | {"sha256.pipeline.path": x.trial.arm}) for x in (one, other)
+    ]
+    with pytest.raises(DataError, match="positives-s0 read pipeline.path 'embedded' with other weights in it"):
+        compare(repainted, resamples=10)
+    assert compare([one, repainted[1]], resamples=10).arms == ("positives", "supcon")  # an arm may use no pipeline
     with pytest.raises(DataError, match="headline score msp"):
         compare([one, altered(results=other.results | {"headline.score": "msp"})], resamples=10)
     second = altered(trial=Trial("supcon", 1, other.trial.path), settings=other.settings | {"learning.steps": 7})

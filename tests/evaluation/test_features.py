@@ -1,5 +1,7 @@
 """Frozen features: batching, the neighbors' vote, alignment and uniformity against all pairs."""
 
+import math
+
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
@@ -75,4 +77,9 @@ def test_uniformity_is_the_log_mean_potential_of_all_pairs():
     oracle = pdist(normalize(features.double(), dim=1)).square().mul(-2).exp().mean().log()
     assert uniformity(features) == pytest.approx(float(oracle), abs=1e-10)
     assert uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-12)
+
+
+def test_features_without_a_direction_have_neither_alignment_nor_uniformity():
+    features = torch.nn.functional.pad(torch.zeros(1, 3), (0, 0, 0, 4), value=1.0)
+    assert math.isnan(uniformity(features)) and math.isnan(alignment(features, torch.zeros(5)))
     assert uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(-8, abs=1e-9)

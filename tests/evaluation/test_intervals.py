@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modules.errors import DataError
-from modules.evaluation.intervals import check_groups, group_weights, over_seeds, percentile_interval, seed_draws
+from modules.evaluation.intervals import check_groups, group_weights, over_seeds, percentile_interval, student_draws
 from modules.evaluation.replicates import mean_replicates
 
 
@@ -44,15 +44,33 @@ def test_percentiles_are_central():
     assert (low, high) == pytest.approx((5, 95))
 
 
-def test_seeds_are_drawn_jointly_with_groups():
-    draws = seed_draws(3, 4000, seed=0)
-    assert draws.shape == (4000, 3) and set(draws.flatten().tolist()) == {0, 1, 2}
-    replicates = torch.tensor([[1.0], [2.0], [6.0]]).expand(3, 4000)
-    means = over_seeds(replicates, draws)
-    assert float(means.mean()) == pytest.approx(3, abs=0.1)
-    spread = torch.tensor([1.0, 2.0, 6.0]).std(correction=0) / 3**0.5
-    assert float(means.std()) == pytest.approx(float(spread), rel=0.05)
-    assert torch.equal(over_seeds(torch.ones(1, 10), seed_draws(1, 10, seed=0)), torch.ones(10))
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("group_sd", [0.0, 0.3])
+def test_an_interval_over_few_seeds_holds_the_truth_as_often_as_it_says(seeds, group_sd):
+    """Seeds redrawn with replacement would hold it in 61, 75 and 82 % of cases."""
+    generator, resamples, held = torch.Generator().manual_seed(0), 1000, 0
+    t = student_draws(seeds, resamples, seed=0)
+    for _ in range(400):
+        values = torch.randn(seeds, generator=generator) + group_sd * torch.randn((), generator=generator)
+        replicates = values[:, None] + group_sd * torch.randn(resamples, generator=generator)
+        low, high = percentile_interval(over_seeds(replicates, values, t), 0.95)
+        held += low <= 0 <= high
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_student_draws_have_the_tails_of_t():
+    """97.5 % quantiles of t: 4.303 with two degrees of freedom, 2.776 with four (any table)."""
+    for seeds, quantile in ((3, 4.303), (5, 2.776)):
+        draws = student_draws(seeds, 200_000, seed=0)
+        assert float(draws.abs().quantile(0.95)) == pytest.approx(quantile, rel=0.03)
+    assert torch.equal(student_draws(3, 50, seed=0), student_draws(3, 50, seed=0))
+    assert not torch.equal(student_draws(3, 50, seed=0), student_draws(3, 50, seed=1))
+
+
+def test_one_seed_has_the_interval_of_its_groups():
+    replicates = torch.rand(1, 100, generator=torch.Generator().manual_seed(0))
+    found = over_seeds(replicates, torch.tensor([0.5]), student_draws(1, 100, seed=0))
+    assert torch.equal(found, replicates[0].double())
 
 
 def test_too_few_groups_are_named_before_anything_is_run():

@@ -173,6 +173,7 @@ def test_the_map_takes_at_most_its_points_and_is_repeatable():
     again, same = figures.embedding_points(features, 30, seed=1)
     assert len(rows) == 30 == len(xy) and torch.equal(rows, again) and np.array_equal(xy, same)
     assert len(figures.embedding_points(features[:3], 30, seed=1)[1]) == 3
+    assert figures.embedding_points(torch.ones(40, 8), 30, seed=1)[1].shape == (30, 2)  # an encoder that has collapsed
 
 
 def test_an_image_keeps_its_pixels_and_is_shrunk_where_large():
