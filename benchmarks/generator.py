@@ -1,11 +1,11 @@
 """Images a second, one row a technique, against its peers in the same process: `python -m benchmarks.generator`.
 
 A waterfall: DA-Fusion's loop as published, diffusers' image-to-image pipeline at its best batch (default attention,
-xformers, compiled, each at its own), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM steps under guidance
-7.5, the same weights, sources, prompts, dtype, threads and output size; blocks alternate. Each row has the share of the
-fastest matrix product measured in this run (MFU), the share of the floor (the time the UNet calls and the decoding would take
-at that rate) and the PSNR of its images against diffusers' from the same latents and the same noise. One UNet call of the
-fastest engine is timed apart, at its own rows and at 64.
+xformers, compiled, each at its own), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM
+steps under guidance 7.5, the same weights, sources, prompts, dtype, threads and output size; blocks alternate. Each row
+has the share of the fastest matrix product measured in this run (MFU), the share of the floor (the time the UNet calls and
+the decoding would take at that rate) and the PSNR of its images against diffusers' from the same latents and the same
+noise. One UNet call of the fastest engine is timed apart, at its own rows and at 64.
 
 Column `peak_mib` is what making one batch needs beyond what is held before it: what torch counts as allocated and the pools
 of captured graphs on a GPU, the high-water mark of the process on a CPU (`harness.peak_mib`).
@@ -18,6 +18,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -87,12 +88,12 @@ def main(argv: list[str] | None = None) -> dict:
         left_out = [_left_out(document["rows"][0], name, reason) for name, reason in bench.skipped.items()]
         harness.append_rows(options.out, [conditions | row for row in (*document["rows"], *left_out)])
         harness.drop_partial(options.out)
-    calls = unet_calls(bench, peak, document["ratios_of"], candidates, budget)
-    document |= calls | {"compiled_ahead_s": round(ahead_s, 1)}
-    if options.out and document["rows"]:
-        columns = list(document["rows"][0])
-        rows = [unet_call.as_row(columns, call, bench) for call in calls.values()]
-        harness.append_rows(options.out, [conditions | row for row in rows])
+    document["compiled_ahead_s"] = round(ahead_s, 1)
+    for part, call in unet_calls(bench, peak, document["ratios_of"], candidates, budget):
+        document[part] = call
+        if options.out and document["rows"]:  # before the next is begun, which may be compiled for a minute or two
+            row = unet_call.as_row(list(document["rows"][0]), call, bench)
+            harness.append_rows(options.out, [conditions | row])
     _print_table(document)
     harness.finish(document)
     return document
@@ -114,7 +115,7 @@ def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -
 
     None is begun in the part of the budget that is kept for the alternating blocks.
     """
-    found = []
+    found, took = [], []
     for name, maker in bench.makers().items():
         begin = time.perf_counter()
         try:
@@ -122,11 +123,12 @@ def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -
                 raise peers.Unavailable(name, "budget")
             candidate = maker()
             count = max(bench.batch, candidate.batch)
-            call = lambda c=candidate, count=count: c.call(count)  # noqa: E731 - three uses, one line
+            call = lambda c=candidate, count=count: took.append(  # noqa: E731 - bound to this technique
+                harness.block(lambda: c.call(count), 1, bench.device)
+            )
             candidate.peak_mib = harness.peak_mib(call, bench.device, pool_bytes=candidate.pool_bytes)
-            bench.wait()
             candidate.ready_s = time.perf_counter() - begin
-            candidate.batch_s = harness.block(call, 1, bench.device) * bench.batch / count
+            candidate.batch_s = took[-1] * bench.batch / count
         except peers.Unavailable as error:
             bench.skipped[name] = error.reason
         except Exception as error:  # one technique that fails costs no other
@@ -254,13 +256,12 @@ def _document(
 
 def unet_calls(
     bench: Bench, peak: float, name: str, candidates: list[Candidate], budget: harness.Budget
-) -> dict[str, dict[str, object]]:
+) -> Iterator[tuple[str, dict[str, object]]]:
     """One UNet call of an engine, at its own rows and at those of --unet-rows."""
-    calls = {"tick": unet_call.tick(bench, peak, name)}
+    yield "tick", unet_call.tick(bench, peak, name)
     if rows := bench.options.unet_rows:
         ready_s = next((c.ready_s for c in candidates if c.name == name), 0.0)
-        calls["unet_call"] = unet_call.at_rows(bench, peak, name, rows, ready_s, budget.left)
-    return calls
+        yield "unet_call", unet_call.at_rows(bench, peak, name, rows, ready_s, budget.left)
 
 
 def _print_table(document: dict) -> None:

@@ -216,7 +216,10 @@ def is_lost(device: torch.device | str) -> bool:
 
 
 def replayed(function: Callable[[], object]) -> Callable[[], object]:
-    """`function` on a CUDA device as replays of a graph, captured at its first call; its outputs are static."""
+    """`function` on a CUDA device as replays of a graph, captured at its first call; its outputs are static.
+
+    A replay allocates nothing: what a call holds is to be measured on `launched` of it.
+    """
     replay: list[Callable[[], object]] = []
 
     def call():
@@ -224,7 +227,13 @@ def replayed(function: Callable[[], object]) -> Callable[[], object]:
             replay.append(_capture(function))
         return replay[0]()
 
+    call.launched = function
     return call
+
+
+def launched(function: Callable[[], object]) -> Callable[[], object]:
+    """What `function` replays, launched one by one; itself if it is no `replayed`."""
+    return getattr(function, "launched", function)
 
 
 def _capture(function: Callable[[], object], warm_up: int = 3) -> Callable[[], object]:

@@ -132,7 +132,7 @@ def measure(
             "gib_per_s": round(gib_per_s, 3),
             "tflop_per_s": round(tflop_per_s, 4),
             "ceiling_pct": round(100 * share, 2),
-            "peak_mib": harness.peak_mib(case.candidates[name], device) if timing else held,
+            "peak_mib": harness.peak_mib(harness.launched(case.candidates[name]), device) if timing else held,
             "quality": failed or _quality(case, name),
             "switches": switches,
             "launches": backend.launches_of(case.candidates[name]) or "" if timing and name == "triton" else "",

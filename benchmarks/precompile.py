@@ -19,9 +19,9 @@ import torch
 from benchmarks.techniques import BLOCKS_SHARE, COMPILED, SLOTS_COMPILED, SLOTS_FAST, SLOTS_KERNELS, Bench
 
 ROOT = Path(__file__).resolve().parents[1]
-AT_ONCE = 4  # each holds a pipeline and the activations of its batch
+AT_ONCE = 5  # each holds a pipeline and the activations of its batch
 LEAST_S = 60.0  # nothing of Stable Diffusion's size was compiled sooner (78 and 83 s on an H200)
-READY_SHARE = 0.2  # of the budget: kept beside that of the blocks for making techniques ready after this
+READY_SHARE = 0.3  # of the budget: kept beside that of the blocks for making techniques ready after this
 
 
 def precompile(bench: Bench) -> float:
@@ -34,25 +34,25 @@ def precompile(bench: Bench) -> float:
     gc.collect()  # the searches for the best batches leave caches: the processes need that memory
     torch.cuda.empty_cache()
     least = (BLOCKS_SHARE + READY_SHARE) * bench.budget.seconds
-    if bench.budget.left < least + LEAST_S:
-        least = float("inf")
+    if len(waiting) < 2 or bench.budget.left < least + LEAST_S:
+        return 0.0  # nothing to do beside each other, or no time: each is compiled when its turn comes, if that comes
     try:
-        while waiting or running:
-            if bench.budget.left < least:
-                bench.too_late |= {*waiting, *running}
-                print(
-                    f"no time left to compile {'; '.join(f'{name}, {batch}' for name, batch in bench.too_late)}",
-                    flush=True,
-                )
-                break
-            while waiting and len(running) < AT_ONCE:
+        while True:
+            may_begin = bench.budget.left >= least + LEAST_S
+            while waiting and len(running) < AT_ONCE and may_begin:
                 key = next(iter(waiting))
                 running[key] = subprocess.Popen(waiting.pop(key), cwd=ROOT, stdout=subprocess.DEVNULL)
             for (name, batch), process in running.items():
                 if process.poll() not in (None, 0):
                     print(f"compiling {name}, {batch} ahead failed with exit code {process.returncode}", flush=True)
             running = {key: process for key, process in running.items() if process.poll() is None}
+            if bench.budget.left < least or not (running or (waiting and may_begin)):
+                break
             time.sleep(0.2)
+        bench.too_late |= {*waiting, *running}
+        if bench.too_late:
+            names = "; ".join(f"{name}, {batch}" for name, batch in bench.too_late)
+            print(f"no time left to compile {names}", flush=True)
     finally:
         for process in running.values():  # the compiler's own workers end with it
             process.kill()

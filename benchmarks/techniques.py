@@ -30,7 +30,7 @@ TECHNIQUES = (  # in the order in which a short budget should reach them
     SLOTS, DIFFUSERS, DA_FUSION, XFORMERS, SLOTS_COMPILED, COMPILED, SLOTS_FAST, SLOTS_KERNELS, SLOTS_TUNED,
 )  # fmt: skip
 QUALITY_IMAGES = 4
-BLOCKS_SHARE = 0.4  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
+BLOCKS_SHARE = 0.33  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
 
 
 @dataclass

@@ -27,6 +27,19 @@ def test_engine_and_peers_make_the_same_images_from_the_same_noise(pipeline):
     assert psnr_db(made, peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, -eps, texts, SETTING)) < 40
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_peer_is_judged_on_latents_laid_out_as_its_vae_gives_them(pipeline, layout):
+    """Or what was compiled for one layout is compiled again for the other, for the quality column alone."""
+    pipeline, seen = inputs.own_copy(pipeline), []
+    pipeline.unet.to(memory_format=layout)
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0].stride(1)), with_kwargs=True
+    )
+    z0, eps = torch.randn(2, 2, 4, pipeline.latent_size, pipeline.latent_size).unbind(0)
+    peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, eps, ["", ""], SETTING)
+    assert {stride == 1 for stride in seen} == {layout == torch.channels_last}
+
+
 def test_the_engine_takes_exactly_its_share_of_calls(pipeline):
     moments = pipeline.encode_moments(inputs.smooth_images(4, pipeline.resolution))
     engine = SlotEngine(inputs.own_copy(pipeline), SETTING, moments, inputs.prompts(4), slots=2)

@@ -116,6 +116,13 @@ def test_peak_memory_sees_what_a_call_allocates_and_frees():
     assert 60 < needed < 90
 
 
+def test_what_a_graph_replays_can_be_launched_to_see_what_it_holds():
+    def work():
+        return 1
+
+    assert harness.launched(harness.replayed(work)) is work and harness.launched(work) is work
+
+
 def test_rows_are_appended_and_a_changed_header_is_refused(tmp_path):
     path = tmp_path / "sub" / "rows.csv"
     harness.append_rows(path, [{"a": 1, "b": "x, y"}])
