@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.harness import append_once
+from benchmarks.ledger import append_once
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # name in the rows -> what differs from configs/demo.yaml

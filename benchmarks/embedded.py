@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pdist
 
-from benchmarks.harness import append_rows
+from benchmarks.ledger import append_rows
 from kernels.pixels import pixels
 from modules.config import Inversion
 from modules.data.sets import load_sets

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import harness, inputs, peers, unet_call
+from benchmarks import harness, inputs, ledger, peers, unet_call
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.precompile import precompile
 from benchmarks.techniques import (
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     def keep_ready(found: list[Candidate]) -> None:
         if options.out:  # before the first round, should making the others ready take all the time there is
             document = {"benchmark": "generator", **conditions, "ready": [_first_batch(c, bench.batch) for c in found]}
-            harness.write_partial(options.out, document | {"skipped": bench.skipped})
+            ledger.write_partial(options.out, document | {"skipped": bench.skipped})
 
     candidates = ready(bench, budget, keep_ready)
     if not candidates:
@@ -79,21 +79,21 @@ def main(argv: list[str] | None = None) -> dict:
 
     def keep(comparison: harness.Comparison) -> None:
         if options.out:  # a round at a time, should this process be stopped
-            harness.write_partial(options.out, document_of(comparison))
+            ledger.write_partial(options.out, document_of(comparison))
 
     comparison = alternate(candidates, images, bench.device, options.blocks, budget.left, keep)
     bench.skipped |= {name: f"failed: {reason}" for name, reason in comparison.failures.items()}
     document = document_of(comparison)
     if options.out and document["rows"]:
         left_out = [_left_out(document["rows"][0], name, reason) for name, reason in bench.skipped.items()]
-        harness.append_rows(options.out, [conditions | row for row in (*document["rows"], *left_out)])
-        harness.drop_partial(options.out)
+        ledger.append_rows(options.out, [conditions | row for row in (*document["rows"], *left_out)])
+        ledger.drop_partial(options.out)
     document["compiled_ahead_s"] = round(ahead_s, 1)
     for part, call in unet_calls(bench, peak, document["ratios_of"], candidates, budget):
         document[part] = call
         if options.out and document["rows"]:  # before the next is begun, which may be compiled for a minute or two
             row = unet_call.as_row(list(document["rows"][0]), call, bench)
-            harness.append_rows(options.out, [conditions | row])
+            ledger.append_rows(options.out, [conditions | row])
     _print_table(document)
     harness.finish(document)
     return document

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, ledger
 from benchmarks.ceilings import Ceilings, cold_cache, measure_ceilings
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_cases import SWEEPS
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict:
         found = rows_of(op, number, device, ceilings, options, budget)
         rows += found
         if options.out:  # as they come: what ends this process takes no finished row with it
-            harness.append_rows(options.out, [conditions | row for row in found])
+            ledger.append_rows(options.out, [conditions | row for row in found])
         if harness.is_lost(device):
             others, broken = [name for name in options.ops if name != op], options.ops
             print(f"the device is lost to this process after {op}; the other ops go on in a new one", flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import trainer
-from benchmarks import harness
+from benchmarks import harness, ledger
 from benchmarks.session import DEMO, session
 from modules.commands.job import Job, State
 from modules.diffusion.suitability import ALL, judge_images, suitability
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
                 _print_row(row)
             longest = max(longest, time.perf_counter() - begin)
             if options.out:
-                harness.append_rows(options.out, [conditions | row])
+                ledger.append_rows(options.out, [conditions | row])
     first = options.choices[0]
     exact = next((row for row in rows if row["choice"] == first), None)
     gate = {row["choice"]: _passes(row, exact) for row in rows if exact is not None and row is not exact}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, inputs
+from benchmarks import harness, inputs, ledger
 from benchmarks.session import session
 from benchmarks.stepper import Stepper
 from modules.phases import STEP_PHASES
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     def keep(row: dict[str, object]) -> None:
         if options.out:  # as they come: what ends this process takes no finished row with it
-            harness.append_rows(options.out, [conditions | row])
+            ledger.append_rows(options.out, [conditions | row])
 
     for number, case in enumerate(chosen):
         later = [OVER_IMAGES_S] * options.train_images + [other.least_s for other in chosen[number + 1 :]]
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> dict:
         try:
             found, constant = over_train_images(chosen[0], options, budget.left)
             if options.out:
-                harness.append_rows(options.out, [conditions | row for row in found])
+                ledger.append_rows(options.out, [conditions | row for row in found])
         except Exception as error:
             constant = {"failed": harness.described(error)}
     document = {

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, ledger
 from kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
             options.wrong = (outcomes[-1].document or {}).get("wrong", [])
         if os.environ.get("OUT"):  # the documents of the parts whole, where files are carried away, as they come
             whole = {outcome.part: outcome.document for outcome in outcomes}
-            harness.write_partial(out, conditions | {"documents": whole})
+            ledger.write_partial(out, conditions | {"documents": whole})
     rows = [{"part": o.part, "status": o.status, "seconds": o.seconds, "summary": o.summary} for o in outcomes]
     document = {
         "benchmark": "suite",
@@ -201,9 +201,9 @@ def main(argv: list[str] | None = None) -> dict:
         "passed": all(not row["status"].startswith("failed") for row in rows),
         "parts": {row["part"]: row for row in rows},
     }
-    harness.append_rows(out, [conditions | row for row in rows])
+    ledger.append_rows(out, [conditions | row for row in rows])
     if os.environ.get("OUT"):
-        harness.drop_partial(out)
+        ledger.drop_partial(out)
         whole = {outcome.part: outcome.document for outcome in outcomes}
         out.with_suffix(".json").write_text(json.dumps(document | {"documents": whole}, default=str) + "\n")
     print(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from benchmarks.harness import append_once
+from benchmarks.ledger import append_once
 from modules.commands.trials import Planned, plan, refuse_other_settings, run_trial
 from modules.errors import ConfigError, UserError
 

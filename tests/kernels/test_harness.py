@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, ledger
 
 
 @pytest.fixture
@@ -125,24 +125,24 @@ def test_what_a_graph_replays_can_be_launched_to_see_what_it_holds():
 
 def test_rows_are_appended_and_a_changed_header_is_refused(tmp_path):
     path = tmp_path / "sub" / "rows.csv"
-    harness.append_rows(path, [{"a": 1, "b": "x, y"}])
+    ledger.append_rows(path, [{"a": 1, "b": "x, y"}])
     before = path.read_text()
-    harness.append_rows(path, [{"a": 2, "b": "z"}])
+    ledger.append_rows(path, [{"a": 2, "b": "z"}])
     assert path.read_text().startswith(before)
     assert list(csv.DictReader(path.open())) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z"}]
     with pytest.raises(ValueError, match="write to another file"):
-        harness.append_rows(path, [{"a": 3, "c": 1}])
+        ledger.append_rows(path, [{"a": 3, "c": 1}])
     assert len(path.read_text().splitlines()) == 3
 
 
 def test_a_column_that_is_new_is_empty_in_the_rows_before(tmp_path):
     path = tmp_path / "rows.csv"
-    harness.append_rows(path, [{"a": 1, "b": "x, y"}])
-    harness.append_rows(path, [{"a": 2, "new": "z", "b": ""}])
+    ledger.append_rows(path, [{"a": 1, "b": "x, y"}])
+    ledger.append_rows(path, [{"a": 2, "new": "z", "b": ""}])
     rows = list(csv.DictReader(path.open()))
     assert rows == [{"a": "1", "new": "", "b": "x, y"}, {"a": "2", "new": "z", "b": ""}]
     with pytest.raises(ValueError, match="write to another file"):
-        harness.append_rows(path, [{"a": 3, "b": "without what the file has"}])
+        ledger.append_rows(path, [{"a": 3, "b": "without what the file has"}])
     assert list(csv.DictReader(path.open())) == rows and [one.name for one in tmp_path.iterdir()] == ["rows.csv"]
 
 
@@ -152,7 +152,7 @@ def test_committed_results_take_rows_under_the_conditions_of_today(name, tmp_pat
     path.write_text((harness.RESULTS / f"{name}.csv").read_text())
     before = list(csv.DictReader(path.open()))
     own = [column for column in before[0] if column not in harness.CONDITIONS]
-    harness.append_rows(path, [dict.fromkeys((*harness.CONDITIONS, *own), "x")])
+    ledger.append_rows(path, [dict.fromkeys((*harness.CONDITIONS, *own), "x")])
     *old, new = csv.DictReader(path.open())
     assert [{column: row[column] for column in before[0]} for row in old] == before and set(new.values()) == {"x"}
 
