@@ -12,7 +12,7 @@ import torch
 
 from kernels.staging import upload
 from modules.diffusion.requests import Prompt, Request
-from modules.diffusion.tokens import PromptBank
+from modules.diffusion.tokens import INITIALIZER, PromptBank
 from modules.errors import DataError
 from modules.runtime import stream
 
@@ -39,7 +39,7 @@ class Conditioning:
         if not prompt.template:
             return self.bank.empty()
         if prompt.fixed:
-            label = prompt.classes[0] if prompt.classes else request.label  # without classes: the initializer word
+            label = prompt.classes[0] if prompt.classes else INITIALIZER
             return self.bank.fixed(prompt.template, prompt.condition, label)
         draw = stream(self.seed, "token", *request.identity)
         return self.bank.mixed(prompt.template, prompt.condition, token_vectors(prompt, self.bank.vectors_CKE, draw))

@@ -240,9 +240,7 @@ class Slots:
 
     def _key_values(self, request: Request) -> torch.Tensor:
         """Text keys and values [T, X] of a request's prompt."""
-        prompt = request.prompt
-        by_label = prompt.template and not prompt.classes  # only the initializer word depends on the source's class
-        key = (prompt, request.label if by_label else None) if prompt.fixed else None
+        key = request.prompt if request.prompt.fixed else None
         return self.key_values.get(key, lambda: self.context(request))
 
     def _noise(self, request: Request) -> list[torch.Tensor]:

@@ -244,6 +244,9 @@ def vocabulary_norms(pipeline, trained: frozenset[str] | None = None) -> torch.T
     return rows.float().norm(dim=1)
 
 
+INITIALIZER = -1  # in place of a class: the word that tokens are learned from
+
+
 class PromptBank:
     """Prompt embeddings on the device: fixed prompts are encoded once and kept, the last used longest.
 
@@ -273,12 +276,12 @@ class PromptBank:
         self.encoded = 0  # prompts that went through the text encoder so far
 
     def fixed(self, template: str, condition: str, label: int) -> torch.Tensor:
-        """The embedding [T, E] of a template in a condition with the class's own token."""
-        return self._keep((template, condition, label if self.tokens else -1))
+        """The embedding [T, E] of a template in a condition with the class's own token, or the initializer word."""
+        return self._keep((template, condition, label if self.tokens else INITIALIZER))
 
     def empty(self) -> torch.Tensor:
         """The embedding [T, E] of the empty prompt, the unconditional side of guidance."""
-        return self._keep(("", "", -1))
+        return self._keep(("", "", INITIALIZER))
 
     def mixed(self, template: str, condition: str, vectors_KE: torch.Tensor) -> torch.Tensor:
         """The embedding [T, E] of a template in a condition with any vectors in the token's place; not kept."""
