@@ -4,6 +4,8 @@ The message says what is wrong, where (setting or file), what it was, and what w
 one line and exits with `code`; every other exception is a bug and stays a traceback.
 """
 
+import signal
+
 
 class UserError(Exception):
     """Base of everything a user can mend; `code` is the exit code of the process."""
@@ -42,6 +44,9 @@ class StorageError(UserError):
 
 
 class Terminated(UserError):
-    """SIGTERM arrived; the state was checkpointed first (exit code 143)."""
+    """A signal arrived; what could be was checkpointed first (exit code 128 + its number)."""
 
-    code = 143
+    def __init__(self, text: str, signum: int = signal.SIGTERM):
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        super().__init__(f"{name}: {text}")
+        self.signum, self.code = signum, 128 + signum

@@ -55,9 +55,11 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
         _fsync(folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a kind of its own
         shutil.rmtree(temporary, ignore_errors=True)
+        older = any(folder.glob(f"{PREFIX}*"))
+        then = "goes on from the checkpoint before" if older else "begins this stage anew, as there is none before it"
         raise StorageError(
             f"{folder}: the checkpoint of step {step} could not be written ({error}); free some disk space or set "
-            "run.dir to another disk, then start the same command again: it goes on from the older checkpoint"
+            f"run.dir to another disk, then start the same command again: it {then}"
         ) from error
     purge(folder, step, keep)
     return final

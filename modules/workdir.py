@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -99,16 +100,20 @@ class Workdir:
         self._write_config()
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 
-    def hold_to(self, setting: str, value: str, digest: str) -> None:
+    def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] = str) -> None:
         """Keep in inputs.json that the files which `setting` names have this sha256.
+
+        Args:
+            changes: says which files differ from those before, if that is known.
 
         Raises:
             DataError: work stands here that began with other files; nothing of it was changed.
         """
         if self._begun.get(setting, digest) != digest:
+            which = f" ({told})" if (told := changes()) else ""
             raise DataError(
-                f"{setting} {value}: these files are not those that this run began with; restore them, or set run.name "
-                "to begin another run"
+                f"{setting} {value}: these files are not those that this run began with{which}; restore them, or set "
+                "run.name to begin another run"
             )
         self._inputs[setting] = digest
         self.write_json("inputs.json", self._inputs)

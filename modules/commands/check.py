@@ -183,7 +183,8 @@ def _token_seconds(job: Job) -> float:
     inversion = Inversion(
         job.pipeline, planes, job.sets.labels_D, job.sets.index.classes, config.inversion, config.run.seed
     )
-    return inversion.steps * timer(job.device)(inversion.step, repeats=2, warmup=1) / 1e3
+    repeats, warmup = (2, 1) if inversion.steps > 2 else (1, 0)  # there are no images for further steps
+    return inversion.steps * timer(job.device)(inversion.step, repeats=repeats, warmup=warmup) / 1e3
 
 
 def _prefill_seconds(job: Job, state, timing: Timing) -> float:

@@ -1,6 +1,7 @@
 """What the stages of a run hand on to each other, and everything that a step reads."""
 
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,14 +64,14 @@ class Job:
         """Where tokens and judge are kept, shared by runs."""
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
 
-    def hold_to(self, setting: str, value: str, digest: str) -> None:
+    def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] = str) -> None:
         """These files, and no others, are what this run is made from; DataError if it was begun with others.
 
         Where work goes on, environment.json is written once all of them agree: a refused command made nothing here, so
         the record stays that of the commands that did. Then it is also said if the work was made on another device, in
         another precision or with other threads or kernels.
         """
-        self.workdir.hold_to(setting, value, digest)
+        self.workdir.hold_to(setting, value, digest, changes)
         waiting = not self._inputs_agree()
         self.inputs[setting] = digest
         if not waiting or not self._inputs_agree():

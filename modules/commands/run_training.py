@@ -15,7 +15,7 @@ def train(job: Job, state: State, step, progress) -> None:
     """Stage contrastive: steps to the end, with metric rows and whole-state checkpoints.
 
     Raises:
-        Terminated: SIGTERM came; the state was checkpointed first.
+        Terminated: a signal came; the state was checkpointed first.
         StorageError: it came, and the state could not be written.
         NonFinite: an update was refused; a capture was written.
     """
@@ -45,10 +45,11 @@ def train(job: Job, state: State, step, progress) -> None:
                 if logs or saves:
                     state.meter.restart_interval()
                     begun = _progress_of(state)
-    except Terminated:
+    except Terminated as stop:
         state.optimizer.raise_if_nonfinite(partial(_write_capture, workdir))
         _save(job, state)
-        raise Terminated(f"SIGTERM at step {state.step} of {total}: checkpointed; the same command goes on") from None
+        text = f"checkpointed at step {state.step} of {total}; the same command goes on"
+        raise Terminated(text, stop.signum) from None
 
 
 def _progress_of(state: State) -> tuple[int, int, int]:

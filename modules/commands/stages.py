@@ -38,6 +38,7 @@ from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
 from modules.optim import Optimizer
+from modules.records import read_record
 from modules.rules import batch_rows, generated_rows, generates, idle_settings, needs_masks
 from modules.termination import termination
 
@@ -58,11 +59,16 @@ def load_data(job: Job, progress) -> None:
     job.sets = load_sets(
         config.data, config.run.seed, masks=needs_masks(config), generation_size=size, progress=progress
     )
-    job.hold_to("data.root", config.data.root, job.sets.digest)
+    before = job.workdir.path / "data.json"
+    changes = lambda: job.sets.changes(read_record(before)) if before.exists() else ""  # noqa: E731 - handed on
+    job.hold_to("data.root", config.data.root, job.sets.digest, changes)
     if job.sets.train.masks_DHW is not None:
         job.hold_to("masks of data.root", config.data.root, digest_tensor(job.sets.train.masks_DHW))
     job.workdir.write_json("data.json", job.sets.summary())
-    for note in (*job.sets.index.notes, *job.sets.train.notes):
+    others = [
+        f"{name}: {found.notes[0]}" for name, found in job.sets.images.items() if found.skipped and name != "train"
+    ]
+    for note in (*job.sets.index.notes, *job.sets.train.notes, *others):
         job.console.line(f"  {note}")
     tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
     groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
@@ -247,9 +253,9 @@ def _learn(job: Job, moments, pixels, words: tuple[str, ...], progress):
                     progress(inversion.done, inversion.steps, f"class tokens, denoising loss {loss.item():.4f}")
                 if inversion.done % TOKEN_CHECKPOINT_STEPS == 0:
                     checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
-    except Terminated:
+    except Terminated as stop:
         checkpoints.save_checkpoint(folder, inversion.done, inversion.state_dict(), 1)
-        raise Terminated(f"SIGTERM in stage tokens: checkpointed at step {inversion.done}") from None
+        raise Terminated(f"checkpointed at step {inversion.done} of stage tokens", stop.signum) from None
     return inversion.tokens()
 
 

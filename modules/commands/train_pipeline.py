@@ -256,11 +256,10 @@ class _Trainer:
                     with termination.whole():
                         curve.add(step())
                         self._after_step(name, stage, curve, progress)
-            except Terminated:
+            except Terminated as stop:
                 self._save(name, stage, curve)
-                raise Terminated(
-                    f"SIGTERM in stage {name}: checkpointed at step {stage.step}; the same command goes on"
-                ) from None
+                text = f"checkpointed at step {stage.step} of stage {name}; the same command goes on"
+                raise Terminated(text, stop.signum) from None
         return curve.points
 
     def _after_step(self, name: str, stage, curve: _Curve, progress) -> None:

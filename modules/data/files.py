@@ -117,10 +117,9 @@ class Files:
 
         Raises:
             DataError: one is a symbolic link: it may leave the root, close a circle, or show images under two labels; or
-                its name is not UTF-8.
+                its name is not UTF-8; or the folder cannot be read.
         """
-        with os.scandir(self.root / path) as entries:
-            found = [entry for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+        found = [e for e in self._entries(path) if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
         for entry in found:
             if entry.is_symlink():
                 raise DataError(
@@ -132,10 +131,21 @@ class Files:
         """Sorted names of the visible files in the folder `path`, links to files among them.
 
         Raises:
-            DataError: a name is not UTF-8, as one from an old archive or a Latin-1 share may be.
+            DataError: a name is not UTF-8, as one from an old archive or a Latin-1 share may be, or the folder cannot be
+                read.
         """
-        with os.scandir(self.root / path) as entries:
-            return self._utf8(path, [e.name for e in entries if not e.is_dir() and not e.name.startswith(".")])
+        names = [e.name for e in self._entries(path) if not e.is_dir() and not e.name.startswith(".")]
+        return self._utf8(path, names)
+
+    def _entries(self, path: str) -> list[os.DirEntry]:
+        try:
+            with os.scandir(self.root / path) as entries:
+                return list(entries)
+        except OSError as error:
+            raise DataError(
+                f"{self.root / path}: the folder cannot be read ({error.strerror}); give yourself the right to read it, or "
+                "move it elsewhere"
+            ) from error
 
     def _utf8(self, path: str, names: list[str]) -> list[str]:
         for name in names:

@@ -39,7 +39,7 @@ class ClassMeta:
 
 def is_mvip(files: Files) -> bool:
     """Whether a folder below the root holds train_data, valid_data or test_data."""
-    return any((files.root / name / folder).is_dir() for name in files.folders() for folder in SPLIT_FOLDERS)
+    return any(SPLIT_FOLDERS.keys() & files.folders(name) for name in files.folders())
 
 
 def read_mvip(files: Files, data: Data | None = None) -> Index:

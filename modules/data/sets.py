@@ -15,6 +15,7 @@ from modules.data.index import Index, read_far_ood, read_index
 from modules.data.items import Item
 from modules.errors import DataError
 
+NAMED_FILES = 10  # in a message
 SPLITS = (  # name -> (role, split)
     ("train", "id", "train"),
     ("val", "id", "val"),
@@ -77,11 +78,12 @@ class ImageSets:
         train, size = self.at_generation["train"], self.generation_size
         small = [(side, item.path) for side, item in zip(train.sides, train.items, strict=True) if side < size]
         if small:
-            side, path = min(small)
+            named = ", ".join(f"{path} ({side} px)" for side, path in sorted(small)[:NAMED_FILES])
+            more = f" and {len(small) - NAMED_FILES} more" if len(small) > NAMED_FILES else ""
             raise DataError(
                 f"{self.index.root}: {len(small)} of {len(train.items)} train images are smaller than the {size} px at "
-                f"which the pipeline generates, the smallest {path} with {side} px; remove them, or set "
-                "pipeline.resolution or pipeline.path to a smaller one"
+                f"which the pipeline generates: {named}{more}; remove them (data.on_bad_image=skip leaves out broken files "
+                "only), or set pipeline.resolution or pipeline.path to a smaller one"
             )
         return train
 
@@ -89,6 +91,20 @@ class ImageSets:
         """The val images kept at the size of generation, and the rows of those that need not be enlarged to it."""
         val = self.at_generation["val"]
         return val, [row for row, side in enumerate(val.sides) if side >= self.generation_size]
+
+    def changes(self, before: dict) -> str:
+        """Which files differ from those of an earlier `summary`, in words; empty where only their order or role does."""
+        now, then = self.summary()["files"], before.get("files", {})
+        found = {
+            "new": sorted(now.keys() - then.keys()),
+            "gone": sorted(then.keys() - now.keys()),
+            "changed": sorted(path for path in now.keys() & then.keys() if now[path] != then[path]),
+        }
+        told = []
+        for what, paths in found.items():
+            more = f" and {len(paths) - NAMED_FILES} more" if len(paths) > NAMED_FILES else ""
+            told += [f"{what}: {', '.join(paths[:NAMED_FILES])}{more}"] if paths else []
+        return "; ".join(told)
 
     def summary(self) -> dict:
         """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""

@@ -5,8 +5,10 @@ Every listing is sorted, so that the order in which a file system hands out name
 """
 
 import csv
+import difflib
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,8 +21,11 @@ from modules.errors import ConfigError, DataError
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_LIKE = re.compile(r"(train|test|val|valid|validation|eval|dev)(ing|ation)?([ _-]?(set|data|images|split))?")
+UNREAD = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 PACK_INDEX = "index.csv"
 NAMED_FOLDERS = 10  # empty class folders that a note names
+KNOWN = ("path", "label", "role", "split", "mask", "group", "model", "caption", "noun", "keywords")
 COLUMNS = "path,label[,role][,split][,mask][,group|model][,caption][,noun][,keywords]"
 
 
@@ -105,6 +110,8 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
         header = [column.strip().lower() for column in next(reader, [])]
         if "path" not in header:
             raise DataError(f"{where} line 1: {_header_fault(text, header)}")
+        if twice := [name for name in KNOWN if header.count(name) > 1]:
+            raise DataError(f"{where} line 1: names the column `{twice[0]}` twice; leave one of them")
         items, first_line = [], {}
         for row in reader:
             if not any(field.strip() for field in row):
@@ -122,7 +129,12 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
     except csv.Error as error:
         raise DataError(f"{where} line {reader.line_num}: is no valid CSV ({error})") from error
     _refuse_missing(files, items, where)
-    return Index(str(files.root), kind, tuple(sorted(items, key=lambda item: item.path)), ())
+    notes = [
+        f"{where}: the column `{name}` is not read; did you mean `{close[0]}`?"
+        for name in header
+        if name not in KNOWN and (close := difflib.get_close_matches(name, set(KNOWN) - set(header), 1, 0.75))
+    ]
+    return Index(str(files.root), kind, tuple(sorted(items, key=lambda item: item.path)), (), tuple(notes))
 
 
 def read_folder(files: Files) -> Index:
@@ -140,6 +152,8 @@ def read_folder(files: Files) -> Index:
         others = ", ".join(name for name in folders if name not in splits)
         raise DataError(f"{root}: has the split folders {', '.join(splits)} beside {others}; move the latter elsewhere")
     by_split = bool(splits) and len(splits) == len(folders)
+    if not by_split:
+        _refuse_split_like(files, folders)
     items, ignored, empty = [], Counter(), []
     stray = _images_in(files, "")
     for top in folders:
@@ -156,8 +170,12 @@ def read_folder(files: Files) -> Index:
         stray += _images_in(files, top) if by_split else []
     if not items and stray:
         raise DataError(f"{root}: holds images but no class folders; put the images of each class into its own folder")
-    listed = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(ignored.items()))
-    notes = [f"files ignored because they are no images: {listed}"] if ignored else []
+    notes = []
+    for why, known in (("they are no images", False), ("no such format is read; convert them to PNG or JPEG", True)):
+        counts = sorted((extension, n) for extension, n in ignored.items() if (extension in UNREAD) == known)
+        if counts:
+            listed = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in counts)
+            notes.append(f"files ignored because {why}: {listed}")
     if stray:
         notes.append(
             f"{len(stray)} images left out because they lie in no class folder, such as {stray[0]}; put each into the "
@@ -169,6 +187,16 @@ def read_folder(files: Files) -> Index:
             f"{len(empty)} class folders left out because they hold no image: {', '.join(empty[:NAMED_FOLDERS])}{more}"
         )
     return Index(str(root), "folder", tuple(sorted(items, key=lambda item: item.path)), (), tuple(notes))
+
+
+def _refuse_split_like(files: Files, folders: list[str]) -> None:
+    """Class folders that are named nearly as splits are and hold folders alone would silently be taken as classes."""
+    for name in folders:
+        if SPLIT_LIKE.fullmatch(name.lower()) and len(files.folders(name)) > 1 and not _images_in(files, name):
+            raise DataError(
+                f"{files.root}/{name}: is named like a split, and {', '.join(f for f in folders if f != name)} beside it are "
+                "not; name the split folders train, val and test and move others elsewhere, or, if it is a class, rename it"
+            )
 
 
 def _header_fault(text: str, header: list[str]) -> str:

@@ -127,10 +127,28 @@ def test_interrupted_in_the_middle_of_a_step(capsys):
     assert_equal_to_never_having_stopped("interrupted", finished_run(ARM))
 
 
+@pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")])
+def test_ctrl_c_and_a_lost_terminal_bring_the_step_to_its_end_too(signum, code, name, capsys):
+    with in_the_middle_of(STOP, lambda: os.kill(os.getpid(), signum)):
+        assert go(f"signal-{code}") == code
+    assert f"error: {name}: checkpointed at step {STOP + 1} of" in capsys.readouterr().err
+    assert newest(f"signal-{code}")[0] == STOP + 1
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    def press_twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with in_the_middle_of(STOP, press_twice):
+        assert go("pressed-twice") == 130
+    assert newest("pressed-twice")[0] == 4, "the last checkpoint before it"
+
+
 def test_terminated_in_the_middle_of_a_step_it_is_brought_to_its_end(capsys):
     with in_the_middle_of(STOP, terminate):
         assert go("terminated") == 143
-    assert f"SIGTERM at step {STOP + 1} of" in capsys.readouterr().err
+    assert f"SIGTERM: checkpointed at step {STOP + 1} of" in capsys.readouterr().err
     assert newest("terminated")[0] == STOP + 1
 
     assert go("terminated", "learning.lr=0.5") == 2
@@ -355,7 +373,7 @@ def test_sigterm_to_a_process_checkpoints_and_the_same_command_goes_on(tmp_path,
     finally:
         process.kill()
     assert process.returncode == 143, err
-    assert f"error: SIGTERM at step {STOP + 1} of {SETTINGS['learning.steps']}: checkpointed" in err
+    assert f"error: SIGTERM: checkpointed at step {STOP + 1} of {SETTINGS['learning.steps']}" in err
     assert "Traceback" not in err
     assert go("process") == 0
     assert_equal_to_never_having_stopped("process", reference)
