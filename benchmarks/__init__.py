@@ -1,5 +1,5 @@
 """Measurements: `python -m benchmarks.<name>`. Libraries are quieted before any script imports them."""
 
-from modules.runtime import quiet_libraries
+from modules.quiet import quiet_libraries
 
 quiet_libraries()

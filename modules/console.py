@@ -4,6 +4,8 @@ On a terminal: a run card, a progress bar a stage, a live table of phases while 
 batch system): the same facts as plain lines, one an interval, nothing redrawn.
 """
 
+import os
+import sys
 from contextlib import contextmanager
 
 from rich import box
@@ -23,11 +25,22 @@ FILE_WIDTH = 160  # columns of a table off a terminal
 OF_VIEWS = ("augment", "encode", "loss", "backward")  # phases that every view of a batch goes through
 
 
+class _Outliving(RichConsole):
+    """A console whose reader may leave (`| head`): what is printed after that is lost, the work is not."""
+
+    def on_broken_pipe(self) -> None:
+        self.file = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        if sys.stdout is not None:
+            os.dup2(
+                self.file.fileno(), sys.stdout.fileno()
+            )  # what the interpreter flushes at its end has a place to go
+
+
 class Console:
     """Prints a run; holds the live display of the current stage."""
 
     def __init__(self, stream=None):
-        self.rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
+        self.rich = _Outliving(file=stream, highlight=False, soft_wrap=True)
         self.live = self.rich.is_terminal
         if not self.live:  # a file has no edge at which a table would have to be squeezed
             self.rich.width = FILE_WIDTH

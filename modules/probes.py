@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modules.runtime import quiet_libraries, stream
+from modules.runtime import stream
 
 MATMUL_SIZE = 256
 HEADS_SHAPE = (2, 64, 8, 40)  # rows, tokens, heads, head width: head width 40 is SD 1.5's, which some kernels refuse
@@ -41,7 +41,6 @@ class Wrong(Exception):
 
 def accelerators(device: torch.device) -> list[Probe]:
     """Every accelerator this project can use, each by a real call on `device`; a compiler takes seconds to answer."""
-    quiet_libraries()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     half = torch.float16 if device.type == "cuda" else torch.float32
     probes = [probe(f"matmul {name}", lambda dtype=dtype: _matmul(device, dtype)) for name, dtype in dtypes.items()]

@@ -35,7 +35,7 @@ CHOICES = {
 }
 RANGES = {  # setting -> (lowest, highest, open ends); None: unbounded
     "run.seed": (0, None, ""),
-    "run.threads": (0, None, ""),
+    "run.threads": (0, 1024, ""),
     "run.log_every": (1, None, ""),
     "run.checkpoint_every": (1, None, ""),
     "run.keep_checkpoints": (1, None, ""),

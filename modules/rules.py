@@ -31,7 +31,7 @@ def check_rules(config) -> None:
     for name, (low, high, ends) in RANGES.items():
         if name.split(".")[0] in sections:
             _check_range(name, _get(config, name), low, high, ends)
-    _check_run_name(config.run.name)
+    _check_place(config.run)
     if "shape" in sections:
         _check_shape(config.shape)
         if config.training.further_vae_steps and not config.training.start:
@@ -120,7 +120,10 @@ def _check_range(name: str, value, low, high, ends: str) -> None:
         raise ConfigError(f"`{name}` is {value}; it must lie in {left}, {right}")
 
 
-def _check_run_name(name: str) -> None:
+def _check_place(run) -> None:
+    name = run.name
+    if not run.dir.strip():
+        raise ConfigError("`run.dir` is empty; name the folder that runs stand in, such as runs")
     if name.startswith("/") or ".." in name.split("/"):
         raise ConfigError(f"`run.name` is {name!r}; it must name a directory below run.dir: set run.dir to move that")
 

@@ -6,7 +6,6 @@ machine, whatever was drawn before. Nothing in this project draws from torch's g
 
 import hashlib
 import importlib.metadata
-import logging
 import os
 import platform
 import subprocess
@@ -59,7 +58,6 @@ def resolve_runtime(run, pipeline) -> Runtime:
     Raises:
         ConfigError: a GPU is demanded and there is none, or fp16 autocast is asked for on a CPU.
     """
-    quiet_libraries()
     gpu = torch.cuda.is_available()
     if run.device == "cuda" and not gpu:
         raise ConfigError(
@@ -110,13 +108,6 @@ def _auto_precision(device: torch.device) -> Choice:
 
 def _slow(precision: str, device: torch.device) -> str:
     return "; slow, for this device has no bf16" if precision == "bf16" and not has_bf16(device) else ""
-
-
-def quiet_libraries() -> None:
-    """Silence import-time chatter that says nothing about a run (our folder `kernels` shadows an optional package)."""
-    for name in ("bitsandbytes", "transformers", "diffusers", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def stream(seed: int, name: str, *identity: int | str) -> torch.Generator:

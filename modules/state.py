@@ -7,6 +7,7 @@ state of that step. Nothing is pickled.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save, save_file
 
 from modules.errors import StorageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREFIX = "step-"
 
 
@@ -109,7 +111,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: could not be written ({error}); free some disk space or set run.dir") from error
+        remedy = "free some disk space or set run.dir to another disk" if error.errno in FULL else "mend its folder"
+        raise StorageError(f"{path}: could not be written ({error}); {remedy}") from error
 
 
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:

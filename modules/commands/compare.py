@@ -18,6 +18,12 @@ from modules.errors import ConfigError, UserError
 
 DEFAULT_SEEDS = ("0", "1", "2")
 BASELINE = "supcon"
+EXAMPLES = {  # of the flags that take a value
+    "arms": "--arms=supcon,positives",
+    "seeds": "--seeds=0,1,2",
+    "baseline": "--baseline=supcon",
+    "long-steps": "--long-steps=900",
+}
 RENDERED = (
     "parts64 is rendered, not photographed: figures on it say how arms compare, not how well parts are told apart."
 )
@@ -81,6 +87,9 @@ def parse(arguments: list[str]) -> Asked:
         ConfigError: an unknown flag, a seed that is no number, an arm or seed named twice, a setting of the grid's own.
     """
     flags, overrides = split_flags(arguments, FLAGS["compare"])
+    for name, example in EXAMPLES.items():
+        if name in flags and not words(flags[name]):
+            raise ConfigError(f"command line: --{name} names nothing; write {example}, without spaces")
     arms = _once("arms", words(flags.get("arms", "")) or list(DEFAULT_ARMS))
     seeds = _once("seeds", words(flags.get("seeds", "")) or list(DEFAULT_SEEDS))
     if bad := [seed for seed in seeds if not re.fullmatch("0|[1-9][0-9]*", seed)]:

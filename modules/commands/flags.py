@@ -99,6 +99,8 @@ def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, 
         if not word.startswith("--"):
             if waiting and "=" not in word:
                 flags[waiting] = word
+                if word.endswith(","):
+                    raise ConfigError(f"command line: --{waiting} ends with a comma; write its values without spaces")
             else:
                 rest.append(word)
             waiting = ""

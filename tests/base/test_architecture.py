@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {  # the longest prefix of a module's name decides; a module may import any lower floor and its own
     "kernels": 0,
     "modules": 0,
-    **dict.fromkeys(("modules.config", "modules.errors", "modules.ranges", "modules.rules", "modules.runtime"), 1),
+    **dict.fromkeys(
+        ("modules.config", "modules.errors", "modules.quiet", "modules.ranges", "modules.rules", "modules.runtime"), 1
+    ),
     **dict.fromkeys(
         ("modules.settings", "modules.records", "modules.probes", "modules.termination", "modules.phases"), 1
     ),

@@ -162,6 +162,8 @@ def test_the_experiments_can_be_planned_with_every_arm(name):
     [
         (["--arms", "ce,supcom"], r"--arms names 'supcom', which is no arm \(did you mean supcon\?\); arms are ce, "),
         (["--arms", "ce,ce"], "--arms is ce,ce; name each once"),
+        (["--arms"], "--arms names nothing; write --arms=supcon,positives, without spaces"),
+        (["--arms", "ce,", "supcon"], "--arms ends with a comma; write its values without spaces"),
         (["--arms", "ce", "--seeds", "0,-1"], r"--seeds holds '-1'; write whole numbers"),
         (["--seeds=0,00"], r"--seeds holds '00'"),
         (["--seeds", "1,1"], "--seeds is 1,1; name each once"),

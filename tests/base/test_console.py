@@ -2,12 +2,16 @@
 
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from modules.console import Console
 from modules.phases import STEP_PHASES
 
+ROOT = Path(__file__).resolve().parents[2]
 ROW = {
     "step": 10,
     "loss": 1.25,
@@ -101,6 +105,20 @@ def test_brackets_are_no_markup(plain):
     plain.result("run[/b]", [("class [red]", "[/x]")])
     for name in ("in[/b]ox", "[b]", "bolt[red]", "bolt[blue]", "run[/b]", "class [red]", "[/x]"):
         assert name in text(plain)
+
+
+def test_a_reader_that_leaves_costs_what_is_printed_and_not_the_work():
+    """As `trainer.py run ... | head` does."""
+    code = (
+        "import sys; from modules.console import Console; console = Console()\n"
+        "for _ in range(20000): console.line('x' * 80)\n"
+        "print('the work is done', file=sys.stderr)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    writer.stdout.readline()
+    writer.stdout.close()
+    told = writer.stderr.read().decode()
+    assert writer.wait() == 0 and told == "the work is done\n"
 
 
 def test_the_card_gives_each_choice_with_its_reason(plain, live):

@@ -284,6 +284,7 @@ def test_other_files_behind_the_same_settings_are_not_gone_on_with(change, setti
     assert contents(tmp_path / "changed") == before, "a refused resume changes nothing"
     message = capsys.readouterr().err
     assert message.startswith(f"error: {setting} {tmp_path}") and "not those that this run began with" in message
+    assert setting != "data.root" or "(changed: bolt/train-0-0.png)" in message
 
 
 @contextlib.contextmanager

@@ -130,5 +130,7 @@ def test_images_smaller_than_the_pipeline_are_refused_whatever_is_stored(size, t
     given = dataclasses.replace(settings(tmp_path, on_bad_image="skip"), image_size=size)
     sets = load_sets(given, 0, masks=False, generation_size=32)
     assert len(sets.train.items) == len(index.items), "it is large enough to be stored"
-    with pytest.raises(DataError, match=r"1 of \d+ train images are smaller than the 32 px .* with 20 px"):
+    with pytest.raises(
+        DataError, match=r"1 of \d+ train images are smaller than the 32 px .*: bolt/05.png \(20 px\); remove"
+    ):
         sets.sources()

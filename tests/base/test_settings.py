@@ -93,6 +93,8 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
             "evaluation.bootstrap=39",
             r"`evaluation.bootstrap` is 39: too few for the ends of a 0.95 interval; set it to 40",
         ),
+        ("run.dir=", r"`run.dir` is empty"),
+        ("run.threads=100000", r"`run.threads` is 100000; it must lie in \[0, 1024\]"),
         ("tune.grid=[]", r"`tune.grid` is \[\]; name images a step to try"),
         ("tune.grid=[-1, 2]", r"`tune.grid` is \[-1.0, 2.0\]; name images a step to try"),
     ],
