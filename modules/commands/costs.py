@@ -67,14 +67,6 @@ def decode_cost(pipeline, rows: int) -> Cost:
     return cost_of(lambda: vae.decode(z_B4hw), [*vae.parameters(), z_B4hw])
 
 
-@torch.no_grad()
-def encode_cost(pipeline, rows: int) -> Cost:
-    """One call of the VAE's encoder on `rows` images."""
-    vae, size = _on_paper(pipeline.vae, pipeline.dtype), pipeline.resolution
-    x_B3HW = torch.empty(rows, 3, size, size, dtype=pipeline.dtype, device=META)
-    return cost_of(lambda: vae.encode(x_B3HW), [*vae.parameters(), x_B3HW])
-
-
 def encoder_cost(encoder: torch.nn.Module, rows: int, size: int, dtype: torch.dtype, *, training: bool) -> Cost:
     """The learner's encoder and projection head on `rows` views in its autocast type; backward too if `training`."""
     model = copy.deepcopy(encoder).to(META, dtype).train(training)

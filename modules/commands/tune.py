@@ -113,7 +113,3 @@ def _print_table(console, rows: list[Row], preset: str, quality: int) -> None:
         console.warn("the machine was busy with something else; measure again when it is idle")
     console.line("  reuse and age (in steps) of full rings; run: learning.steps steps, without tokens and evaluation")
     console.line("  GiB: peak of a window, on a GPU its tensors and the pools of captured graphs, on a CPU the process")
-
-
-def _silent(done: int, total: int, note: str = "") -> None:
-    """No progress line for what is built many times."""

@@ -33,7 +33,6 @@ class Batch:
     images_BHWC: torch.Tensor  # uint8, device
     labels_B: torch.Tensor  # int64, device: source class, >= 0 also of near-OOD rows
     is_ood_B: torch.Tensor  # bool, device
-    is_generated_B: torch.Tensor  # bool, device
     sources: list[int]  # train-set row of each row's source image, on the host
     entries: list[int]  # image_index of generated rows, -1 of real ones, on the host
 
@@ -57,7 +56,7 @@ class Mixer:
 
         Raises:
             DataError: a class without an image.
-            ConfigError: more classes a batch than there are, no positive pair, or a roundtrip share without images.
+            ConfigError: more classes a batch than there are, or a roundtrip share without images.
         """
         self.reservoir, self.seed = reservoir, seed
         self._pixels_DHWC, self._roundtrip_DHWC = pixels_DHWC, roundtrip_DHWC
@@ -141,10 +140,6 @@ class Mixer:
             "overused": counts["near_ood_overused"] / max(generated + short, 1),
         }
 
-    def counts(self) -> dict[str, int]:
-        """Rows so far by kind (`COUNTED`)."""
-        return dict(self._counts)
-
     def state_dict(self) -> dict:
         """What was counted, JSON-ready; draws are functions of the step and need no state."""
         return {"counts": dict(self._counts)}
@@ -201,7 +196,6 @@ class Mixer:
             images_BHWC=torch.cat([pixels_NHWC for pixels_NHWC, _, _ in blocks]),
             labels_B=upload(labels, device, torch.int64),
             is_ood_B=upload([entry is not None and entry.is_ood for entry in entries], device, torch.bool),
-            is_generated_B=upload([entry is not None for entry in entries], device, torch.bool),
             sources=sources,
             entries=[-1 if entry is None else entry.image_index for entry in entries],
         )
@@ -230,19 +224,11 @@ def check_balance(learning: Learning, images_per_class: list[int]) -> None:
         )
 
 
-def pair_warnings(learning: Learning, images_per_class: list[int], num_views: int = 2) -> tuple[str, ...]:
-    """What SupCon's positives will lack with these train images a class, one sentence each; empty if nothing.
-
-    Raises:
-        ConfigError: no anchor can have a positive (one view and no class-mate).
-    """
+def pair_warnings(learning: Learning, images_per_class: list[int]) -> tuple[str, ...]:
+    """What SupCon's positives will lack with these train images a class, one sentence each; empty if nothing."""
     if learning.method != "supcon":
         return ()
     K = learning.rows_per_class
-    if K + learning.extra_real_rows < 2 and num_views < 2:
-        raise ConfigError(
-            f"learning.rows_per_class is {K} with one view a row, so no anchor has a positive; set it to 2 or more"
-        )
     warnings = []
     if K < 2:
         warnings.append(

@@ -79,12 +79,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], chosen: int 
     )
 
 
-def table_of(rows: Sequence[dict], chosen: int | None = None) -> str:
+def table_of(rows: Sequence[dict]) -> str:
     """A table of dictionaries: columns are their keys in the order of the first, spelled with spaces."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return table(
-        [column.replace("_", " ") for column in columns], [[row.get(key) for key in columns] for row in rows], chosen
-    )
+    return table([column.replace("_", " ") for column in columns], [[row.get(key) for key in columns] for row in rows])
 
 
 def plain(value: object) -> Cell:
