@@ -129,8 +129,6 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("text encoder weights", costs.weight_bytes(pipeline.text_encoder), "pipeline.dtype", loaded=True),
         Part("VAE moments of the train images", count * 2 * latent * 2,
              "pipeline.resolution, data.shots_per_class", loaded=True),
-        Part("source images", _pixels(count, pipeline.resolution),
-             "pipeline.resolution, data.shots_per_class", loaded=True),
         Part("reservoir", _pixels(rings, size), "generation.ring_size, data.image_size", saved=True),
         Part("provenance (host)", rings * PROVENANCE_BYTES, "generation.ring_size", saved=True),
         Part("slots in flight", slots, "generation.slots", saved=True),
@@ -141,6 +139,13 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
              "generation.decode_batch, pipeline.resolution, pipeline.vae", WORKING),
     ]  # fmt: skip
+    if job.device.type == "cpu":  # beside a GPU they stay on the host
+        knobs = "pipeline.resolution, data.shots_per_class"
+        parts.append(Part("source images", _pixels(count, pipeline.resolution), knobs, loaded=True))
+    if job.sources.masks_DHW is not None:
+        parts.append(Part("object masks", job.sources.masks_DHW.nbytes, "pipeline.resolution", loaded=True))
+    if generation.roundtrip_fraction > 0:
+        parts.append(Part("train images encoded and decoded", _pixels(count, size), "generation.roundtrip_fraction=0"))
     if job.device.type == "cuda" and config.pipeline.compile != "off":
         layers = [layer for layer in layers_of(pipeline.unet) if not layer.is_cross_attention]
         fused = sum(p.nbytes for layer in layers for x in (layer.to_q, layer.to_k, layer.to_v) for p in x.parameters())

@@ -114,7 +114,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
     moments = _train_moments(job, pixels, _noted(progress, "VAE moments"))
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
-    job.sources = Sources(moments, pixels, masks)
+    job.sources = Sources(moments, stored.pixels_DHWC, masks)  # at 512 px a thousand of them would take .8 GB of a GPU
     job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
     if learn and not config.inversion.class_agnostic:
         job.tokens = _tokens(job, pixels, moments, progress)

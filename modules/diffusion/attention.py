@@ -125,6 +125,14 @@ def install(unet: torch.nn.Module, fuse: bool = False) -> int:
     return width
 
 
+def unfuse(unet: torch.nn.Module) -> None:
+    """Give back the memory of fused projections, where there are any; their parts are still there."""
+    for layer in layers_of(unet):
+        if layer.fused_projections:
+            layer.fused_projections = False
+            del layer.to_qkv
+
+
 @torch.no_grad()
 def text_key_values(unet: torch.nn.Module, context_NTE: torch.Tensor) -> torch.Tensor:
     """Keys and values [N, T, X] of prompt embeddings [N, T, E] in every cross-attention layer of a UNet with `install`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from modules.diffusion.attention import install
+from modules.diffusion.attention import install, unfuse
 from modules.diffusion.files import first_line
 from modules.diffusion.slots import Slots
 from modules.errors import ConfigError
@@ -39,7 +39,7 @@ def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = 
     Raises:
         ValueError: slots are in flight, which a warm-up would advance.
         ConfigError: `on`, and compiling fails here; under auto the engine then stays eager and says why.
-        torch.OutOfMemoryError: it does not fit beside what else the device holds; the engine is eager again.
+        torch.OutOfMemoryError: it does not fit beside what else the device holds; the engine is eager again, in channels_last.
     """
     on_gpu = slots.pipeline.device.type == "cuda"
     if compile_setting == "off" or (compile_setting == "auto" and not on_gpu):
@@ -59,6 +59,7 @@ def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = 
         termination.obey()  # the compiler hands on a signal that met it as a failure of its own
         tick.unet, tick.step, slots.decode = eager
         slots.pool_bytes = 0
+        unfuse(slots.pipeline.unet)
         if ran_out(error):
             raise
         if compile_setting == "on":

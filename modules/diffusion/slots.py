@@ -32,10 +32,12 @@ from modules.runtime import stream
 
 @dataclass(frozen=True)
 class Sources:
-    """The train images that generation starts from, on the device."""
+    """The train images that generation starts from, on the device where nothing else is said."""
 
     moments_D8hw: torch.Tensor  # fp16 VAE moments
-    pixels_DHWC: torch.Tensor | None = None  # uint8 at the pipeline's resolution, for recipes without diffusion
+    pixels_DHWC: torch.Tensor | None = (
+        None  # uint8 at the pipeline's resolution, for recipes without diffusion; any device
+    )
     masks_DHW: torch.Tensor | None = None  # uint8 0/1 object masks at that resolution, for masked edits
 
     def has_mask(self) -> list[bool] | None:
@@ -270,7 +272,8 @@ class Slots:
     def _pass_through(self, request: Request) -> None:
         """Make an image without denoising: permuted patches, as they are or through encode and decode."""
         generator = stream(self.seed, "jigsaw", *request.identity)
-        pixels_1HWC = jigsaw(self.sources.pixels_DHWC[request.source][None], request.jigsaw_grid, generator)
+        source_1HWC = self.sources.pixels_DHWC[request.source][None]
+        pixels_1HWC = upload(jigsaw(source_1HWC, request.jigsaw_grid, generator), self.pipeline.device)
         if request.recipe == "jigsaw":
             self.counts["finished"] += 1
             self.finish(pixels_1HWC.permute(0, 3, 1, 2).float().div(127.5).sub(1).to(self.pipeline.dtype), [request])

@@ -23,6 +23,7 @@ from modules.diffusion.attention import (
     layers_of,
     text_key_values,
     tune,
+    unfuse,
 )
 from modules.errors import ConfigError
 from tests.tiny import build_parts
@@ -64,7 +65,12 @@ def test_fused_projections_change_nothing(unets):
     install(fused, fuse=True)
     assert [layer.fused_projections for layer in layers_of(fused)] == [True, False] * (len(layers_of(fused)) // 2)
     z, t, context = inputs()
-    torch.testing.assert_close(fused(z, t, context).sample, unets[0](z, t, context).sample)
+    expected = unets[0](z, t, context).sample
+    torch.testing.assert_close(fused(z, t, context).sample, expected)
+    more = sum(p.numel() for p in fused.parameters())
+    unfuse(fused)
+    assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in unets[0].parameters()) < more
+    torch.testing.assert_close(fused(z, t, context).sample, expected)
 
 
 def test_gradients_flow_through(unets):
