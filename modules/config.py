@@ -127,7 +127,7 @@ class Gate:
     a pass over the train images at every refresh.
     """
 
-    enabled: bool = False
+    enabled: bool = False  # whether made images are judged before they are kept
     start_step: int = 50  # optimizer step from which images are judged, for the gate and for the controller
     refresh_every: int = 25  # steps between refreshes of the class statistics
     quantile: float = 0.05  # leave-one-out similarity quantile of the class that a positive must reach, (0, 1)
@@ -142,7 +142,7 @@ class Gate:
 class Controller:
     """The closed loop from the learner back to the strength."""
 
-    enabled: bool = False
+    enabled: bool = False  # whether strengths follow how like their class images are
     target_low: float = 0.55  # band of the positives' mean likeness to their class; 1 is that of real images
     target_high: float = 0.85  # above target_low; near-OOD images have the band of equal width below
     gain: float = 0.05  # (0, 1]: change of strength an update
@@ -157,7 +157,7 @@ class Encoder:
     width: int = 32  # channels of small_resnet's first stage
     head_dim: int = 128  # E, width of the projection
     separate_batchnorm: bool = False  # own BatchNorm statistics for generated rows
-    channels_last: bool = True
+    channels_last: bool = True  # memory layout of its weights and views
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class Learning:
     augment: str = "standard"  # standard | strong (TrivialAugmentWide + RandomErasing)
     crop_scale: tuple[float, float] = (0.3, 1.0)  # random-resized-crop, share of the area
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
-    jitter_p: float = 0.8
-    grey_p: float = 0.2
+    jitter_p: float = 0.8  # [0, 1]: share of views whose colors are jittered
+    grey_p: float = 0.2  # [0, 1]: share of views without color
     optimizer: str = "sgd"  # sgd | adamw | sgd8bit | adamw8bit
     lr: float = 0.1  # at 256 rows a batch; scaled linearly with the batch
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 20
+    momentum: float = 0.9  # [0, 1): of sgd
+    weight_decay: float = 1e-4  # of weights, not of biases and norms
+    warmup_steps: int = 20  # over which the rate rises linearly; a cosine to 0 follows
     ema_decay: float = 0.0  # [0, 1): 0 switches the averaged encoder off
     max_grad_norm: float = 0.0  # 0: no clipping
 
@@ -194,9 +194,9 @@ class Probe:
     """The linear readout of frozen features."""
 
     lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # trained at once, chosen on val
-    epochs: int = 100
-    batch_size: int = 256
-    weight_decay: float = 0.0
+    epochs: int = 100  # passes over the train features
+    batch_size: int = 256  # images
+    weight_decay: float = 0.0  # of the linear probe
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class Evaluation:
     score: str = "knn"  # headline OOD score, fixed before the run
     test: bool = True  # whether test images are scored; false while settings are chosen: evaluate reads them later
     bootstrap: int = 1000  # resamples of groups; 0: no intervals
-    confidence: float = 0.95
-    batch_size: int = 256
+    confidence: float = 0.95  # (0, 1): of intervals
+    batch_size: int = 256  # images embedded at once
     knn_every: int = 0  # steps between kNN accuracies on val while training; 0: at the end only
     tsne_points: int = 800  # points of the embedding map; below 3: no map
     judge_steps: int = 120  # steps of the classifier that judges generated images, fixed before training; 0: none
@@ -248,11 +248,15 @@ class PipelineShape:
     """The size of every part of a pipeline made from scratch; at 64 px a UNet call stays under .4 GFLOP."""
 
     resolution: int = 64  # pixels a side
-    vae_channels: tuple[int, ...] = (32, 48, 64)  # one entry a resolution; latents are 2^(n-1) times smaller
-    unet_channels: tuple[int, ...] = (48, 80, 128)
-    text_width: int = 96
-    text_layers: int = 3
-    text_heads: int = 4
+    vae_channels: tuple[int, ...] = (
+        32,
+        48,
+        64,
+    )  # one entry a resolution, multiples of 16; latents are 2^(n-1) times smaller
+    unet_channels: tuple[int, ...] = (48, 80, 128)  # one entry a resolution, multiples of 8
+    text_width: int = 96  # numbers an embedding, a multiple of text_heads
+    text_layers: int = 3  # of the text encoder
+    text_heads: int = 4  # of its attention
     max_tokens: int = 32  # tokens of a prompt
     vocabulary: int = 1200  # entries of the byte-pair encoding at most, its 512 bytes included
 
@@ -265,18 +269,18 @@ class PipelineTraining:
     start: str = ""  # pipeline folder, or embedded: its text encoder and UNet are trained on; empty: none
     vae_steps: int = 3600  # without `start`
     further_vae_steps: int = 0  # with `start`: steps that its VAE is trained on first; 0 keeps it as it is
-    vae_batch: int = 16
-    vae_lr: float = 1.5e-3
-    kl_weight: float = 1e-6
-    unet_steps: int = 6500
-    unet_batch: int = 64
-    unet_lr: float = 1e-3
-    warmup_steps: int = 200
+    vae_batch: int = 16  # images a step
+    vae_lr: float = 1.5e-3  # of AdamW, at its peak
+    kl_weight: float = 1e-6  # of the KL term beside the reconstruction
+    unet_steps: int = 6500  # of UNet and text encoder together
+    unet_batch: int = 64  # images a step
+    unet_lr: float = 1e-3  # of AdamW, at its peak
+    warmup_steps: int = 200  # over which either rate rises linearly
     caption_dropout: float = 0.1  # share of rows with an empty caption, for classifier-free guidance
     instance_tokens: float = 0.35  # share of rows whose noun becomes the object's own token
     object_word: float = 0.1  # share of rows whose noun becomes "object"
     min_snr_gamma: float = 5.0  # cap of the loss weight by signal-to-noise ratio
-    ema_decay: float = 0.999
+    ema_decay: float = 0.999  # [0, 1): of the averaged weights that are kept
     bf16: bool = True  # autocast of the VAE, where the device has bf16
 
 
