@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from modules.phases import STEP_PHASES
+from modules.phases import BESIDE, STEP_PHASES
 
 LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
 ACCURACY = "val.knn_accuracy"
@@ -114,6 +114,8 @@ class Console:
         shares = [
             f"{name} {100 * row[f'{name}_ms'] / row['step_ms']:.0f}%" for name in STEP_PHASES if f"{name}_ms" in row
         ]
+        if f"{BESIDE}_ms" in row:
+            shares.append(f"(generation beside {100 * row[f'{BESIDE}_ms'] / row['step_ms']:.0f}%)")
         self.line("  " + " | ".join(parts + [" ".join(shares)]))
 
     def result(self, title: str, rows: list[tuple[str, str]], footer: str = "") -> None:
@@ -173,12 +175,13 @@ def _phase_table(row: dict) -> Table:
     table.add_column("phase")
     for name in ("ms", "share", "images/s"):
         table.add_column(name, justify="right")
-    for name in STEP_PHASES:
+    generates = BESIDE if f"{BESIDE}_ms" in row else "generate"
+    for name in (*STEP_PHASES, BESIDE):
         if f"{name}_ms" in row:
             ms = row[f"{name}_ms"]
-            through = "images_per_s" if name == "generate" else "views_per_s" if name in OF_VIEWS else ""
+            through = "images_per_s" if name == generates else "views_per_s" if name in OF_VIEWS else ""
             rate = f"{row[through] * row['step_ms'] / ms:.0f}" if through in row and ms > 0 else ""
-            table.add_row(name, f"{ms:.1f}", f"{100 * ms / row['step_ms']:.0f} %", rate)
+            table.add_row(name.replace("_", ", "), f"{ms:.1f}", f"{100 * ms / row['step_ms']:.0f} %", rate)
     table.add_row("step", f"{row['step_ms']:.1f}", "100 %", f"{row['views_per_s']:.0f}", style="bold")
     return table
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from modules.phases import STEP_PHASES
+from modules.phases import BESIDE, STEP_PHASES
 
 
 class Meter:
@@ -58,9 +58,8 @@ class Meter:
         """Milliseconds a step of each phase since the last call, and the wall time a step; starts a new interval."""
         self._poll()
         now = time.perf_counter()
-        row = {
-            f"{name}_ms": 1e3 * self._interval[name] / max(1, steps) for name in STEP_PHASES if name in self._interval
-        }
+        names = [name for name in (*STEP_PHASES, BESIDE) if name in self._interval]
+        row = {f"{name}_ms": 1e3 * self._interval[name] / max(1, steps) for name in names}
         row["step_ms"] = 1e3 * (now - self._interval_start) / max(1, steps)
         self._interval.clear()
         self._interval_start = now

@@ -150,7 +150,7 @@ def choose_overlap(job: Job, state: State, step) -> None:
 
         choice = choose_mode(job.config.generation.mode, job.device, measure, judged)
         _write(job, mode=[choice.value, choice.reason])
-    state.overlap = Overlap(choice.value, job.device)
+    state.overlap = Overlap(choice.value, job.device, state.meter.phase)
     job.choices["mode"] = choice
     job.console.line(f"  generation and training: {choice.value} ({choice.reason})")
 

@@ -16,6 +16,7 @@ from modules.evaluation.report import EmbeddingMap, Report, SheetRow, write_repo
 from modules.evaluation.report_recipes import ALL, RecipeSheet, Shot
 from modules.evaluation.stored import save_detector, save_predictions
 from modules.learning.encoder import choose_arch
+from modules.phases import BESIDE
 from modules.runtime import environment
 
 SHOTS = 3  # images of each kind a class on the contact sheet
@@ -178,5 +179,6 @@ def _throughput(state) -> dict[str, int]:
     images = {"augment": state.forward_rows, "encode": state.forward_rows, "backward": state.forward_rows}
     images["mix"] = state.forward_rows // 2
     if state.generator is not None:
-        images["generate"] = state.generator.slots.counts["finished"]
+        beside = BESIDE in state.meter.seconds
+        images[BESIDE if beside else "generate"] = state.generator.slots.counts["finished"]
     return images

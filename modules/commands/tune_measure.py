@@ -21,6 +21,7 @@ from modules.evaluation.features import embed_images, knn_accuracy
 from modules.evaluation.metrics import ood_metrics
 from modules.evaluation.ood import SCORES, Fitting
 from modules.memory import named_memory
+from modules.phases import BESIDE
 from modules.rules import generated_rows
 from modules.settings import with_settings
 
@@ -178,7 +179,7 @@ def _row(job: Job, preset: str, rate: float, timing: Timing, figures: dict | Non
         preset=preset,
         step_ms=timing.step_ms,
         made_per_s=1e3 * timing.images / timing.step_ms,
-        generation_share=timing.share("generate"),
+        generation_share=timing.share(BESIDE if BESIDE in timing.phase_ms else "generate"),
         reuse=generated_rows(config) / rate if rate else 0.0,
         age=mean_age(config.generation, rate, len(job.sets.index.classes)),
         hours=config.learning.steps * timing.step_ms / 3.6e6,

@@ -10,10 +10,12 @@ reading and writing of the reservoir never meet. The images are those of sequent
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from modules.errors import ConfigError
+from modules.phases import BESIDE
 from modules.runtime import Choice
 
 MODES = ("sequential", "stream")
@@ -22,9 +24,14 @@ MODES = ("sequential", "stream")
 class Overlap:
     """Runs the generation of each step where its mode says."""
 
-    def __init__(self, mode: str, device: torch.device):
-        """mode: sequential, or stream on a CUDA device (see `choose_mode`)."""
-        self.mode = mode
+    def __init__(
+        self,
+        mode: str,
+        device: torch.device,
+        timed: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    ):
+        """mode: sequential, or stream on a CUDA device (see `choose_mode`). timed: attributes what a side stream does."""
+        self.mode, self.timed = mode, timed
         self.pending: Callable[[], None] | None = None
         self.side = self.done = None
         if mode == "stream":
@@ -45,7 +52,8 @@ class Overlap:
             return
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            self.pending()
+            with self.timed(BESIDE):
+                self.pending()
             self.done.record()
         self.pending = None
 

@@ -26,7 +26,7 @@ from modules.evaluation.report_recipes import (
     shot_markup,
 )
 from modules.evaluation.stored import ROLES
-from modules.phases import STEP_PHASES
+from modules.phases import BESIDE, STEP_PHASES
 from modules.state import write_atomic
 
 MAX_PANELS = 9
@@ -321,6 +321,12 @@ def _time(report: Report) -> str:
         parts.append(f"<div><h3>{title}, {_duration(total)}</h3>{page.shares_bar(given)}")
         parts.append(page.table(["", "seconds", "percent", "throughput"], rows) + "</div>")
     about = "Wall-clock seconds over the whole run, resumed parts included."
+    if beside := report.seconds.get(BESIDE):
+        made = report.images.get(BESIDE, 0)
+        about += (
+            f" Generation ran on a side stream for {_duration(beside)} ({page.number(made / beside)} images/s), beside these "
+            "phases: generate is the wait for it."
+        )
     return page.section("time", "Time", about, f'<div class="pair">{"".join(parts)}</div>')
 
 

@@ -96,6 +96,16 @@ def test_a_row_without_generation_speaks_of_none(plain):
     assert "generate" not in text(plain)
 
 
+def test_generation_on_a_side_stream_has_a_row_of_its_own_and_its_rate(plain, live):
+    """Then the phase generate is the wait for it, and images a second of a wait would mean nothing."""
+    plain.step_row(ROW | {"generate_beside_ms": 150.0}, 40)
+    assert "generate 10%" in text(plain) and "(generation beside 75%)" in text(plain)
+    with live.stage("contrastive"):
+        live.step_row(ROW | {"generate_beside_ms": 150.0}, 40)
+    rows = {line.split()[0]: line.split() for line in text(live).splitlines() if "generate" in line}
+    assert rows["generate,"][-1] == "5" and "%" in rows["generate"][-1], "3.5 images/s x 200 ms / 150 ms"
+
+
 def test_brackets_are_no_markup(plain):
     """A path or class name may look like one of rich's style tags."""
     plain.line("[bold]parts[/bold]")

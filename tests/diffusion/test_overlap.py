@@ -1,6 +1,8 @@
 """Sharing a GPU: the mode that was asked for or measured, and the same images in either."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,38 @@ def test_sequential_generates_at_once():
     overlap.launch()
     overlap.join()
     assert done == [1]
+
+
+class Stream:
+    """A stand-in for CUDA's streams and events: everything is done at once."""
+
+    def __init__(self, *device):
+        self.waits = 0
+
+    def wait_stream(self, other):
+        self.waits += 1
+
+    wait_event = record = wait_stream
+
+
+def test_a_side_stream_is_timed_under_a_name_of_its_own(monkeypatch):
+    main, told = Stream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: told.append("recorded")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+
+    @contextlib.contextmanager
+    def timed(name):
+        told.append(name)
+        yield
+        told.append("timed")
+
+    overlap = Overlap("stream", GPU, timed)
+    overlap.generate(lambda: told.append("made"))
+    assert told == [] and main.waits == 1, "what was launched before is waited for"
+    overlap.launch()
+    assert told == ["generate_beside", "made", "timed", "recorded"] and overlap.pending is None
 
 
 def test_modes_and_their_reasons():
