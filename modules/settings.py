@@ -118,7 +118,8 @@ class _Loader(yaml.SafeLoader):
         for key_node in scalars:
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1  # so that .5 is 0.5
             if key in first:
-                raise _GivenTwice(f"`{key}` is given twice, on lines {first[key]} and {line}")
+                word = "; to YAML on, yes and true are one: quote the words" if isinstance(key, bool) else ""
+                raise _GivenTwice(f"`{key}` is given twice, on lines {first[key]} and {line}{word}")
             first[key] = line
         return super().construct_mapping(node, deep)
 
@@ -180,7 +181,7 @@ def _coerce(value, kind, name: str, origin: str):
 def _expected(kind) -> str:
     """An annotated type in words."""
     if kind is dict:
-        return "pairs of choice and weight, such as {a: 1.0, b: 2.0}"
+        return "pairs of choice and weight with a space after each colon, such as {a: 1.0, b: 2.0}"
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         if inner[-1] is Ellipsis:

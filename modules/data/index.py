@@ -6,9 +6,12 @@ decided on the way (splits made, classes held out, images drawn) becomes a line 
 """
 
 import difflib
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import replace
+
+import yaml
 
 from modules.config import Data
 from modules.data import splits
@@ -81,6 +84,11 @@ def read_far_ood(data: Data) -> Index | None:
     return Index(source.root, source.kind, items, (), (*source.notes, note))
 
 
+def _as_yaml_reads(word: str) -> str:
+    """What a setting holds of a word that is not quoted: a number or a truth value loses its spelling."""
+    return str(yaml.safe_load(word)) if re.fullmatch(r"[\w.+-]+", word) else word
+
+
 def _with_near_ood(items: list[Item], data: Data, kind: str) -> tuple[list[Item], list[str]]:
     """Items with the held-out classes made near-OOD and divided into val and test classes, and notes."""
     declared_near = [item for item in items if item.role == "near_ood"]
@@ -91,7 +99,9 @@ def _with_near_ood(items: list[Item], data: Data, kind: str) -> tuple[list[Item]
         for name in data.near_ood_classes:
             if name not in id_labels:
                 close = difflib.get_close_matches(name, id_labels, 1)
+                read = [label for label in id_labels if _as_yaml_reads(label) == name]
                 hint = f"did you mean {close[0]!r}?" if close else f"classes are {', '.join(id_labels[:20])}"
+                hint = f"to YAML that is what {read[0]} says: quote it, as in ['{read[0]}']" if read else hint
                 raise ConfigError(f"`data.near_ood_classes` names {name!r}, which is no ID class; {hint}")
         held = set(data.near_ood_classes)
         items = [replace(item, role="near_ood") if item.label in held else item for item in items]

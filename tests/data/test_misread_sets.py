@@ -4,8 +4,10 @@ import os
 
 import pytest
 
+from modules.config import Data
+from modules.data.index import read_index
 from modules.data.sources import read_source
-from modules.errors import DataError
+from modules.errors import ConfigError, DataError
 from tests.data.trees import class_folders, csv_set, picture, put
 
 
@@ -47,6 +49,14 @@ def test_a_folder_that_cannot_be_read_is_named(inner, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", denied)
     refused(rf"{tmp_path / inner}: the folder cannot be read \(Permission denied\)", tmp_path)
+
+
+def test_a_class_name_that_yaml_reads_as_a_number_is_to_be_quoted(tmp_path):
+    class_folders(tmp_path, {"001": 3, "002": 3, "bolt": 3})
+    with pytest.raises(
+        ConfigError, match=r"names '1', which is no ID class; .* what 001 says: quote it, as in \['001'\]"
+    ):
+        read_index(Data(root=str(tmp_path), near_ood_classes=("1",)), seed=0)
 
 
 def test_a_column_that_is_nearly_a_known_one_is_told_and_one_named_twice_refused(tmp_path):
