@@ -30,10 +30,8 @@ class _Outliving(RichConsole):
 
     def on_broken_pipe(self) -> None:
         self.file = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-        if sys.stdout is not None:
-            os.dup2(
-                self.file.fileno(), sys.stdout.fileno()
-            )  # what the interpreter flushes at its end has a place to go
+        if sys.stdout is not None:  # what the interpreter flushes at its end has a place to go
+            os.dup2(self.file.fileno(), sys.stdout.fileno())
 
 
 class Console:

@@ -32,12 +32,13 @@ from modules.runtime import stream
 
 @dataclass(frozen=True)
 class Sources:
-    """The train images that generation starts from, on the device where nothing else is said."""
+    """The train images that generation starts from, moments and masks on the device.
+
+    pixels_DHWC: uint8 at the pipeline's resolution, on any device, for recipes without diffusion.
+    """
 
     moments_D8hw: torch.Tensor  # fp16 VAE moments
-    pixels_DHWC: torch.Tensor | None = (
-        None  # uint8 at the pipeline's resolution, for recipes without diffusion; any device
-    )
+    pixels_DHWC: torch.Tensor | None = None
     masks_DHW: torch.Tensor | None = None  # uint8 0/1 object masks at that resolution, for masked edits
 
     def has_mask(self) -> list[bool] | None:

@@ -27,7 +27,7 @@ from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.rules import NORM_GROUPS
 from modules.runtime import stream
 
-CAPTIONS_KEPT = 2**16  # token ids of texts seen last: some 40 MB
+CAPTIONS_KEPT = 2**16  # texts whose token ids are kept, those seen last
 SCHEDULER = {  # Stable Diffusion 1.x
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
