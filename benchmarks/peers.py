@@ -122,10 +122,9 @@ def from_noise(
 ) -> torch.Tensor:
     """Pixels [N, 3, H, W] in [0, 1] of diffusers' pipeline from given latents and given noise, for the quality column."""
     noise = eps_N4hw.to(peer.unet.dtype)
+    # Laid out as its VAE gives them, or what was compiled for that would be compiled again for another.
     layout = torch.channels_last if peer.unet.conv_in.weight.stride(1) == 1 else torch.contiguous_format
-    latents = z0_N4hw.to(peer.unet.dtype).contiguous(
-        memory_format=layout
-    )  # as its VAE gives them: compiled for no other
+    latents = z0_N4hw.to(peer.unet.dtype).contiguous(memory_format=layout)
     with mock.patch.object(pipeline_stable_diffusion_img2img, "randn_tensor", lambda *args, **kwargs: noise):
         return peer(prompt=texts, image=latents, output_type="pt", **options(setting)).images
 

@@ -252,8 +252,8 @@ class PipelineShape:
         32,
         48,
         64,
-    )  # one entry a resolution, multiples of 16; latents are 2^(n-1) times smaller
-    unet_channels: tuple[int, ...] = (48, 80, 128)  # one entry a resolution, multiples of 8
+    )  # one a resolution, multiples of 16; n make latents 2^(n-1) times smaller
+    unet_channels: tuple[int, ...] = (48, 80, 128)  # one a resolution, multiples of 8
     text_width: int = 96  # numbers an embedding, a multiple of text_heads
     text_layers: int = 3  # of the text encoder
     text_heads: int = 4  # of its attention
