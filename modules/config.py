@@ -248,11 +248,7 @@ class PipelineShape:
     """The size of every part of a pipeline made from scratch; at 64 px a UNet call stays under .4 GFLOP."""
 
     resolution: int = 64  # pixels a side
-    vae_channels: tuple[int, ...] = (
-        32,
-        48,
-        64,
-    )  # one a resolution, multiples of 16; n make latents 2^(n-1) times smaller
+    vae_channels: tuple[int, ...] = (32, 48, 64)  # one a resolution, multiples of 16; latents 2^(n-1) smaller
     unet_channels: tuple[int, ...] = (48, 80, 128)  # one a resolution, multiples of 8
     text_width: int = 96  # numbers an embedding, a multiple of text_heads
     text_layers: int = 3  # of the text encoder
