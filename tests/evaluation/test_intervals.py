@@ -58,13 +58,14 @@ def test_an_interval_over_few_seeds_holds_the_truth_as_often_as_it_says(seeds, g
     assert 0.92 <= held / 400 <= 0.99
 
 
-def test_student_draws_have_the_tails_of_t():
-    """97.5 % quantiles of t: 4.303 with two degrees of freedom, 2.776 with four (any table)."""
-    for seeds, quantile in ((3, 4.303), (5, 2.776)):
-        draws = student_draws(seeds, 200_000, seed=0)
-        assert float(draws.abs().quantile(0.95)) == pytest.approx(quantile, rel=0.03)
-    assert torch.equal(student_draws(3, 50, seed=0), student_draws(3, 50, seed=0))
-    assert not torch.equal(student_draws(3, 50, seed=0), student_draws(3, 50, seed=1))
+@pytest.mark.parametrize(("seeds", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776)])
+def test_student_draws_have_the_tails_of_t(seeds, quantile):
+    """97.5 % quantiles of t with K - 1 degrees of freedom (any table); both ends are equally far."""
+    draws = student_draws(seeds, 1000, seed=0)
+    low, high = percentile_interval(draws, 0.95)
+    assert high == pytest.approx(quantile, rel=0.04) and low == pytest.approx(-high)
+    assert torch.equal(draws, student_draws(seeds, 1000, seed=0)) and not torch.equal(draws, draws.sort().values)
+    assert not torch.equal(draws, student_draws(seeds, 1000, seed=1))
 
 
 def test_one_seed_has_the_interval_of_its_groups():
