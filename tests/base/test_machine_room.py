@@ -17,7 +17,7 @@ class Stand(Overlap):
 
     waited = 0
 
-    def __init__(self, mode, device):
+    def __init__(self, mode, device, timed=None):
         super().__init__("sequential", device)
         self.mode = mode
 
