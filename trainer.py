@@ -9,6 +9,7 @@ data -> tokens -> contrastive -> probe -> evaluate -> report.
 
 import importlib
 import sys
+from contextlib import suppress
 from functools import partial
 
 VERBS = {  # verb -> (module below modules.commands, one line of help)
@@ -117,12 +118,17 @@ def main(arguments: list[str]) -> int:
         found = behind(error) or error
         if not isinstance(found, UserError):
             raise
-        print(f"error: {found}", file=sys.stderr)
+        _tell(f"error: {found}")
         return found.code
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on from what is kept", file=sys.stderr)
+        _tell("interrupted; start the same command again to go on from what is kept")
         return 130
     return 0
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # of a terminal that is gone: the exit code says it too
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,13 @@ def precompile(bench: Bench) -> float:
     gc.collect()  # the searches for the best batches leave caches: the processes need that memory
     torch.cuda.empty_cache()
     least = (BLOCKS_SHARE + READY_SHARE) * bench.budget.seconds
-    if len(waiting) < 2 or bench.budget.left < least + LEAST_S:
-        return 0.0  # nothing to do beside each other, or no time: each is compiled when its turn comes, if that comes
+    if len(waiting) < 2:
+        return 0.0  # nothing to do beside each other
+    if (
+        bench.budget.left < least + LEAST_S
+    ):  # for the first alone, when its turn comes; another would take the blocks' time
+        bench.too_late |= set(list(waiting)[1:])
+        return 0.0
     try:
         while True:
             may_begin = bench.budget.left >= least + LEAST_S

@@ -14,7 +14,7 @@ from benchmarks.session import with_images_per_step
 from modules.commands.job import State
 from modules.commands.timing import time_steps, window
 from modules.diffusion.overlap import Overlap
-from modules.phases import STEP_PHASES
+from modules.phases import BESIDE, STEP_PHASES
 
 SYNC = "called a synchronizing CUDA operation"  # torch's words for each; switching the mode on warns in other words
 
@@ -40,7 +40,7 @@ class Stepper:
         self.state, self.least, self.config = state, least, state.config
         self.device = next(state.encoder.parameters()).device
         self.advance = state.generator.advance
-        self.mode, self.overlap = mode, Overlap(mode, self.device)
+        self.mode, self.overlap = mode, Overlap(mode, self.device, state.meter.phase)
         self.syncs: list[str] = []  # what torch said of those of the block watched last
 
     @property
@@ -84,7 +84,8 @@ class Stepper:
         count = self.steps(images)
         found = time_steps(self.state, trainer.step, count)
         phases = {name: found.phase_ms.get(name, 0.0) for name in STEP_PHASES}
-        bookkeeping = max(0.0, phases["generate"] - sum(found.part_ms.values()))
+        generate_ms = found.phase_ms.get(BESIDE, phases["generate"])
+        bookkeeping = max(0.0, generate_ms - sum(found.part_ms.values()))
         return phases | {"step": found.step_ms, "bookkeeping": bookkeeping}
 
     def watched(self, images: float) -> Watched:

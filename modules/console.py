@@ -4,6 +4,7 @@ On a terminal: a run card, a progress bar a stage, a live table of phases while 
 batch system): the same facts as plain lines, one an interval, nothing redrawn.
 """
 
+import errno
 import os
 import sys
 from contextlib import contextmanager
@@ -26,7 +27,16 @@ OF_VIEWS = ("augment", "encode", "loss", "backward")  # phases that every view o
 
 
 class _Outliving(RichConsole):
-    """A console whose reader may leave (`| head`): what is printed after that is lost, the work is not."""
+    """A console whose reader may leave (`| head`, a closed terminal): what is printed then is lost, the work is not."""
+
+    def _write_buffer(self) -> None:
+        try:
+            super()._write_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:  # how a terminal that is gone answers; rich knows the broken pipe alone
+                raise
+            self._buffer.clear()
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.file = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives

@@ -94,7 +94,8 @@ def thrown_away(job: Job, progress) -> State:
     state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
     if state.generator is not None:
         state.generator.warm_up()
-        if job.device.type == "cuda" and job.config.generation.mode != "sequential":
+        judged = job.config.gate.enabled or job.config.controller.enabled
+        if job.device.type == "cuda" and job.config.generation.mode != "sequential" and not judged:
             job.console.line(
                 "  generation and training are timed one after the other; a run may take them side by side"
             )

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from kernels.pixels import pixels
+from kernels.staging import upload
 from modules.commands import stages
 from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
 from modules.commands.job import Job
@@ -238,7 +239,7 @@ def _exposed(config) -> dict[str, object]:
 
 def _shown_source(job: Job, row: int) -> torch.Tensor:
     """A source at the size of a sheet, through the same resize as generated images."""
-    x_HWC = job.sources.pixels_DHWC[row].float() / 127.5 - 1
+    x_HWC = upload(job.sources.pixels_DHWC[row], job.device).float() / 127.5 - 1
     return pixels(x_HWC.permute(2, 0, 1)[None], _shown(job.pipeline.resolution))[0].cpu()
 
 

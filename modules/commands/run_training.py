@@ -5,6 +5,7 @@ from functools import partial
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.commands.machine import choose_overlap
+from modules.commands.timing import synchronize
 from modules.errors import StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
@@ -80,6 +81,7 @@ def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
     row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
     row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
     steps, views, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
+    synchronize(state)  # a side stream may still be at the last step's images, and its times stand before the others
     times = state.meter.interval(steps)
     times["views_per_s"] = views / max(1e-9, times["step_ms"] * steps / 1e3)
     if state.generator is not None:

@@ -86,7 +86,10 @@ def read_far_ood(data: Data) -> Index | None:
 
 def _as_yaml_reads(word: str) -> str:
     """What a setting holds of a word that is not quoted: a number or a truth value loses its spelling."""
-    return str(yaml.safe_load(word)) if re.fullmatch(r"[\w.+-]+", word) else word
+    try:
+        return str(yaml.safe_load(word)) if re.fullmatch(r"[\w.+-]+", word) else word
+    except (ValueError, yaml.YAMLError):  # 4711-23-99 looks like a date and is none
+        return word
 
 
 def _with_near_ood(items: list[Item], data: Data, kind: str) -> tuple[list[Item], list[str]]:

@@ -1,7 +1,9 @@
 """What is printed: plain lines off a terminal, a live display on one, the same facts in both."""
 
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,29 @@ def test_a_reader_that_leaves_costs_what_is_printed_and_not_the_work():
     writer.stdout.close()
     told = writer.stderr.read().decode()
     assert writer.wait() == 0 and told == "the work is done\n"
+
+
+def test_a_terminal_that_is_gone_costs_what_is_printed_and_not_the_work():
+    """It answers every write with an input/output error, that of a live display at its end too."""
+    code = (
+        "import os, sys; from modules.console import Console; console = Console()\n"
+        "assert console.live\n"
+        "with console.stage('contrastive') as progress:\n"
+        "    progress(1, 4, 'note'); os.kill(os.getpid(), 19); progress(2, 4, 'note')\n"
+        "console.line('after'); print('the work is done', file=sys.stderr)"
+    )
+    master, slave = os.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    command = [sys.executable, "-c", code]
+    work = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, cwd=ROOT, env=environment, start_new_session=True
+    )
+    os.close(slave)
+    os.waitpid(work.pid, os.WUNTRACED)  # it has stopped itself in the middle
+    os.close(master)
+    os.kill(work.pid, signal.SIGCONT)
+    told = work.stderr.read().decode()
+    assert work.wait() == 0 and told.endswith("the work is done\n"), told
 
 
 def test_the_card_gives_each_choice_with_its_reason(plain, live):

@@ -59,6 +59,12 @@ def test_a_class_name_that_yaml_reads_as_a_number_is_to_be_quoted(tmp_path):
         read_index(Data(root=str(tmp_path), near_ood_classes=("1",)), seed=0)
 
 
+def test_a_class_named_like_a_date_that_is_none_is_a_class_like_others(tmp_path):
+    class_folders(tmp_path, {"4711-23-99": 3, "nut": 3, "bolt": 3})
+    with pytest.raises(ConfigError, match=r"names 'washer', which is no ID class; classes are 4711-23-99, bolt, nut"):
+        read_index(Data(root=str(tmp_path), near_ood_classes=("washer",)), seed=0)
+
+
 def test_a_column_that_is_nearly_a_known_one_is_told_and_one_named_twice_refused(tmp_path):
     rows = [{"path": f"{i}.png", "label": "ab"[i], "splitt": "train", "weight": "1"} for i in range(2)]
     notes = read_source(str(csv_set(tmp_path / "near", rows))).notes
