@@ -144,7 +144,7 @@ def test_a_case_that_fails_or_has_no_time_left_is_a_row(monkeypatch, tmp_path, c
 class Side:
     """An overlap that runs what is pending when it is launched, without a device."""
 
-    def __init__(self, mode, device):
+    def __init__(self, mode, device, timed=None):
         self.calls = []
 
     def generate(self, advance):
