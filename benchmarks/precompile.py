@@ -31,16 +31,15 @@ def precompile(bench: Bench) -> float:
     when the rest of the budget is needed is stopped and left to `bench.too_late`: begun again it would take as long.
     """
     begin, waiting, running = time.perf_counter(), commands(bench), {}
-    gc.collect()  # the searches for the best batches leave caches: the processes need that memory
-    torch.cuda.empty_cache()
     least = (BLOCKS_SHARE + READY_SHARE) * bench.budget.seconds
     if len(waiting) < 2:
         return 0.0  # nothing to do beside each other
-    if (
-        bench.budget.left < least + LEAST_S
-    ):  # for the first alone, when its turn comes; another would take the blocks' time
+    if bench.budget.left < least + LEAST_S:
+        # The first alone will be compiled when its turn comes: more would take the blocks' time.
         bench.too_late |= set(list(waiting)[1:])
         return 0.0
+    gc.collect()  # the searches for the best batches leave caches: the processes need that memory
+    torch.cuda.empty_cache()
     try:
         while True:
             may_begin = bench.budget.left >= least + LEAST_S

@@ -79,6 +79,11 @@ def needs_masks(config) -> bool:
     return generates(config) and (edits or (negatives > 0 and config.near_ood.recipes.get("mask_split", 0) > 0))
 
 
+def judged(config) -> bool:
+    """Whether gate or controller look at made images with the encoder that is being trained."""
+    return config.gate.enabled or config.controller.enabled
+
+
 def used_strengths(generation) -> list[float]:
     """Strengths of the positives that have a weight."""
     return [float(strength) for strength, weight in generation.strengths.items() if weight > 0]

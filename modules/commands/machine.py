@@ -33,7 +33,7 @@ from modules.errors import OutOfMemory
 from modules.memory import ran_out
 from modules.meter import Meter, timer
 from modules.records import read_record
-from modules.rules import batch_rows
+from modules.rules import batch_rows, judged
 from modules.runtime import Choice
 from modules.settings import flatten, with_settings
 
@@ -135,7 +135,6 @@ def choose_overlap(job: Job, state: State, step) -> None:
     kept = _read(job).get("mode")
     choice = Choice(*kept) if kept else None
     if choice is None:
-        judged = job.config.gate.enabled or job.config.controller.enabled
 
         def measure(mode: str) -> float:
             try:
@@ -148,7 +147,7 @@ def choose_overlap(job: Job, state: State, step) -> None:
             torch.cuda.empty_cache()
             return math.inf
 
-        choice = choose_mode(job.config.generation.mode, job.device, measure, judged)
+        choice = choose_mode(job.config.generation.mode, job.device, measure, judged(job.config))
         _write(job, mode=[choice.value, choice.reason])
     state.overlap = Overlap(choice.value, job.device, state.meter.phase)
     job.choices["mode"] = choice

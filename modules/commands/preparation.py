@@ -15,7 +15,7 @@ from modules.console import Console
 from modules.diffusion import tokens as token_files
 from modules.diffusion.inversion import token_cache_key
 from modules.diffusion.prompts import initializer_id, trained_words
-from modules.rules import batch_rows, generates
+from modules.rules import batch_rows, generates, judged
 from modules.settings import with_settings
 from modules.workdir import Workdir
 
@@ -94,8 +94,7 @@ def thrown_away(job: Job, progress) -> State:
     state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
     if state.generator is not None:
         state.generator.warm_up()
-        judged = job.config.gate.enabled or job.config.controller.enabled
-        if job.device.type == "cuda" and job.config.generation.mode != "sequential" and not judged:
+        if job.device.type == "cuda" and job.config.generation.mode != "sequential" and not judged(job.config):
             job.console.line(
                 "  generation and training are timed one after the other; a run may take them side by side"
             )

@@ -22,7 +22,7 @@ from modules.diffusion.requests import Request
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
 from modules.errors import ConfigError
-from modules.rules import used_strengths
+from modules.rules import judged, used_strengths
 
 EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
 PREFILL_PATIENCE = 40  # images made per image wanted before prefill gives up
@@ -100,14 +100,13 @@ class Generator:
             controller=self.controller,
             keywords=keywords,
         )
-        judged = config.gate.enabled or self.controller is not None
         self.gate = Gate(
             config.gate,
             store=self.store,
             sources_DHWC=train_DHWC,
             accept=self._accept,
             retry=lambda request: self.slots.retry(request),
-            embed=embed if judged else None,
+            embed=embed if judged(config) else None,
             observe=self.controller.observe if self.controller else None,
         )
         self.slots, *self.sizes = fit_slots(self._engine, generation.slots, generation.decode_batch, accelerate)

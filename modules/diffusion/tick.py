@@ -7,9 +7,8 @@ never asks.
 Guidance that is off at low noise keeps the constant shape: a call has S conditional rows and U <= S unconditional ones,
 which go to the slots that are guided at this moment.
 
-Shapes: S slots, U unconditional rows, N images written, T tokens, X text keys and values of
-all layers, W guidance embedding width,
-h w latent grid, R table rows.
+Shapes: S slots, U unconditional rows, N images written, T tokens, X text keys and values of all layers, W guidance
+embedding width, h w latent grid, R table rows.
 """
 
 from functools import partial
