@@ -8,6 +8,7 @@ Shapes: N images, P prompts, T tokens, E text width, H W pixels, h w latent grid
 """
 
 import math
+from collections import Counter
 
 import torch
 
@@ -16,8 +17,9 @@ from kernels import backend
 from kernels.group_norm import swap_group_norm
 from kernels.pixels import pixels
 from kernels.staging import upload
-from modules.diffusion import attention
+from modules.diffusion import attention, upsampling
 from modules.diffusion.capture import accelerate
+from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.requests import Prompt, Request
 from modules.diffusion.schedule import time_grid
@@ -40,21 +42,23 @@ class SlotEngine:
         *,
         slots: int,
         compile_setting: str = "off",
-        tune_attention: bool = False,
-        backends: dict[str, str] | None = None,
+        tune: bool = False,
+        found: dict[str, str] | None = None,
         kernels: str = "auto",
     ):
         """An engine with idle slots.
 
         Args:
             moments_N8hw: of the sources; image i starts from source i modulo N, under prompt i modulo N.
-            pipeline: its UNet is changed (attention processors), so that peers need another copy.
+            pipeline: its UNet and VAE are changed, so that peers need another copy.
             compile_setting: as `pipeline.compile`.
-            tune_attention: time attention backends on the UNet's shapes and take the fastest of each.
-            backends: those found before, by shape, which are taken again (see `attention.tune`).
+            tune: time attention backends and forms of upsampling on the models' shapes and take the fastest of each.
+            found: those found before, by shape, which are taken again.
             kernels: as `run.kernels`; triton also swaps group norms of UNet and VAE.
         """
         self.pipeline, self.setting, self.texts, self.kernels = pipeline, setting, texts, kernels
+        for model in (pipeline.unet, pipeline.vae):
+            freeze_layers(model)
         if kernels == "triton":
             for model in (pipeline.unet, pipeline.vae):
                 swap_group_norm(model, kernels)
@@ -82,8 +86,9 @@ class SlotEngine:
             empty_TE=self.context[""] if guided else None,
             unconditional_rows=None if guided in (0, calls) else min(slots, math.ceil(slots * guided / calls) + 1),
         )
-        self.backends: dict[str, str] = {}
-        self.attention = self._tune_attention(backends) if tune_attention else "auto"
+        self.found: dict[str, str] = {}
+        self.attention = self._tune(found) if tune else "auto"
+        self.upsampling = upsampling.summary(pipeline.unet, pipeline.vae)
         with backend.using(kernels):
             self.compiled = accelerate(self.slots, compile_setting)
 
@@ -129,14 +134,20 @@ class SlotEngine:
             if request.image_index < len(self.slots.occupants):
                 self.kept[request.image_index] = image.clone()
 
-    def _tune_attention(self, known: dict[str, str] | None) -> str:
-        """How many layers took which backend; `backends` has them by shape."""
-        measure, tick = timer(self.pipeline.device), self.slots.in_flight
-        timings = attention.tune(self.pipeline.unet, tick.step, lambda work: measure(work, 5), kept=known)
-        self.backends = attention.chosen(timings)
-        taken = {}
-        for layer in attention.layers_of(self.pipeline.unet):
-            taken[layer.processor.backend] = taken.get(layer.processor.backend, 0) + 1
+    def _tune(self, known: dict[str, str] | None) -> str:
+        """How many layers took which attention backend; `found` has them and the forms of upsampling by shape."""
+        measure, slots, models = timer(self.pipeline.device), self.slots, (self.pipeline.unet, self.pipeline.vae)
+
+        def median(work) -> float:
+            return measure(work, 5)
+
+        def call() -> None:
+            slots.in_flight.step()
+            slots.decode(torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch]))
+
+        timings = attention.tune(self.pipeline.unet, slots.in_flight.step, median, kept=known)
+        self.found = attention.chosen(timings) | upsampling.chosen_forms(upsampling.tune(models, call, median, known))
+        taken = Counter(layer.processor.backend for layer in attention.layers_of(self.pipeline.unet))
         return " ".join(f"{backend} x{count}" for backend, count in taken.items())
 
 

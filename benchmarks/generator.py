@@ -299,7 +299,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", action="append", help="a technique to measure, by its name in the table; repeatable")
     parser.add_argument("--compile-only", action="store_true", help="compile the techniques and measure nothing")
-    parser.add_argument("--backends", default="{}", help="JSON: attention backends by shape that are taken untimed")
+    parser.add_argument(
+        "--found", default="{}", help="JSON: attention backends and forms of upsampling by shape, taken untimed"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")
     options = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 Compiling a UNet of Stable Diffusion's size and its decoder takes a minute or more, on one core for the most part, and a
 benchmark has several. Processes of their own fill the compiler's cache on disk at the same time; this one then finds
-there what it would have compiled. They are told which attention backends were found fastest: timed beside each other they
+there what it would have compiled. They are told which attention backends and forms of upsampling were found fastest: timed beside each other they
 would take others, and compile another graph than the one that is asked for. Done on a GPU alone: on a CPU compiling takes
 all cores.
 """
@@ -73,10 +73,10 @@ def commands(bench: Bench) -> dict[tuple[str, int], list[str]]:
     batches |= dict.fromkeys((SLOTS_FAST, SLOTS_KERNELS), (bench.rows,))
     batches = {name: tried for name, tried in batches.items() if name in chosen}
     if batches.keys() - {COMPILED}:
-        bench.tune_attention()
+        bench.tune()
     common = [sys.executable, "-m", "benchmarks.generator", "--compile-only", "--out", "none"]
     common += ["--device", options.device, "--pipeline", options.pipeline, "--resolution", str(options.resolution)]
-    common += ["--images", str(options.images), "--backends", json.dumps(bench.backends)]
+    common += ["--images", str(options.images), "--found", json.dumps(bench.found)]
     return {
         (name, batch): [*common, "--only", name, "--batch", str(batch)]
         for name, tried in batches.items()

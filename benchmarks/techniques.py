@@ -68,7 +68,7 @@ class Bench:
         self.skipped: dict[str, str] = {}
         self.engines: dict[str, SlotEngine] = {}
         self.how: dict[str, dict] = {}  # settings of an engine, to build it again for other rows
-        self.backends: dict[str, str] = json.loads(options.backends)  # of attention, by shape, found once
+        self.found: dict[str, str] = json.loads(options.found)  # attention and upsampling, by shape, found once
         self.too_late: set[tuple[str, int]] = set()  # (technique, batch) that there was no time to compile ahead
         self._reference = None
         self._folder = tempfile.TemporaryDirectory(prefix="da-fusion-")
@@ -99,19 +99,19 @@ class Bench:
         """The engine with the attention backend that is fastest at each of the UNet's shapes."""
         if self.device.type != "cuda":
             raise peers.Unavailable(SLOTS_TUNED, "on a CPU the shape decides, nothing is timed")
-        return self._engine(SLOTS_TUNED, tune_attention=True)
+        return self._engine(SLOTS_TUNED, tune=True)
 
     def slots_compiled(self) -> Candidate:
         """The engine as it runs with pipeline.compile on: tuned attention, compiled, on a GPU captured as graphs."""
         self._need_compiler(SLOTS_COMPILED)
         on_gpu = self.device.type == "cuda"
-        return self._engine(SLOTS_COMPILED, compile_setting="on", tune_attention=on_gpu)
+        return self._engine(SLOTS_COMPILED, compile_setting="on", tune=on_gpu)
 
     def slots_fast(self) -> Candidate:
         """The compiled engine under preset fast: fewer steps of another solver; benchmarks/quality.py judges its images."""
         self._need_compiler(SLOTS_FAST)
         on_gpu = self.device.type == "cuda"
-        return self._engine(SLOTS_FAST, self._fast(), compile_setting="on", tune_attention=on_gpu)
+        return self._engine(SLOTS_FAST, self._fast(), compile_setting="on", tune=on_gpu)
 
     def _fast(self) -> Setting:
         """The setting under preset fast."""
@@ -129,7 +129,7 @@ class Bench:
         self._need_compiler(SLOTS_KERNELS)
         if self.device.type != "cuda":
             raise peers.Unavailable(SLOTS_KERNELS, "Triton kernels need a CUDA GPU")
-        return self._engine(SLOTS_KERNELS, compile_setting="on", tune_attention=True, kernels="triton")
+        return self._engine(SLOTS_KERNELS, compile_setting="on", tune=True, kernels="triton")
 
     def diffusers(self) -> Candidate:
         """diffusers at its best batch, attention as it comes."""
@@ -178,7 +178,7 @@ class Bench:
         made, z0, eps = first_images(engine)
         pool_bytes = engine.slots.pool_bytes
         switches = (
-            f"{engine.compiled.value}; attention {engine.attention}; kernels {engine.kernels}; moments, prompts and their keys and values cached; "
+            f"{engine.compiled.value}; attention {engine.attention}; upsampling {engine.upsampling}; kernels {engine.kernels}; moments, prompts and their keys and values cached; "
             f"decoding {engine.decode_batch} at once; {self.rows_tried}"
         )
         if setting is not None:
@@ -194,14 +194,14 @@ class Bench:
 
     def _built(self, setting: Setting, **how) -> SlotEngine:
         own = inputs.own_copy(self.pipeline)
-        engine = SlotEngine(own, setting, self.moments, self.texts, slots=self.rows, backends=self.backends, **how)
-        self.backends |= engine.backends
+        engine = SlotEngine(own, setting, self.moments, self.texts, slots=self.rows, found=self.found, **how)
+        self.found |= engine.found
         return engine
 
-    def tune_attention(self) -> None:
-        """Find the attention backends of the engines that are compiled, before anything else is on the device."""
+    def tune(self) -> None:
+        """Find attention backends and forms of upsampling of the engines that are compiled, before anything else is on the device."""
         for setting in (self.setting, self._fast()):
-            self._built(setting, tune_attention=True)
+            self._built(setting, tune=True)
 
     def _batched(self, name: str, peer, switches: str, batch: int) -> Candidate:
         quality = "not compared: the engine made no images"

@@ -23,7 +23,7 @@ from modules.commands.job import Job, State
 from modules.commands.timing import copied, time_steps, window
 from modules.data.reservoir import Reservoir
 from modules.data.views import two_views
-from modules.diffusion import attention
+from modules.diffusion import attention, upsampling
 from modules.diffusion.capture import accelerate
 from modules.diffusion.generator import Generator
 from modules.diffusion.overlap import Overlap, choose_mode
@@ -50,7 +50,7 @@ DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs 
     "run.precision",
 )
 CALIBRATION_STEPS = 8  # joint steps timed in each overlap mode, at least
-ATTENTION_REPEATS = 5  # of which the median counts
+TUNER_REPEATS = 5  # of which the median counts
 
 
 def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir: Reservoir) -> Generator:
@@ -69,6 +69,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
     def faster(slots: Slots) -> None:
         made.clear()
         made["attention"] = _tune_attention(job, slots.in_flight, kept.get("backends", {}))
+        made["upsampling"] = _tune_upsampling(job, slots, kept.get("upsampling_forms", {}))
         made["tick"] = accelerate(slots, job.config.pipeline.compile, lambda text: job.console.line(f"  {text}"))
 
     with _room_for_learner(job, state, train_DHWC):
@@ -120,6 +121,7 @@ def _as_it_is(job: Job, slots: Slots) -> dict[str, Choice]:
         "attention": Choice(
             backend_name, "auto: there is no room to time others" if asked == "auto" else "pipeline.attention"
         ),
+        "upsampling": _upsampling_as_it_is(job),
         "tick": Choice("eager", "auto: compiled and captured it does not fit, not even with a quarter of the slots"),
     }
 
@@ -222,7 +224,7 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     measure = timer(job.device)
     if asked == "auto":
         job.console.line("  timing the attention backends at each shape of the UNet: this can take a minute")
-    timings = attention.tune(unet, tick.step, lambda work: measure(work, ATTENTION_REPEATS), asked, kept=kept)
+    timings = attention.tune(unet, tick.step, lambda work: measure(work, TUNER_REPEATS), asked, kept=kept)
     _write(job, backends=attention.chosen(timings))
     for line in attention.describe(timings):
         job.console.line(f"  {line}")
@@ -232,6 +234,32 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
         return Choice(value, "as this run chose before")
     why = "the fastest at each shape; torch's own where that is about as fast"
     return Choice(value, why if asked == "auto" else "pipeline.attention")
+
+
+def _tune_upsampling(job: Job, slots: Slots, kept: dict[str, str]) -> Choice:
+    """Set the form of every upsampling layer of UNet and decoder, and say which were taken."""
+    if job.device.type != "cuda":
+        return _upsampling_as_it_is(job)
+    measure, models = timer(job.device), [job.pipeline.unet, job.pipeline.vae]
+
+    def call() -> None:
+        slots.in_flight.step()
+        slots.decode(torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch]))
+
+    timings = upsampling.tune(models, call, lambda work: measure(work, TUNER_REPEATS), kept)
+    _write(job, upsampling_forms=upsampling.chosen_forms(timings))
+    for line in upsampling.describe(timings):
+        job.console.line(f"  {line}")
+    why = "as this run chose before" if kept else "timed at each shape in channels_last; diffusers' own in a tie"
+    return Choice(upsampling.summary(*models), why)
+
+
+def _upsampling_as_it_is(job: Job) -> Choice:
+    summary = upsampling.summary(job.pipeline.unet, job.pipeline.vae)
+    if job.device.type == "cuda":
+        return Choice(summary, "auto: there is no room to time others")
+    fixed = job.pipeline.dtype == torch.float32
+    return Choice(summary, "fp32 on a CPU: the form is fixed" if fixed else "on a CPU other forms are for fp32 alone")
 
 
 def _read(job: Job) -> dict:

@@ -19,7 +19,7 @@ from modules.data.reservoir import Reservoir
 from modules.data.sets import JUDGED_PER_CLASS, load_sets
 from modules.diffusion import tokens as token_files
 from modules.diffusion.conditioning import tokens_digest
-from modules.diffusion.frozen import freeze_linears
+from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline, own_resolution
@@ -108,7 +108,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
             f"images were decoded at {sets.generation_size} px for a pipeline of {pipeline.resolution} px"
         )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        freeze_linears(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
+        freeze_layers(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
     check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])

@@ -14,7 +14,6 @@ keys and values of all layers.
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import attention, attention_reference
 from kernels.staging import in_use
+from modules.diffusion import timings as ways
+from modules.diffusion.timings import Timing, name_of
 from modules.errors import ConfigError
 
 SDPA = {
@@ -30,7 +31,7 @@ SDPA = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 BACKENDS = ("sdpa", *SDPA, "xformers")
-FASTER = 1.05  # than torch's own choice a backend must be: a tie would be another one's the next time
+OWN = "sdpa"  # torch's own choice
 PLAIN = ("spatial_norm", "group_norm", "norm_q", "norm_k")  # absent in every Stable Diffusion UNet
 
 
@@ -173,16 +174,6 @@ class KeyValueCache:
         return kv_TX
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One backend on one shape."""
-
-    shape: tuple[int, int, int, int, int]  # B, N, T, H, K
-    backend: str
-    ms: float | None  # None: it refused
-    reason: str  # why it refused, or ""
-
-
 def tune(
     unet: torch.nn.Module,
     call: Callable[[], None],
@@ -193,7 +184,7 @@ def tune(
 ) -> list[Timing]:
     """Time backends on each attention shape that `call` meets in the UNet, and set the best; returns all timings.
 
-    The best is the fastest, but torch's own choice where no other is FASTER than it.
+    The best is the fastest, but torch's own choice where no other is clearly faster (see `timings.best`).
 
     Args:
         call: one UNet call on real shapes.
@@ -215,49 +206,31 @@ def tune(
         for processor in processors:
             processor.seen = None
     candidates = candidates if asked == "auto" else (asked,)
-    names = {shape: [kept[_name(shape)]] if kept and _name(shape) in kept else candidates for shape in seen.inputs}
+    names = {shape: [kept[name_of(shape)]] if kept and name_of(shape) in kept else candidates for shape in seen.inputs}
     timings = [_time(shape, name, qkv, timer) for shape, qkv in seen.inputs.items() for name in names[shape]]
+    taken = chosen(timings)
     for processor, shape in seen.shapes:
-        working = [t for t in timings if t.shape == shape and t.ms is not None]
-        if not working:
+        if name_of(shape) not in taken:
             refused = next(t for t in timings if t.shape == shape)
             raise ConfigError(
                 f"pipeline.attention is {asked}, which does not run here on (rows, tokens, keys, heads, width) "
                 f"{refused.shape}: {refused.reason}; set it to auto or sdpa"
             )
-        processor.backend = _best(working).backend
+        processor.backend = taken[name_of(shape)]
     return timings
 
 
-def _best(working: list[Timing]) -> Timing:
-    """The fastest; torch's own choice where no other is FASTER than it."""
-    fastest = min(working, key=lambda t: t.ms)
-    own = next((t for t in working if t.backend == "sdpa"), fastest)
-    return own if own.ms <= FASTER * fastest.ms else fastest
-
-
 def chosen(timings: list[Timing]) -> dict[str, str]:
-    """The backend `tune` took at each shape, by a name of the shape that JSON can hold."""
-    working: dict[str, list[Timing]] = {}
-    for t in timings:
-        if t.ms is not None:
-            working.setdefault(_name(t.shape), []).append(t)
-    return {name: _best(found).backend for name, found in working.items()}
+    """The backend that `tune` took at each shape."""
+    return ways.chosen(timings, OWN)
 
 
 def describe(timings: list[Timing]) -> list[str]:
     """A line for each shape: every backend with its time, or why it refused, the fastest first."""
-    lines = []
-    for shape in dict.fromkeys(t.shape for t in timings):
-        tried = sorted((t for t in timings if t.shape == shape), key=lambda t: (t.ms is None, t.ms or 0.0))
-        times = [f"{t.backend} {t.ms:.3f} ms" if t.ms is not None else f"{t.backend} no ({t.reason})" for t in tried]
-        rows, tokens, keys, heads, width = shape
-        lines.append(f"attention, {rows} rows of {tokens} x {keys}, {heads} heads of {width}: {', '.join(times)}")
-    return lines
-
-
-def _name(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+    return [
+        f"attention, {rows} rows of {tokens} x {keys}, {heads} heads of {width}: {ways.told(found)}"
+        for (rows, tokens, keys, heads, width), found in ways.by_shape(timings).items()
+    ]
 
 
 def _shape(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[int, int, int, int, int]:
@@ -273,7 +246,7 @@ def _time(shape, backend: str, qkv, timer) -> Timing:
         try:
             if not attend(backend, *qkv).isfinite().all():
                 return Timing(shape, backend, None, "its output is not finite")
-            return Timing(shape, backend, timer(lambda: attend(backend, *qkv)), "")
+            return Timing(shape, backend, timer(lambda: attend(backend, *qkv)))
         except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
             return Timing(shape, backend, None, _refusal(error, [str(warning.message) for warning in said]))
 

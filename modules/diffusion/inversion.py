@@ -29,7 +29,7 @@ from modules.config import Inversion as Settings
 from modules.data.cache import digest_tensor
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.files import first_line
-from modules.diffusion.frozen import freeze_linears
+from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, placeholder, trained_words
 from modules.diffusion.tokens import Tokens
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
@@ -134,7 +134,7 @@ class Inversion:
         self.say = say
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            freeze_linears(module.requires_grad_(False).eval())
+            freeze_layers(module.requires_grad_(False).eval())
         self.denoising = Denoising(pipeline)
         self.initializers = tuple(initializers)
         trained = trained_words(pipeline.source)

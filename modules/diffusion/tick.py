@@ -18,7 +18,7 @@ import torch
 from kernels.guided_step import guided_step
 from kernels.staging import upload
 from modules.diffusion.attention import install, text_key_values
-from modules.diffusion.frozen import freeze_linears
+from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import StepTable
 from modules.diffusion.shared_rows import share_rows
@@ -59,7 +59,7 @@ class Tick:
         self.pipeline, self.table, self.unconditional_rows, self.masked = pipeline, table, unconditional_rows, masked
         self.unet = pipeline.unet  # replaced by its compiled form, see `capture`
         self.shared = share_rows(self.unet)
-        freeze_linears(self.unet)
+        freeze_layers(self.unet)
         device, size = pipeline.device, pipeline.latent_size
         self.stochastic_steps = max((g.num_inference_steps for g in table.grids.values() if g.stochastic), default=0)
 

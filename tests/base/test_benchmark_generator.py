@@ -135,14 +135,14 @@ def test_compiled_techniques_are_compiled_ahead_at_the_batches_they_will_run():
     bench = SimpleNamespace(
         makers=lambda: names, device=torch.device("cuda"), options=options, rows=8, batches_to_compile=lambda: (16, 32)
     )
-    bench.tune_attention = lambda: setattr(bench, "backends", {"16x64x64x8x40": "sdpa_cudnn"})
+    bench.tune = lambda: setattr(bench, "found", {"16x64x64x8x40": "sdpa_cudnn"})
     found = precompile.commands(bench)
     assert list(found) == [("slots, compiled", 8), *(("diffusers, compiled + channels_last", b) for b in (16, 32))]
     for (name, batch), line in found.items():
         again = generator._parse(line[3:])
         assert (again.only, again.batch) == ([name], batch)
         assert again.compile_only and again.out is None and (again.images, again.pipeline) == (32, "random")
-        assert json.loads(again.backends) == bench.backends, "timed beside each other they would take others"
+        assert json.loads(again.found) == bench.found, "timed beside each other they would take others"
     bench.device = torch.device("cpu")
     assert not precompile.commands(bench), "a CPU has no cores left for it"
 

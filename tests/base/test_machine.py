@@ -72,6 +72,7 @@ def test_choices_stand_in_the_card_and_in_a_file_with_their_reasons(tmp_path):
         kept = json.loads((job.workdir.path / machine.FILE).read_text())
     assert card["slots"] == ("4", "generation.slots") and card["decode batch"] == ("3", "generation.decode_batch")
     assert card["attention"] == ("products where tokens are few, else sdpa", "auto: by shape on a CPU")
+    assert card["upsampling"] == ("transposed in 3 layers", "fp32 on a CPU: the form is fixed")
     assert card["tick"] == ("eager", "auto: compiling pays on a GPU only")
     assert card["preset"] == ("exact", "as configured")
     assert kept["device"] == "cpu" and kept["slots"] == [4, "generation.slots"]
@@ -220,6 +221,21 @@ def test_timing_attention_is_announced_before_it_begins(tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "timer", lambda device: None)
         monkeypatch.setattr(job, "device", torch.device("cuda"))
         machine._tune_attention(job, state.generator.slots.in_flight, {})
+
+
+def test_forms_of_upsampling_are_timed_on_tick_and_decoder_told_and_taken_again(tmp_path, monkeypatch):
+    with built(tmp_path) as (job, state, text):
+        monkeypatch.setattr(machine, "timer", lambda device: lambda work, repeats: float(work() is None))
+        monkeypatch.setattr(job, "device", torch.device("cuda"))
+        slots = state.generator.slots
+        choice = machine._tune_upsampling(job, slots, {})
+        assert choice == Choice("torch in 3 layers", "timed at each shape in channels_last; diffusers' own in a tie")
+        told = [line for line in text.getvalue().splitlines() if line.startswith("  upsampling, ")]
+        assert len(told) == 3 and all("transposed 0.000 ms" in line for line in told)
+        kept = machine._read(job)["upsampling_forms"]
+        assert len(kept) == 3 and "8x32x4x4x32" in kept and set(kept.values()) == {"torch"}
+        choice = machine._tune_upsampling(job, slots, dict.fromkeys(kept, "phases"))
+        assert choice == Choice("phases in 3 layers", "as this run chose before")
 
 
 def test_compile_on_that_does_not_fit_is_an_error_with_the_knobs(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 
-from modules.diffusion.frozen import FrozenLinear, freeze_linears
+from modules.diffusion.frozen import FrozenLinear, freeze_layers
 from tests.diffusion.engine import tiny_pipeline
 
 
@@ -18,9 +19,9 @@ def call(unet, context):
 def test_outputs_and_the_gradient_of_the_text_stay():
     pipeline = tiny_pipeline.__wrapped__()  # of its own: engines freeze the one that tests share
     plain, frozen = copy.deepcopy(pipeline.unet), copy.deepcopy(pipeline.unet)
-    layers = sum(type(layer) is torch.nn.Linear for layer in plain.modules())
-    assert freeze_linears(frozen) == layers > 10
-    assert freeze_linears(frozen) == layers  # once is enough, twice changes nothing
+    layers = sum(type(layer) in (torch.nn.Linear, Upsample2D) for layer in plain.modules())
+    assert freeze_layers(frozen) == layers > 10
+    assert freeze_layers(frozen) == layers  # once is enough, twice changes nothing
     assert frozen.state_dict().keys() == plain.state_dict().keys()
     contexts = [pipeline.embed(["a photo of a gear", ""]).detach().requires_grad_() for _ in range(2)]
     outputs = [call(unet, context) for unet, context in zip((plain, frozen), contexts, strict=True)]
@@ -33,12 +34,12 @@ def test_outputs_and_the_gradient_of_the_text_stay():
 
 def test_a_copy_is_frozen_too():
     own = copy.deepcopy(tiny_pipeline().unet)
-    freeze_linears(own)
+    freeze_layers(own)
     assert any(isinstance(layer, FrozenLinear) for layer in copy.deepcopy(own).modules())
 
 
 def test_a_model_in_training_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="model.0 requires a gradient"):
-        freeze_linears(model)
+    with pytest.raises(ValueError, match="model.0.weight requires a gradient"):
+        freeze_layers(model)
     assert type(model[0]) is torch.nn.Linear

@@ -1,0 +1,75 @@
+"""Nearest-neighbour upsampling by 2 and the 3 x 3 convolution after it, as one convolution of the small image.
+
+Of the nine pixels that an output pixel reads, those that were copied from one source pixel may have their weights added
+first: four products are left of nine. `transposed` is the transposed convolution of stride 2 with these 4 x 4 sums;
+`phases` computes the four outputs of a source pixel as channels of a 2 x 2 convolution and lays them out. Both also save
+writing the upsampled image. Weights must be frozen: sums are made once, by `fold`.
+
+For a row and a column alike, with weights w0 w1 w2: output 2j reads w0 x[j-1] + (w1 + w2) x[j], output 2j + 1 reads
+(w0 + w1) x[j] + w2 x[j+1]. Legend: N images, I and O channels, h w pixels of the small image.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.checks import check_choice, check_tensor
+
+FORMS = ("torch", "transposed", "phases")
+EVEN, ODD = (3, 1), (2, 0)  # taps of the transposed convolution that an even and an odd output reads, in source order
+
+
+def fold(weight_OI33: torch.Tensor, form: str) -> torch.Tensor:
+    """The summed weights of a form, in the dtype of the weights, sums in float32: transposed [I, O, 4, 4], phases
+    [4 O, I, 2, 2] (even and odd rows of even and odd columns), torch the weights as they are.
+
+    Raises ValueError for an unknown form and for weights that are not [O, I, 3, 3].
+    Source: Shi et al. 2016 (1609.07009).
+    """
+    check_choice("form", form, FORMS)
+    check_tensor("weight_OI33", weight_OI33, shape=(None, None, 3, 3))
+    if form == "torch":
+        return weight_OI33
+    wide = weight_OI33 if weight_OI33.dtype == torch.float64 else weight_OI33.float()
+    for dim in (2, 3):
+        w0, w1, w2 = wide.unbind(dim)
+        wide = torch.stack([w2, w1 + w2, w0 + w1, w0], dim)
+    taps_OI44 = wide.to(weight_OI33.dtype)
+    if form == "transposed":
+        return taps_OI44.transpose(0, 1).contiguous()
+    return torch.cat([taps_OI44[:, :, rows][..., columns] for rows in (EVEN, ODD) for columns in (EVEN, ODD)])
+
+
+def upsample_conv(
+    x_NIhw: torch.Tensor, folded: torch.Tensor, bias_O: torch.Tensor | None = None, *, form: str
+) -> torch.Tensor:
+    """conv3x3(nearest(x, 2), weight, padding 1) + bias, [N, I, h, w] to [N, O, 2h, 2w]; differentiable in x.
+
+    Args:
+        folded: what `fold` made of the weights for this form.
+
+    Raises ValueError for an unknown form and for `folded` of another one.
+    """
+    check_choice("form", form, FORMS)
+    extent = {"torch": 3, "transposed": 4, "phases": 2}[form]
+    check_tensor("folded", folded, shape=(None, None, extent, extent), dtypes=(x_NIhw.dtype,), device=x_NIhw.device)
+    if form == "torch":
+        return upsample_conv_reference(x_NIhw, folded, bias_O)
+    if form == "transposed":
+        return F.conv_transpose2d(x_NIhw, folded, bias_O, stride=2, padding=1)
+    return _phases(x_NIhw, folded, bias_O)
+
+
+def upsample_conv_reference(x_NIhw: torch.Tensor, weight_OI33: torch.Tensor, bias_O: torch.Tensor | None):
+    """The definition of `upsample_conv` in plain torch."""
+    return F.conv2d(F.interpolate(x_NIhw, scale_factor=2.0, mode="nearest"), weight_OI33, bias_O, padding=1)
+
+
+def _phases(x_NIhw: torch.Tensor, phases_4OI22: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """The four outputs of each source pixel side by side, in channels_last."""
+    N, _, h, w = x_NIhw.shape
+    y = F.conv2d(x_NIhw, phases_4OI22, None if bias_O is None else bias_O.repeat(4), padding=1)
+    y_Nhw4O = y.permute(0, 2, 3, 1).unflatten(-1, (4, -1))  # of h + 1 rows and w + 1 columns: odd outputs begin at 1
+    rows = [
+        torch.stack([y_Nhw4O[:, a : a + h, b : b + w, 2 * a + b] for b in (0, 1)], 3) for a in (0, 1)
+    ]  # each [N, h, w, 2, O]
+    return torch.stack(rows, 2).reshape(N, 2 * h, 2 * w, len(phases_4OI22) // 4).permute(0, 3, 1, 2)
