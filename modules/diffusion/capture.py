@@ -7,6 +7,8 @@ and replayed for every mixture of images. The same holds for the decoder and its
 Both graphs work in one pool of memory, which therefore is as large as the larger of them needs and not as both: they are
 replayed one after the other, and what the decoder returns is read before the next tick overwrites it.
 
+Since the shapes never change, convolutions run by the algorithm that cuDNN found fastest for them before the capture.
+
 Which way is used, and why, is returned for the run card; nothing falls back silently.
 """
 
@@ -20,10 +22,10 @@ from modules.diffusion.files import first_line
 from modules.diffusion.slots import Slots
 from modules.errors import ConfigError
 from modules.memory import ran_out
-from modules.runtime import Choice
+from modules.runtime import Choice, timed_convolutions
 from modules.termination import termination
 
-WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
+WARM_UP = 3  # runs before a capture, for lazy initialization and timed convolutions
 
 
 def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = lambda text: None) -> Choice:
@@ -110,7 +112,7 @@ def graph(function: Callable, *inputs: torch.Tensor, pool=None) -> Replay:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
+    with torch.cuda.stream(stream), torch.no_grad(), timed_convolutions():
         for _ in range(WARM_UP):
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)

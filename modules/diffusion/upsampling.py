@@ -13,6 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from kernels.upsample import FORMS, fold, upsample_conv
 from modules.diffusion.files import first_line
 from modules.diffusion.timings import Timing, by_shape, chosen, name_of, told
+from modules.runtime import timed_convolutions
 
 OWN = "torch"  # what diffusers computes
 
@@ -75,9 +76,10 @@ def tune(
         for hook in hooks:
             hook.remove()
     timings = []
-    for shape, (layer, x) in inputs.items():
-        known = (kept or {}).get(name_of(shape))
-        timings += [_time(shape, form, layer, x, timer) for form in ([known] if known else FORMS)]
+    with timed_convolutions():  # as those of a captured engine are
+        for shape, (layer, x) in inputs.items():
+            known = (kept or {}).get(name_of(shape))
+            timings += [_time(shape, form, layer, x, timer) for form in ([known] if known else FORMS)]
     forms = chosen_forms(timings)
     for layer, shape in shapes.items():
         layer.set_form(forms.get(name_of(shape), OWN))

@@ -127,6 +127,17 @@ def test_tick_and_decoder_share_one_pool_and_what_it_takes_is_known(monkeypatch)
     assert engine.slots.pool_bytes == 2 * (5 - 2), "without what the outputs hold, which torch counts"
 
 
+def test_convolutions_are_timed_before_a_capture_and_only_there(monkeypatch):
+    """cuDNN keeps what it took first for a shape: timed in the warm-up, a capture and whatever comes later has it."""
+    Device(monkeypatch)
+    timed = []
+    graph(lambda: timed.append(torch.backends.cudnn.benchmark))
+    assert timed == [True] * capture.WARM_UP + [False]
+    with pytest.raises(RuntimeError, match="refused"):
+        graph(mock.Mock(side_effect=RuntimeError("refused")))
+    assert not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.slow
 def test_a_compiled_tick_makes_the_same_images():
     eager, compiled = Engine(slots=3), Engine(slots=3)

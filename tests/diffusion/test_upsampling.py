@@ -96,6 +96,7 @@ class Timer:
 
     def __call__(self, function):
         function()
+        assert torch.backends.cudnn.benchmark, "as convolutions of a captured engine are taken"
         return self.speed[self.timed[-1]]
 
 
