@@ -148,7 +148,7 @@ class Generator:
                     f"{sum(wanted.values())} of {total} places are still empty, because nearly all were rejected; "
                     f"verdicts: {self.gate.statistics()}; look with preview at what the strengths and recipes give"
                 )
-        self.slots.credit = 0.0  # ticks here were taken as needed, those of images made again too
+        self.slots.pace.settle()  # ticks here were taken as needed, those of images made again too
         self.reservoir.end_prefill()
         if progress is not None and total:
             progress(total, total, "images in the reservoir")
@@ -160,7 +160,7 @@ class Generator:
             if self.slots.tick() in (0, len(self.slots.occupants)):
                 break
             self.gate.settle(everything=True)
-        self.slots.credit = 0.0
+        self.slots.pace.settle()
         self.reservoir.end_prefill()
 
     def finish(self) -> None:

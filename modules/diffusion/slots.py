@@ -23,6 +23,7 @@ from kernels.staging import upload
 from modules.data.masks import latent_edit_mask
 from modules.data.synthetic import jigsaw
 from modules.diffusion.attention import KeyValueCache
+from modules.diffusion.pace import Pace
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.requests import Request
 from modules.diffusion.schedule import Grid, StepTable
@@ -102,11 +103,9 @@ class Slots:
         self.ready_Q4hw = torch.zeros(slots + decode_batch, 4, size, size, device=pipeline.device)
         self.retries: deque[Request] = deque()
         self.drawn: deque[Request] = deque()  # requests known but not yet in a slot, in index order
-        self.costs: deque[int] = deque()  # of the images from index `released` on
         self.next_index = 0  # of the next request to draw
         self.queue_row = 0  # of the next latent that arrives
-        self.pending = 0.0  # share of an image that `step` has not released yet
-        self.credit = 0.0  # UNet rows owed to the images released so far
+        self.pace = Pace(slots)
         self.counts = {"ticks": 0, "admitted": 0, "finished": 0, "busy_rows": 0}
 
     @property
@@ -115,26 +114,15 @@ class Slots:
         return sum(occupant is not None for occupant in self.occupants)
 
     def step(self, images: float) -> int:
-        """Take as many ticks as `images` more images cost, evenly over calls; returns the ticks taken.
+        """Take as many ticks as `images` more images cost, evenly over calls (see `Pace`); returns the ticks taken.
 
-        An image costs its number of UNet calls, recipes without denoising nothing. Costs are averaged over the images
-        that come next in index order (somewhat more than 2 S), so that ticks spread evenly although strengths differ,
-        and each is counted exactly once: after n calls, n x `images` images have been made up to those in flight.
+        Recipes without denoising cost nothing. After n calls, n x `images` images have been made up to those in flight.
         """
-        window = 2 * len(self.occupants) + math.ceil(images)
-        while len(self.costs) < window:
-            self.drawn.append(self._draw())
-            self.costs.append(self.drawn[-1].cost)
-        self.credit += images * sum(list(self.costs)[:window]) / window
-        self.pending += images
-        for _ in range(int(self.pending)):
-            self.pending -= 1
-            if self.costs:
-                self.costs.popleft()
+        self.pace.release(images, self._draw_ahead)
         self._admit(ahead=False)
         before = self.counts["ticks"]
-        while self.credit >= len(self.occupants) and (worked := self.tick(ahead=False)):
-            self.credit -= worked
+        while self.pace.tick_is_due and (worked := self.tick(ahead=False)):
+            self.pace.credit -= worked
         return self.counts["ticks"] - before
 
     def tick(self, ahead: bool = True) -> int:
@@ -166,19 +154,24 @@ class Slots:
     def retry(self, request: Request) -> None:
         """Make a rejected image again, before any new one; its cost is owed on top."""
         self.retries.append(request)
-        self.credit += request.cost
+        self.pace.credit += request.cost
 
     def _draw(self) -> Request:
         request = self.request(self.next_index)
         self.next_index += 1
         return request
 
+    def _draw_ahead(self) -> int:
+        """The cost of the request after the last one known, which waits for a slot from here on."""
+        self.drawn.append(self._draw())
+        return self.drawn[-1].cost
+
     def _peek(self, ahead: bool) -> Request | None:
         """The request that enters next, or None if none may."""
         if self.retries:
             return self.retries[0]
         if not self.drawn and ahead:
-            self.drawn.append(self._draw())
+            self._draw_ahead()
         return self.drawn[0] if self.drawn else None
 
     def _admit(self, ahead: bool) -> None:
@@ -319,13 +312,10 @@ class Slots:
             "remaining": list(self.remaining),
             "retries": [request.as_dict() for request in self.retries],
             "drawn": [request.as_dict() for request in self.drawn],
-            "costs": list(self.costs),
             "next_index": self.next_index,
             "queue_row": self.queue_row,
-            "pending": self.pending,
-            "credit": self.credit,
             "counts": dict(self.counts),
-        }
+        } | self.pace.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from where `state_dict` was taken, to the bit on a CPU."""
@@ -338,7 +328,7 @@ class Slots:
                 self.in_flight.kv_RTX[slot] = self._key_values(request)
         self.retries = deque(map(Request.from_dict, state["retries"]))
         self.drawn = deque(map(Request.from_dict, state["drawn"]))
-        self.remaining, self.costs = list(state["remaining"]), deque(state["costs"])
+        self.remaining = list(state["remaining"])
         self.next_index, self.queue_row = state["next_index"], state["queue_row"]
-        self.pending, self.credit = state["pending"], state["credit"]
+        self.pace.load_state_dict(state)
         self.counts = dict(state["counts"])

@@ -102,7 +102,7 @@ def test_images_made_again_before_the_first_step_are_no_debt_of_it():
 
     generator.slots.finish = reject_some
     generator.prefill()
-    assert len(rejected) > 2 and generator.slots.credit == 0.0
+    assert len(rejected) > 2 and generator.slots.pace.credit == 0.0
 
 
 def test_prefill_gives_up_where_nearly_all_is_rejected(monkeypatch):
@@ -192,7 +192,7 @@ def test_warmed_up_slots_make_what_the_ratio_says_from_the_first_step():
     generator = build(near_ood__recipes={"strength": 1.0})
     generator.warm_up()
     counts = generator.slots.counts
-    assert 0 < counts["ticks"] <= 4 and generator.slots.credit == 0
+    assert 0 < counts["ticks"] <= 4 and generator.slots.pace.credit == 0
     ticks, finished = counts["ticks"], counts["finished"]
     for step in range(8):
         generator.advance(step)

@@ -218,10 +218,10 @@ def test_a_rejected_image_is_drawn_again_before_any_new_one():
     engine = Engine(slots=2, decode_batch=1)
     engine.make(1)
     first = engine.order[0]
-    credit = engine.slots.credit
+    credit = engine.slots.pace.credit
     again = dataclasses.replace(first, attempt=1)
     engine.slots.retry(again)
-    assert engine.slots.credit == credit + first.cost
+    assert engine.slots.pace.credit == credit + first.cost
     before, old = engine.slots.next_index, engine.finished[first.image_index]
     engine.slots.tick()
     assert again in engine.slots.occupants and engine.slots.next_index <= before + 1
