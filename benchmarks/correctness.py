@@ -20,6 +20,8 @@ from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_cases import SWEEPS
+from kernels.upsample import FORMS
+from modules.diffusion.upsampling import set_forms
 
 MORE_THAN_EAGER = 1e-4  # relative error that a kernel may add to twice the definition's own
 DEFINITION = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}  # relative error that a definition may have
@@ -87,7 +89,7 @@ def _of(found: float, allowed: float) -> str:
 
 
 def engine_checks(device: torch.device, source: str) -> Iterator[Check]:
-    """Images of the slot engine against diffusers' pipeline, by solver."""
+    """Images of the slot engine against diffusers' pipeline: each solver, each form of upsampling."""
     with guarded(ENGINE, f"pipeline {source}") as found:
         pipeline = inputs.load(source, device)
         images = inputs.smooth_images(IMAGES, pipeline.resolution).to(device)
@@ -96,15 +98,16 @@ def engine_checks(device: torch.device, source: str) -> Iterator[Check]:
     if found:
         yield from found
         return
-    for solver, steps in (("ddim", 20), ("euler", 20), ("dpmpp_2m", 20)):
-        setting = Setting(images=IMAGES, solver=solver, num_inference_steps=steps)
-        with guarded(ENGINE, f"slots {solver} {steps} steps = diffusers") as found:
-            found.append(_engine_check(pipeline, setting, moments, texts))
+    for solver, form in zip(("ddim", "euler", "dpmpp_2m"), FORMS, strict=True):
+        setting = Setting(images=IMAGES, solver=solver, num_inference_steps=20)
+        with guarded(ENGINE, _named(setting, form)) as found:
+            found.append(_engine_check(pipeline, setting, form, moments, texts))
         yield from found
 
 
-def _engine_check(pipeline, setting: Setting, moments: torch.Tensor, texts: list[str]) -> Check:
+def _engine_check(pipeline, setting: Setting, form: str, moments: torch.Tensor, texts: list[str]) -> Check:
     engine = SlotEngine(inputs.own_copy(pipeline), setting, moments, texts, slots=IMAGES)
+    set_forms(form, engine.pipeline.unet, engine.pipeline.vae)
     made, z0, eps = first_images(engine)
     reference = peers.from_noise(peers.image_to_image(pipeline, setting), z0, eps, texts, setting)
     largest = (made.float() - reference.float()).abs().max().item()
@@ -114,8 +117,11 @@ def _engine_check(pipeline, setting: Setting, moments: torch.Tensor, texts: list
     else:
         passed, allowed = psnr >= PSNR_FP16_DB, f"{PSNR_FP16_DB:g} dB at least"
     found = f"PSNR {psnr:.1f} dB, largest difference {largest:.1e}; {allowed}"
-    name = f"slots {setting.solver} {setting.num_inference_steps} steps = diffusers"
-    return Check(name, passed and made.isfinite().all().item(), found)
+    return Check(_named(setting, form), passed and made.isfinite().all().item(), found)
+
+
+def _named(setting: Setting, form: str) -> str:
+    return f"slots {setting.solver} {setting.num_inference_steps} steps, upsampling {form} = diffusers"
 
 
 def main(argv: list[str] | None = None) -> dict:

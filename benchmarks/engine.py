@@ -18,7 +18,7 @@ from kernels.group_norm import swap_group_norm
 from kernels.pixels import pixels
 from kernels.staging import upload
 from modules.diffusion import attention, upsampling
-from modules.diffusion.capture import accelerate
+from modules.diffusion.capture import accelerate, lay_out
 from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.requests import Prompt, Request
@@ -87,7 +87,8 @@ class SlotEngine:
             unconditional_rows=None if guided in (0, calls) else min(slots, math.ceil(slots * guided / calls) + 1),
         )
         self.found: dict[str, str] = {}
-        self.attention = self._tune(found) if tune else "auto"
+        lay_out(pipeline, compile_setting)
+        self.attention = self._tune(found, compile_setting != "off") if tune else "auto"
         self.upsampling = upsampling.summary(pipeline.unet, pipeline.vae)
         with backend.using(kernels):
             self.compiled = accelerate(self.slots, compile_setting)
@@ -134,7 +135,7 @@ class SlotEngine:
             if request.image_index < len(self.slots.occupants):
                 self.kept[request.image_index] = image.clone()
 
-    def _tune(self, known: dict[str, str] | None) -> str:
+    def _tune(self, known: dict[str, str] | None, compiles: bool) -> str:
         """How many layers took which attention backend; `found` has them and the forms of upsampling by shape."""
         measure, slots, models = timer(self.pipeline.device), self.slots, (self.pipeline.unet, self.pipeline.vae)
 
@@ -146,7 +147,9 @@ class SlotEngine:
             slots.decode(torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch]))
 
         timings = attention.tune(self.pipeline.unet, slots.in_flight.step, median, kept=known)
-        self.found = attention.chosen(timings) | upsampling.chosen_forms(upsampling.tune(models, call, median, known))
+        self.found = attention.chosen(timings)
+        if compiles:  # which form is fastest depends on the layout that will run
+            self.found |= upsampling.tune(models, call, median, known)[0]
         taken = Counter(layer.processor.backend for layer in attention.layers_of(self.pipeline.unet))
         return " ".join(f"{backend} x{count}" for backend, count in taken.items())
 

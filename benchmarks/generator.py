@@ -4,7 +4,8 @@ A waterfall: DA-Fusion's loop as published, diffusers' image-to-image pipeline a
 xformers, compiled, each at its own), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM
 steps under guidance 7.5, the same weights, sources, prompts, dtype, threads and output size; blocks alternate. Each row
 has the share of the fastest matrix product measured in this run (MFU), the share of the floor (the time the UNet calls and
-the decoding would take at that rate) and the PSNR of its images against diffusers' from the same latents and the same
+the decoding would take at that rate, their operations as diffusers computes them: an engine that upsamples in another form
+needs fewer) and the PSNR of its images against diffusers' from the same latents and the same
 noise. One UNet call of the fastest engine is timed apart, at its own rows and at 64.
 
 Column `peak_mib` is what making one batch needs beyond what is held before it: what torch counts as allocated and the pools
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = _parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = options.timed_convolutions
     budget = harness.Budget(options.budget_s)
     bench = Bench(options, budget)
     if options.compile_only:
@@ -217,7 +219,7 @@ def _row(bench: Bench, candidate: Candidate, images: int, comparison, peak: floa
         "dtype": str(bench.pipeline.dtype).removeprefix("torch."),
         "pipeline": bench.pipeline.digest[:16],
         "ready_s": round(candidate.ready_s, 2),
-        "switches": candidate.switches,
+        "switches": candidate.switches + "; convolutions timed" * torch.backends.cudnn.benchmark,
         "quality": candidate.quality,
     }
 
@@ -301,6 +303,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-only", action="store_true", help="compile the techniques and measure nothing")
     parser.add_argument(
         "--found", default="{}", help="JSON: attention backends and forms of upsampling by shape, taken untimed"
+    )
+    parser.add_argument(
+        "--timed-convolutions", action="store_true", help="cuDNN takes algorithms by trying them, of every technique"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="", help="CSV to append to, or its folder; 'none' writes nothing")

@@ -2,8 +2,8 @@
 
 Of the nine pixels that an output pixel reads, those that were copied from one source pixel may have their weights added
 first: four products are left of nine. `transposed` is the transposed convolution of stride 2 with these 4 x 4 sums;
-`phases` computes the four outputs of a source pixel as channels of a 2 x 2 convolution and lays them out. Both also save
-writing the upsampled image. Weights must be frozen: sums are made once, by `fold`.
+`phases` computes the four outputs of a source pixel as channels of a 2 x 2 convolution and lays them out in a second pass.
+Weights must be frozen: sums are made once, by `fold`.
 
 For a row and a column alike, with weights w0 w1 w2: output 2j reads w0 x[j-1] + (w1 + w2) x[j], output 2j + 1 reads
 (w0 + w1) x[j] + w2 x[j+1]. Legend: N images, I and O channels, h w pixels of the small image.
@@ -66,10 +66,9 @@ def upsample_conv_reference(x_NIhw: torch.Tensor, weight_OI33: torch.Tensor, bia
 
 def _phases(x_NIhw: torch.Tensor, phases_4OI22: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     """The four outputs of each source pixel side by side, in channels_last."""
-    N, _, h, w = x_NIhw.shape
+    (N, _, h, w), O = x_NIhw.shape, len(phases_4OI22) // 4  # noqa: E741
     y = F.conv2d(x_NIhw, phases_4OI22, None if bias_O is None else bias_O.repeat(4), padding=1)
-    y_Nhw4O = y.permute(0, 2, 3, 1).unflatten(-1, (4, -1))  # of h + 1 rows and w + 1 columns: odd outputs begin at 1
-    rows = [
-        torch.stack([y_Nhw4O[:, a : a + h, b : b + w, 2 * a + b] for b in (0, 1)], 3) for a in (0, 1)
-    ]  # each [N, h, w, 2, O]
-    return torch.stack(rows, 2).reshape(N, 2 * h, 2 * w, len(phases_4OI22) // 4).permute(0, 3, 1, 2)
+    y = y.permute(0, 2, 3, 1).contiguous()  # h + 1 rows, w + 1 columns: odd outputs begin one row or column later
+    n, i, j, _ = y.stride()
+    y_Nh2w2O = y.as_strided((N, h, 2, w, 2, O), (n, i, i + 2 * O, j, j + O, 1))
+    return y_Nh2w2O.reshape(N, 2 * h, 2 * w, O).permute(0, 3, 1, 2)

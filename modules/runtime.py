@@ -4,7 +4,6 @@ Randomness is a pure function of identity: `stream(seed, "image", 17)` is the sa
 machine, whatever was drawn before. Nothing in this project draws from torch's global generator.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -90,20 +89,6 @@ def resolve_runtime(run, pipeline) -> Runtime:
         torch.get_num_threads(), "run.threads" if run.threads else f"torch's choice, {os.cpu_count()} cores"
     )
     return Runtime(device, precision, pipeline_dtype, threads)
-
-
-@contextlib.contextmanager
-def timed_convolutions():
-    """Inside, cuDNN takes the algorithm of a convolution by trying them where it has not met its shape and layout before.
-
-    What it took it takes again, outside as well. Otherwise it follows a rule that looks at the shape alone.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def has_bf16(device: torch.device) -> bool:

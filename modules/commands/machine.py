@@ -24,7 +24,7 @@ from modules.commands.timing import copied, time_steps, window
 from modules.data.reservoir import Reservoir
 from modules.data.views import two_views
 from modules.diffusion import attention, upsampling
-from modules.diffusion.capture import accelerate
+from modules.diffusion.capture import accelerate, lay_out
 from modules.diffusion.generator import Generator
 from modules.diffusion.overlap import Overlap, choose_mode
 from modules.diffusion.slots import Slots
@@ -63,13 +63,16 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
     """
     kept = _read(job)
     _swap_layers(job)
+    lay_out(job.pipeline, job.config.pipeline.compile)
     asked = {name: kept[name][0] for name in ("slots", "decode_batch") if name in kept}
     made: dict[str, Choice] = {}
+    models = job.pipeline.unet, job.pipeline.vae
 
     def faster(slots: Slots) -> None:
         made.clear()
+        upsampling.reset_forms(*models)  # of an attempt before, which did not fit
         made["attention"] = _tune_attention(job, slots.in_flight, kept.get("backends", {}))
-        made["upsampling"] = _tune_upsampling(job, slots, kept.get("upsampling_forms", {}))
+        made["upsampling"] = _tune_upsampling(job, slots, kept)
         made["tick"] = accelerate(slots, job.config.pipeline.compile, lambda text: job.console.line(f"  {text}"))
 
     with _room_for_learner(job, state, train_DHWC):
@@ -117,11 +120,12 @@ def _as_it_is(job: Job, slots: Slots) -> dict[str, Choice]:
     backend_name = "sdpa" if asked == "auto" else asked
     for layer in attention.layers_of(job.pipeline.unet):
         layer.processor.backend = backend_name
+    upsampling.reset_forms(job.pipeline.unet, job.pipeline.vae)
     return {
         "attention": Choice(
             backend_name, "auto: there is no room to time others" if asked == "auto" else "pipeline.attention"
         ),
-        "upsampling": _upsampling_as_it_is(job),
+        "upsampling": _upsampling_as_it_is(job, "auto: there is no room to time others"),
         "tick": Choice("eager", "auto: compiled and captured it does not fit, not even with a quarter of the slots"),
     }
 
@@ -236,28 +240,36 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     return Choice(value, why if asked == "auto" else "pipeline.attention")
 
 
-def _tune_upsampling(job: Job, slots: Slots, kept: dict[str, str]) -> Choice:
-    """Set the form of every upsampling layer of UNet and decoder, and say which were taken."""
-    if job.device.type != "cuda":
-        return _upsampling_as_it_is(job)
+def _tune_upsampling(job: Job, slots: Slots, kept: dict) -> Choice:
+    """Set the form of every upsampling layer of UNet and decoder, and say which were taken.
+
+    Only where the engine is compiled: which is fastest depends on the layout that it will run in. A run that was begun
+    without such a choice goes on without.
+    """
+    known = kept.get("upsampling_forms", {})
+    if job.device.type != "cuda" or job.config.pipeline.compile == "off" or ("tick" in kept and not known):
+        return _upsampling_as_it_is(
+            job, "as this run began" if "tick" in kept else "timed where the engine is compiled"
+        )
     measure, models = timer(job.device), [job.pipeline.unet, job.pipeline.vae]
 
     def call() -> None:
         slots.in_flight.step()
         slots.decode(torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch]))
 
-    timings = upsampling.tune(models, call, lambda work: measure(work, TUNER_REPEATS), kept)
-    _write(job, upsampling_forms=upsampling.chosen_forms(timings))
+    forms, timings = upsampling.tune(models, call, lambda work: measure(work, TUNER_REPEATS), known)
+    _write(job, upsampling_forms=forms)
     for line in upsampling.describe(timings):
         job.console.line(f"  {line}")
-    why = "as this run chose before" if kept else "timed at each shape in channels_last; diffusers' own in a tie"
+    why = "timed at each shape; diffusers' own in a tie" if timings else "as this run chose before"
     return Choice(upsampling.summary(*models), why)
 
 
-def _upsampling_as_it_is(job: Job) -> Choice:
+def _upsampling_as_it_is(job: Job, why: str) -> Choice:
+    """The forms that are taken without timing; `why` on a GPU nothing is timed."""
     summary = upsampling.summary(job.pipeline.unet, job.pipeline.vae)
     if job.device.type == "cuda":
-        return Choice(summary, "auto: there is no room to time others")
+        return Choice(summary, why)
     fixed = job.pipeline.dtype == torch.float32
     return Choice(summary, "fp32 on a CPU: the form is fixed" if fixed else "on a CPU other forms are for fp32 alone")
 

@@ -13,6 +13,7 @@ from modules.commands.job import Job
 from modules.commands.stages import job_recipes
 from modules.data.views import VIEWS
 from modules.diffusion.attention import layers_of
+from modules.diffusion.upsampling import folded_bytes
 from modules.learning.encoder import build_encoder
 from modules.rules import batch_rows
 
@@ -150,6 +151,8 @@ def _generation_parts(job: Job) -> list[Part]:
         layers = [layer for layer in layers_of(pipeline.unet) if not layer.is_cross_attention]
         fused = sum(p.nbytes for layer in layers for x in (layer.to_q, layer.to_k, layer.to_v) for p in x.parameters())
         parts.append(Part("fused projections of self-attention", fused, "pipeline.compile"))
+        summed = sum(folded_bytes(model) for model in (pipeline.unet, pipeline.vae))
+        parts.append(Part("summed weights of upsampling, at most", summed, "pipeline.compile"))
     if job.device.type == "cpu" and pipeline.resolution != size:
         val = len(sets.at_generation["val"].items)
         parts.append(

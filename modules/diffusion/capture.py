@@ -7,8 +7,6 @@ and replayed for every mixture of images. The same holds for the decoder and its
 Both graphs work in one pool of memory, which therefore is as large as the larger of them needs and not as both: they are
 replayed one after the other, and what the decoder returns is read before the next tick overwrites it.
 
-Since the shapes never change, convolutions run by the algorithm that cuDNN found fastest for them before the capture.
-
 Which way is used, and why, is returned for the run card; nothing falls back silently.
 """
 
@@ -19,13 +17,30 @@ import torch
 
 from modules.diffusion.attention import install, unfuse
 from modules.diffusion.files import first_line
+from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.slots import Slots
 from modules.errors import ConfigError
 from modules.memory import ran_out
-from modules.runtime import Choice, timed_convolutions
+from modules.runtime import Choice
 from modules.termination import termination
 
-WARM_UP = 3  # runs before a capture, for lazy initialization and timed convolutions
+WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
+
+
+def lay_out(pipeline: StableDiffusion, compile_setting: str) -> None:
+    """Move the UNet, and on a GPU the VAE too, to channels_last where an engine of theirs will be compiled.
+
+    Before anything is timed or meets memory's bound, that it is done in the layout that will run.
+    """
+    on_gpu = pipeline.device.type == "cuda"
+    if _stays_eager(compile_setting, on_gpu):
+        return
+    for model in (pipeline.unet, pipeline.vae)[: 1 + on_gpu]:
+        model.to(memory_format=torch.channels_last)
+
+
+def _stays_eager(compile_setting: str, on_gpu: bool) -> bool:
+    return compile_setting == "off" or (compile_setting == "auto" and not on_gpu)
 
 
 def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = lambda text: None) -> Choice:
@@ -44,7 +59,7 @@ def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = 
         torch.OutOfMemoryError: it does not fit beside what else the device holds; the engine is eager again, in channels_last.
     """
     on_gpu = slots.pipeline.device.type == "cuda"
-    if compile_setting == "off" or (compile_setting == "auto" and not on_gpu):
+    if _stays_eager(compile_setting, on_gpu):
         why = "pipeline.compile is off" if compile_setting == "off" else "auto: compiling pays on a GPU only"
         return Choice("eager", why)
     if slots.busy or slots.ready:
@@ -76,8 +91,7 @@ def _compiled(slots: Slots, on_gpu: bool) -> Choice:
     tick = slots.in_flight
     if on_gpu:
         install(slots.pipeline.unet, fuse=True)
-        slots.pipeline.vae.to(memory_format=torch.channels_last)
-    slots.pipeline.unet.to(memory_format=torch.channels_last)
+    lay_out(slots.pipeline, "on")
     tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
     if not on_gpu:  # the decoder stays as it is: compiled it was a fifth slower (benchmarks/LOG.md)
         tick.step()
@@ -112,7 +126,7 @@ def graph(function: Callable, *inputs: torch.Tensor, pool=None) -> Replay:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad(), timed_convolutions():
+    with torch.cuda.stream(stream), torch.no_grad():
         for _ in range(WARM_UP):
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)

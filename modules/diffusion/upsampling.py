@@ -13,7 +13,6 @@ from diffusers.models.upsampling import Upsample2D
 from kernels.upsample import FORMS, fold, upsample_conv
 from modules.diffusion.files import first_line
 from modules.diffusion.timings import Timing, by_shape, chosen, name_of, told
-from modules.runtime import timed_convolutions
 
 OWN = "torch"  # what diffusers computes
 
@@ -29,6 +28,11 @@ class FoldedUpsample(Upsample2D):
         self.form = form
         self.register_buffer("folded", None if form == OWN else folded, persistent=False)
 
+    def reset_form(self) -> None:
+        """The form that is taken without timing: transposed in float32 on a CPU, else diffusers' own."""
+        weight = self.conv.weight
+        self.set_form("transposed" if weight.device.type == "cpu" and weight.dtype == torch.float32 else OWN)
+
     def forward(self, hidden_states: torch.Tensor, output_size=None) -> torch.Tensor:
         """[N, I, h, w] to [N, O, 2h, 2w], or to `output_size` where the UNet's grid is no multiple of its own factor."""
         h, w = hidden_states.shape[2:]
@@ -42,9 +46,20 @@ def freeze_upsampling(model: torch.nn.Module) -> int:
     for layer in model.modules():
         if type(layer) is Upsample2D and _is_plain(layer):
             layer.__class__ = FoldedUpsample
-            weight = layer.conv.weight
-            layer.set_form("transposed" if weight.device.type == "cpu" and weight.dtype == torch.float32 else OWN)
+            layer.reset_form()
     return len(_layers([model]))
+
+
+def set_forms(form: str, *models: torch.nn.Module) -> None:
+    """Every FoldedUpsample in one form."""
+    for layer in _layers(models):
+        layer.set_form(form)
+
+
+def reset_forms(*models: torch.nn.Module) -> None:
+    """Every FoldedUpsample as it is before a tuner has seen it."""
+    for layer in _layers(models):
+        layer.reset_form()
 
 
 @torch.no_grad()
@@ -53,14 +68,16 @@ def tune(
     call: Callable[[], object],
     timer: Callable[[Callable[[], object]], float],
     kept: dict[str, str] | None = None,
-) -> list[Timing]:
+) -> tuple[dict[str, str], list[Timing]]:
     """Time the forms of every FoldedUpsample on the inputs that `call` gives it, and set the best at each shape.
 
-    They are timed in channels_last, in which a GPU's engine is compiled.
+    They are timed in the layout of the weights.
 
     Args:
         timer: milliseconds of a function.
-        kept: form by shape as `chosen_forms` returned it before; it is taken again.
+        kept: form by shape as returned before; it is taken again, untimed.
+
+    Returns the form of each shape, and what was timed.
     """
     inputs: dict[tuple[int, ...], tuple[FoldedUpsample, torch.Tensor]] = {}
     shapes: dict[FoldedUpsample, tuple[int, ...]] = {}
@@ -76,19 +93,18 @@ def tune(
         for hook in hooks:
             hook.remove()
     timings = []
-    with timed_convolutions():  # as those of a captured engine are
-        for shape, (layer, x) in inputs.items():
-            known = (kept or {}).get(name_of(shape))
-            timings += [_time(shape, form, layer, x, timer) for form in ([known] if known else FORMS)]
-    forms = chosen_forms(timings)
+    for shape, (layer, x) in inputs.items():
+        if name_of(shape) not in (kept or {}):
+            timings += [_time(shape, form, layer, x, timer) for form in FORMS]
+    forms = chosen(timings, OWN) | (kept or {})
     for layer, shape in shapes.items():
         layer.set_form(forms.get(name_of(shape), OWN))
-    return timings
+    return forms, timings
 
 
-def chosen_forms(timings: list[Timing]) -> dict[str, str]:
-    """The form that `tune` took at each shape."""
-    return chosen(timings, OWN)
+def folded_bytes(model: torch.nn.Module) -> int:
+    """Of the summed weights of all its FoldedUpsamples, were none in diffusers' own form: 16 sums for 9 weights."""
+    return sum(layer.conv.weight.nbytes * 16 // 9 for layer in _layers([model]))
 
 
 def describe(timings: list[Timing]) -> list[str]:
@@ -115,9 +131,10 @@ def _is_plain(layer: Upsample2D) -> bool:
 
 
 def _time(shape, form: str, layer: FoldedUpsample, x: torch.Tensor, timer) -> Timing:
-    weight, x = (t.contiguous(memory_format=torch.channels_last) for t in (layer.conv.weight, x))
-    folded, bias = fold(weight, form).contiguous(memory_format=torch.channels_last), layer.conv.bias
+    weight, bias = layer.conv.weight, layer.conv.bias
+    layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
     try:
+        x, folded = (t.contiguous(memory_format=layout) for t in (x, fold(weight, form)))
         if not upsample_conv(x, folded, bias, form=form).isfinite().all():
             return Timing(shape, form, None, "its output is not finite")
         return Timing(shape, form, timer(lambda: upsample_conv(x, folded, bias, form=form)))

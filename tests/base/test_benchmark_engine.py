@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import batches, inputs, peers
+from benchmarks import batches, generator, harness, inputs, peers
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
+from benchmarks.techniques import DIFFUSERS, SLOTS, Bench
+from modules.diffusion.frozen import FrozenLinear
+from modules.diffusion.upsampling import FoldedUpsample
 from tests.tiny import pipeline_folder
 
 SETTING = Setting(images=4, num_inference_steps=6)
@@ -25,6 +28,19 @@ def test_engine_and_peers_make_the_same_images_from_the_same_noise(pipeline):
     reference = peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, eps, texts, SETTING)
     assert psnr_db(made, reference) > 90
     assert psnr_db(made, peers.from_noise(peers.image_to_image(pipeline, SETTING), z0, -eps, texts, SETTING)) < 40
+
+
+def test_engines_leave_the_peers_models_and_the_count_of_work_as_they_are():
+    """A peer that ran through an engine's layers would be no peer."""
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "2", "--batch", "2"]
+    bench = Bench(generator._parse([*arguments, "--no-compile"]), harness.Budget(0.0))
+    kinds = [type(layer) for part in (bench.pipeline.unet, bench.pipeline.vae) for layer in part.modules()]
+    for name in (SLOTS, DIFFUSERS):
+        bench.makers()[name]()
+    engine = bench.engines[SLOTS].pipeline
+    assert {FrozenLinear, FoldedUpsample} <= {type(layer) for layer in engine.unet.modules()}
+    assert kinds == [type(layer) for part in (bench.pipeline.unet, bench.pipeline.vae) for layer in part.modules()]
+    assert inputs.count_work(bench.pipeline) == bench.work
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -51,8 +67,7 @@ def test_the_engine_takes_exactly_its_share_of_calls(pipeline):
 def test_a_tuned_engine_makes_the_same_images(pipeline):
     moments, texts = pipeline.encode_moments(inputs.smooth_images(2, pipeline.resolution)), inputs.prompts(2)
     plain, tuned = (
-        SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=2, tune_attention=tune)
-        for tune in (False, True)
+        SlotEngine(inputs.own_copy(pipeline), SETTING, moments, texts, slots=2, tune=tune) for tune in (False, True)
     )
     assert plain.attention == "auto" and "sdpa" in tuned.attention and " x" in tuned.attention
     assert psnr_db(first_images(tuned)[0], first_images(plain)[0]) > 90

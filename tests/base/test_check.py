@@ -86,7 +86,7 @@ def test_plan_is_what_is_held(job):
     assert plan["slots in flight"] == pytest.approx(
         sum(tensor.nbytes for tensor in slots.in_flight.state_dict().values()) + slots.ready_Q4hw.nbytes, rel=0.05
     )
-    assert plan["UNet weights"] == sum(p.nbytes for p in pipeline.unet.parameters())
+    assert plan["UNet weights"] == sum(t.nbytes for t in (*pipeline.unet.parameters(), *pipeline.unet.buffers()))
     assert plan["encoder weights"] == sum(t.nbytes for t in state.encoder.state_dict().values())
     moments = state.optimizer.inner.state.values()
     assert plan["encoder optimizer state"] == sum(m["momentum_buffer"].nbytes for m in moments)

@@ -228,14 +228,17 @@ def test_forms_of_upsampling_are_timed_on_tick_and_decoder_told_and_taken_again(
         monkeypatch.setattr(machine, "timer", lambda device: lambda work, repeats: float(work() is None))
         monkeypatch.setattr(job, "device", torch.device("cuda"))
         slots = state.generator.slots
+        choice = machine._tune_upsampling(job, slots, {"tick": ["eager", "of a run that was begun before"]})
+        assert choice == Choice("transposed in 3 layers", "as this run began"), "its rounding stays what it was"
         choice = machine._tune_upsampling(job, slots, {})
-        assert choice == Choice("torch in 3 layers", "timed at each shape in channels_last; diffusers' own in a tie")
+        assert choice == Choice("torch in 3 layers", "timed at each shape; diffusers' own in a tie")
         told = [line for line in text.getvalue().splitlines() if line.startswith("  upsampling, ")]
         assert len(told) == 3 and all("transposed 0.000 ms" in line for line in told)
         kept = machine._read(job)["upsampling_forms"]
         assert len(kept) == 3 and "8x32x4x4x32" in kept and set(kept.values()) == {"torch"}
-        choice = machine._tune_upsampling(job, slots, dict.fromkeys(kept, "phases"))
-        assert choice == Choice("phases in 3 layers", "as this run chose before")
+        kept = {"tick": ["eager", ""], "upsampling_forms": dict.fromkeys(kept, "phases")}
+        assert machine._tune_upsampling(job, slots, kept) == Choice("phases in 3 layers", "as this run chose before")
+        assert machine._as_it_is(job, slots)["upsampling"].value == "transposed in 3 layers", "untimed"
 
 
 def test_compile_on_that_does_not_fit_is_an_error_with_the_knobs(tmp_path, monkeypatch):

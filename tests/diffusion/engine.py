@@ -1,5 +1,6 @@
 """What tests of the slot engine share: a tiny pipeline with sources, requests on a grid, and diffusers one by one."""
 
+import copy
 import dataclasses
 import functools
 
@@ -9,6 +10,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2i
 from diffusers.schedulers import scheduling_lcm
 
 from modules import config
+from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.pipeline import load_pipeline
 from modules.diffusion.requests import Prompt, Request
 from modules.diffusion.schedule import build_scheduler, time_grid
@@ -34,7 +36,10 @@ class Engine:
 
     def __init__(self, solver="ddim", count=8, strengths=(0.25, 0.5, 0.75, 1.0), guidance=7.5, options=(), **slots):
         place = [slots.pop(name, default) for name, default in PLACE.items()]
-        self.pipeline = tiny_pipeline(tuple(options), *place)
+        self.plain = tiny_pipeline(tuple(options), *place)  # what diffusers runs: an engine changes its layers
+        own = {name: copy.deepcopy(getattr(self.plain, name)) for name in ("unet", "vae")}
+        self.pipeline = dataclasses.replace(self.plain, **own)
+        freeze_layers(self.pipeline.vae)
         self.grid = time_grid(self.pipeline.scheduler, solver, count, slots.pop("guided_steps", None))
         self.strengths, self.guidance = strengths, guidance
         generator = torch.Generator().manual_seed(1)
@@ -108,7 +113,7 @@ class Engine:
 
     def by_diffusers(self, request: Request, monkeypatch) -> torch.Tensor:
         """The same image by diffusers' own pipeline, alone, pixels [3, H, W] in [0, 1]."""
-        parts = self.pipeline
+        parts = self.plain
         reference = StableDiffusionImg2ImgPipeline(
             vae=parts.vae,
             text_encoder=parts.text_encoder,

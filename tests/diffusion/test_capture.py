@@ -11,6 +11,7 @@ import torch
 
 from modules.diffusion import capture
 from modules.diffusion.capture import accelerate, graph
+from modules.diffusion.upsampling import set_forms
 from modules.errors import ConfigError, Terminated
 from modules.termination import termination
 from tests.diffusion.engine import Engine
@@ -127,17 +128,6 @@ def test_tick_and_decoder_share_one_pool_and_what_it_takes_is_known(monkeypatch)
     assert engine.slots.pool_bytes == 2 * (5 - 2), "without what the outputs hold, which torch counts"
 
 
-def test_convolutions_are_timed_before_a_capture_and_only_there(monkeypatch):
-    """cuDNN keeps what it took first for a shape: timed in the warm-up, a capture and whatever comes later has it."""
-    Device(monkeypatch)
-    timed = []
-    graph(lambda: timed.append(torch.backends.cudnn.benchmark))
-    assert timed == [True] * capture.WARM_UP + [False]
-    with pytest.raises(RuntimeError, match="refused"):
-        graph(mock.Mock(side_effect=RuntimeError("refused")))
-    assert not torch.backends.cudnn.benchmark
-
-
 @pytest.mark.slow
 def test_a_compiled_tick_makes_the_same_images():
     eager, compiled = Engine(slots=3), Engine(slots=3)
@@ -149,10 +139,11 @@ def test_a_compiled_tick_makes_the_same_images():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "lcm"])
-def test_a_captured_tick_makes_the_same_images(solver, monkeypatch):
+@pytest.mark.parametrize("solver, form", [("ddim", "torch"), ("dpmpp_2m", "transposed"), ("lcm", "phases")])
+def test_a_captured_tick_makes_the_same_images(solver, form, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # ten bits of a product would hide in no tolerance
     eager, captured = (Engine(solver, device="cuda", slots=4, masked=True) for _ in range(2))
+    set_forms(form, captured.pipeline.unet, captured.pipeline.vae)
     assert accelerate(captured.slots, "on").value == "compiled, captured"
     assert captured.slots.pool_bytes > 0
     for engine in (eager, captured):

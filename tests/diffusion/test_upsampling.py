@@ -9,7 +9,16 @@ from diffusers.models.upsampling import Upsample2D
 from kernels.upsample import FORMS
 from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.timings import Timing
-from modules.diffusion.upsampling import FoldedUpsample, chosen_forms, describe, freeze_upsampling, summary, tune
+from modules.diffusion.upsampling import (
+    FoldedUpsample,
+    describe,
+    folded_bytes,
+    freeze_upsampling,
+    reset_forms,
+    set_forms,
+    summary,
+    tune,
+)
 from tests.diffusion.engine import tiny_pipeline
 
 
@@ -39,8 +48,7 @@ def test_the_unet_computes_the_same_on_any_grid(form, size):
     pipeline, unet, _ = models()
     frozen = copy.deepcopy(unet)
     assert freeze_upsampling(frozen) == len(layers_of(unet)) > 0
-    for layer in layers_of(frozen):
-        layer.set_form(form)
+    set_forms(form, frozen)
     torch.testing.assert_close(run(pipeline, frozen, size), run(pipeline, unet, size), rtol=1e-4, atol=1e-5)
 
 
@@ -49,8 +57,7 @@ def test_the_decoder_computes_the_same(form):
     _, _, vae = models()
     frozen = copy.deepcopy(vae)
     assert freeze_upsampling(frozen) == len(layers_of(vae)) > 0
-    for layer in layers_of(frozen):
-        layer.set_form(form)
+    set_forms(form, frozen)
     with torch.no_grad():
         plain = vae.decode(latents(8)).sample
         torch.testing.assert_close(frozen.decode(latents(8)).sample, plain, rtol=1e-4, atol=1e-5)
@@ -84,19 +91,19 @@ class Timer:
     def __init__(self, monkeypatch, speed):
         from modules.diffusion import upsampling
 
-        self.speed, self.timed, real = speed, [], upsampling.upsample_conv
+        self.speed, self.timed, self.given, real = speed, [], [], upsampling.upsample_conv
 
         def note(x, folded, bias, *, form):
             if self.speed[form] is None:
                 raise RuntimeError(f"no algorithm for {form}\nlong trace")
             self.timed.append(form)
+            self.given += [x, folded]
             return real(x, folded, bias, form=form)
 
         monkeypatch.setattr(upsampling, "upsample_conv", note)
 
     def __call__(self, function):
         function()
-        assert torch.backends.cudnn.benchmark, "as convolutions of a captured engine are taken"
         return self.speed[self.timed[-1]]
 
 
@@ -121,13 +128,12 @@ def test_the_tuner_sets_the_fastest_form_everywhere(speed, taken, monkeypatch):
         vae.decode(latents(8))
 
     timer.speed = speed
-    for layer in layers_of(unet, vae):
-        layer.set_form("torch")  # as on a GPU, where a form that refuses must not be met before it is tried
-    found = tune([unet, vae], call, timer)
+    set_forms("torch", unet, vae)  # as on a GPU, where a form that refuses must not be met before it is tried
+    forms, found = tune([unet, vae], call, timer)
     assert {layer.form for layer in layers_of(unet, vae)} == {taken}
     assert summary(unet, vae) == f"{taken} in {len(layers_of(unet, vae))} layers"
     assert all(t.reason == f"no algorithm for {t.way}" for t in found if speed[t.way] is None)
-    assert set(chosen_forms(found).values()) <= {taken}
+    assert set(forms.values()) <= {taken}
     timer.speed = dict.fromkeys(FORMS, 0.0)
     torch.testing.assert_close(run(pipeline, unet), plain, rtol=1e-4, atol=1e-5)
 
@@ -136,11 +142,33 @@ def test_what_was_chosen_is_taken_again_without_looking_at_the_others(monkeypatc
     pipeline, unet, _ = models()
     freeze_layers(unet)
     timer = Timer(monkeypatch, {"torch": 2.0, "transposed": 1.0, "phases": 3.0})
-    kept = dict.fromkeys(chosen_forms(tune([unet], lambda: run(pipeline, unet), timer)), "phases")
+    kept = dict.fromkeys(tune([unet], lambda: run(pipeline, unet), timer)[0], "phases")
+    reset_forms(unet)
     timer.timed.clear()
-    again = tune([unet], lambda: run(pipeline, unet), timer, kept)
-    assert chosen_forms(again) == kept and {t.way for t in again} == {"phases"}
+    forms, timings = tune([unet], lambda: None if timer.timed else run(pipeline, unet), timer, kept)
+    assert forms == kept and not timings
     assert {layer.form for layer in layers_of(unet)} == {"phases"}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_forms_are_timed_in_the_layout_of_the_weights(layout, monkeypatch):
+    """Which is fastest depends on it, and activations met eagerly may come in another than will run compiled."""
+    pipeline, unet, _ = models()
+    unet.to(memory_format=layout)
+    freeze_layers(unet)
+    timer = Timer(monkeypatch, {"torch": 2.0, "transposed": 1.0, "phases": 3.0})
+    tune([unet], lambda: [run(pipeline, unet), timer.given.clear()], timer)
+    assert timer.given and all(given.is_contiguous(memory_format=layout) for given in timer.given)
+
+
+def test_summed_weights_weigh_no_more_than_is_planned():
+    _, unet, vae = models()
+    for form in FORMS:
+        for part in (unet, vae):
+            freeze_layers(part)
+            set_forms(form, part)
+            held = sum(layer.folded.nbytes for layer in layers_of(part) if layer.folded is not None)
+            assert held <= folded_bytes(part) and (held == folded_bytes(part)) == (form != "torch")
 
 
 def test_timings_are_told_a_line_a_shape():
