@@ -138,7 +138,15 @@ def test_a_fed_run_realizes_what_it_requests(fraction, near_ood):
     assert abs(generated - expected) < 1 and abs(ood - expected * near_ood) < 1
     statistics = mixer.statistics()
     assert statistics["realized_fraction"] == statistics["requested_fraction"] == generated / rows
+    assert statistics["realized_near_ood"] == statistics["requested_near_ood"] == ood / generated
     assert statistics["shortfall"] == statistics["overused"] == 0
+
+
+def test_a_run_without_generation_has_statistics_too():
+    mixer = make_mixer(Generation(synthetic_fraction=0.0))
+    assert set(mixer.statistics().values()) == {0}
+    mixer.batch(0)
+    assert set(mixer.statistics().values()) == {0}
 
 
 def test_the_decimal_that_was_written_counts_not_its_float():
@@ -277,7 +285,9 @@ def test_pair_warnings():
     enough, alone = Learning(rows_per_class=2), Learning(rows_per_class=1)
     assert pair_warnings(enough, [5, 5]) == ()
     assert "rows_per_class is 1" in pair_warnings(alone, [5, 5])[0]
+    assert pair_warnings(enough, [5, 2]) == ()
     assert "1 of 2 classes have one train image" in pair_warnings(enough, [5, 1])[0]
+    assert len(pair_warnings(alone, [5, 1])) == 1, "without class-mates there are none to miss"
     assert pair_warnings(dataclasses.replace(alone, method="cross_entropy"), [5, 1]) == ()
     assert make_mixer(images_per_class=(5, 1, 5)).warnings
 

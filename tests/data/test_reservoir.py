@@ -141,6 +141,16 @@ def test_statistics_by_hand():
     assert statistics["evicted_unused"] == 0
 
 
+def test_ages_count_to_the_newest_step_of_an_image_or_a_batch():
+    reservoir = make()
+    put(reservoir, 0)
+    assert reservoir.statistics()["age_max"] == 0
+    put(reservoir, 1, born=6)
+    assert reservoir.statistics()["age_max"] == 6
+    reservoir.take(0, False, 10, 0, stream(0, "a"))
+    assert reservoir.statistics()["age_max"] == 10
+
+
 def test_reuse_is_of_the_images_made_after_the_prefill_and_survives_a_checkpoint():
     reservoir = make(num_classes=1, ring_size=2)
     put(reservoir, 0)
@@ -181,8 +191,9 @@ def test_state_continues_exactly():
     assert torch.equal(second.state_dict()["pixels_NHWC"], whole.state_dict()["pixels_NHWC"])
 
 
-def test_an_empty_reservoir_has_a_state_too():
+def test_an_empty_reservoir_has_a_state_and_statistics_too():
     reservoir = make()
+    assert set(reservoir.statistics().values()) == {0}
     reservoir.load_state_dict(make().state_dict())
     assert reservoir.take(None, False, 0, 3, stream(0, "a")) == []
 
