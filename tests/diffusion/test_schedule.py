@@ -71,6 +71,8 @@ def test_every_start_equals_diffusers(solver, count, config):
     ("solver", "count", "config"),
     [
         ("dpmpp_2m", 10, SIGMA_MIN),
+        ("dpmpp_2m", 14, SIGMA_MIN),  # the last count that ends in first order
+        ("dpmpp_2m", 15, SIGMA_MIN),
         ("dpmpp_2m", 20, SIGMA_MIN),
         ("dpmpp_2m", 20, SCHEDULER | {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
         ("dpmpp_2m", 12, SCHEDULER | {"use_karras_sigmas": True}),

@@ -85,6 +85,16 @@ def test_a_call_that_fails_leaves_nothing_behind(case):
     assert shared.rows == shared.all_rows == 0 and shared.slot_U is None
 
 
+def test_until_the_first_call_a_single_row_comes_as_it_is():
+    unet = build_parts()["unet"].eval()
+    install(unet)
+    x, t = (rows[:1] for rows in slots_of(unet.config.sample_size))
+    kv = text_key_values(unet, torch.ones(1, 7, unet.config.cross_attention_dim))
+    before = predict(unet, x, t, kv)
+    share_rows(unet)
+    assert torch.equal(predict(unet, x, t, kv), before)
+
+
 def test_a_copy_of_the_unet_has_a_sharing_of_its_own(case):
     unet, x, t, kv = case
     expected = predict(unet, torch.cat([x, x]), torch.cat([t, t]), kv)
