@@ -9,10 +9,11 @@ import torch
 from modules import config
 from modules.errors import ConfigError, DataError
 from modules.evaluation.evaluate import FeatureSet, evaluate, feature_set
+from modules.evaluation.intervals import metric_replicates
 from modules.evaluation.metrics import OOD_METRICS
 from modules.evaluation.ood import SCORES
 from modules.evaluation.probe import Probe
-from modules.evaluation.stored import load_detector, load_predictions, save_detector, save_predictions
+from modules.evaluation.stored import ROLES, load_detector, load_predictions, save_detector, save_predictions
 from tests.evaluation.examples import clusters, sets
 
 CLASSES = ("bolt", "gear", "nut", "washer")
@@ -45,6 +46,12 @@ def test_every_promised_key_is_there(outcome):
     assert found["test.images"] == 48 and found["test.groups"] == 16 and found["test.near_ood.images"] == 36
     assert found["test.mean_max_softmax_ood"] == found["test.near_ood.mean_max_softmax"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_resample_of_every_image_once_gives_the_results(outcome):
+    once = {role: torch.ones(1, len(outcome.predictions.rows(role))) for role in ROLES}
+    for key, value in metric_replicates(outcome.predictions, once).items():
+        assert float(value) == pytest.approx(outcome.results[key], abs=1e-6), key
 
 
 def test_a_pure_function_of_the_seed(outcome):
