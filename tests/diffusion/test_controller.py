@@ -46,6 +46,14 @@ def test_offsets_are_bounded_and_still_inside_the_band():
     assert still.strength("positive", 0, 0.5) == 0.5
 
 
+@pytest.mark.parametrize(("likeness", "move"), [(0.54, -0.05), (0.56, 0.0), (0.84, 0.0), (0.86, 0.05)])
+def test_a_single_image_counts_by_its_own_likeness(likeness, move):
+    controller = Controller(CFG, 1)
+    show(controller, likeness)
+    controller.update(10)
+    assert controller.offsets == {("positive", 0): move}
+
+
 def test_one_image_of_a_class_moves_nothing_that_the_other_classes_do_not_show():
     """Some twenty positives reach twenty classes between two updates: one each, scattered about the band's middle."""
     controller = Controller(CFG, 20)
@@ -87,6 +95,20 @@ def test_confused_classes_get_more_images_and_easy_recipes_fewer():
     assert classes[1] == pytest.approx(600, abs=60) and classes[0] == pytest.approx(300, abs=50)
     kinds = Counter(r.recipe for r in requests if r.is_ood)
     assert kinds["strength"] / kinds["token_mix"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_statistics_by_hand():
+    controller = Controller(CFG, 2)
+    controller.offsets = {("positive", 0): 0.1, ("positive", 1): -0.3, ("strength", 0): 0.2}
+    controller.confusion, controller.rejection = [0.2, 0.4], {"strength": 0.5}
+    assert controller.statistics() == pytest.approx(
+        {
+            "controller.confusion": 0.3,
+            "controller.positive.offset": -0.1,
+            "controller.strength.offset": 0.2,
+            "controller.strength.rejected": 0.5,
+        }
+    )
 
 
 def test_recipes_follow_the_offsets_and_stay_on_the_grid():

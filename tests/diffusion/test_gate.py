@@ -267,7 +267,7 @@ def test_images_that_no_learner_judged_are_counted_apart_and_ring_no_alarm():
 def test_state_goes_through_a_checkpoint(tmp_path):
     first, second = Loop(enabled=True), Loop(enabled=True)
     first.know()
-    first.finish(([0, 1, 0], request(0)), ([1, 0, 0], request(1)))
+    first.finish(([0, 1, 0], request(0)), ([0.6, 0, 0.8], request(1, True)))
     first.gate.settle(everything=True)
     first.finish(([0, 1, 0], request(2)), ([1, 0, 0], request(3)))
     save_checkpoint(tmp_path, 1, first.gate.state_dict())
@@ -275,7 +275,7 @@ def test_state_goes_through_a_checkpoint(tmp_path):
     first.accepted.clear(), first.retried.clear()
     for loop in (first, second):
         loop.gate.settle(everything=True)
-        loop.finish(([0, 1, 0], request(4)))
+        loop.finish(([0, 1, 0], request(4)), ([0.6, 0, 0.8], request(5, True)))
         loop.gate.settle(everything=True)
     assert first.retried == second.retried and len(first.retried) == 2
     assert torch.equal(first.accepted[0][0], second.accepted[0][0])

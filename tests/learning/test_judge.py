@@ -61,6 +61,12 @@ def test_every_arm_gets_the_same_judge(folder, tmp_path):
     assert torch.equal(cached(pixels)[0], again(pixels)[0])
 
 
+def test_its_steps_are_told_as_they_are_taken(tmp_path):
+    told = []
+    load_judge(*colored(), 3, 2, 0, tmp_path, lambda line: None, lambda *progress: told.append(progress[:2]))
+    assert told == [(1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize("change", ["pixels", "labels", "steps", "seed"])
 def test_another_set_budget_or_seed_makes_another_judge(folder, change):
     pixels, labels = colored()
