@@ -197,31 +197,33 @@ def test_recipes_without_a_unet_call_are_traced_for_three_steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "on", "off"),
+    ("name", "saves", "on", "off"),
     [
-        ("generation.solver", {}, {"settings": {"generation.solver": "dpmpp_2m"}}),
-        ("generation.guidance_scale", {}, {"unconditional_rows": 0}),
-        ("generation.guidance_scale", {}, {"settings": {"near_ood.recipes": {"negative_guidance": 1.0}}}),
-        ("pipeline.vae:", {}, {"kl_decoder": False}),
-        ("pipeline.compile", {"busy": 0.5, "settings": {"pipeline.compile": "off"}}, {"busy": 0.95}),
-        ("generation.slots", {"unet_utilization": 0.2}, {"unet_utilization": 0.6}),
-        ("generation.slots", {"busy": 0.5}, {"busy": 0.9}),
-        ("generation.mode", {"settings": {"generation.mode": "sequential"}}, {}),
-        ("remove", {"syncs": ("trainer.py:40",)}, {}),
-        ("run.precision", {"precision": "fp32"}, {"precision": "fp32", "on_gpu": False}),
-        ("encoder.channels_last", {"settings": {"encoder.channels_last": False}}, {}),
-        ("run.kernels", {"phase_ms": FACTS.phase_ms | {"augment": 20.0}},
-                        {"phase_ms": FACTS.phase_ms | {"augment": 20.0}, "views": "triton"}),
-        ("learning.optimizer", {"phase_ms": FACTS.phase_ms | {"optimize": 20.0},
-                                "settings": {"learning.optimizer": "adamw8bit"}}, {}),
-        ("run.threads", {"on_gpu": False, "threads": 1, "cores": 4}, {"on_gpu": False, "threads": 4, "cores": 4}),
-        ("encoder.width", {}, {"arch": "resnet18"}),
-        ("encoder.arch", {"arch": "resnet50"}, {}),
-        ("data.image_size", {}, {"settings": {"data.image_size": 32}}),
+        ("generation.solver", 22.5, {}, {"settings": {"generation.solver": "dpmpp_2m"}}),
+        ("generation.guidance_scale", 22.5, {}, {"unconditional_rows": 0}),
+        ("generation.guidance_scale", 22.5, {}, {"settings": {"near_ood.recipes": {"negative_guidance": 1.0}}}),
+        ("pipeline.vae:", 11.28, {}, {"kl_decoder": False}),
+        ("pipeline.vae:", 11.28, {}, {"part_ms": FACTS.part_ms | {"vae": 4.0}}),
+        ("pipeline.compile", 40.0, {"busy": 0.5, "settings": {"pipeline.compile": "off"}}, {"busy": 0.95}),
+        ("generation.slots", 11.25, {"unet_utilization": 0.2}, {"unet_utilization": 0.6}),
+        ("generation.slots", 25.0, {"busy": 0.5}, {"busy": 0.9}),
+        ("generation.mode", 10.0, {"settings": {"generation.mode": "sequential"}}, {}),
+        ("remove", 10.0, {"syncs": ("trainer.py:40",)}, {}),
+        ("run.precision", 15.0, {"precision": "fp32"}, {"precision": "fp32", "on_gpu": False}),
+        ("encoder.channels_last", 4.5, {"settings": {"encoder.channels_last": False}}, {}),
+        ("run.kernels", 14.0, {"phase_ms": FACTS.phase_ms | {"augment": 20.0}},
+                              {"phase_ms": FACTS.phase_ms | {"augment": 20.0}, "views": "triton"}),
+        ("learning.optimizer", 14.0, {"phase_ms": FACTS.phase_ms | {"optimize": 20.0},
+                                      "settings": {"learning.optimizer": "adamw8bit"}}, {}),
+        ("run.threads", 45.0, {"on_gpu": False, "threads": 1, "cores": 4}, {"on_gpu": False, "threads": 4, "cores": 4}),
+        ("encoder.width", 13.125, {}, {"arch": "resnet18"}),
+        ("encoder.arch", 16.5, {"arch": "resnet50"}, {}),
+        ("data.image_size", 14.875, {}, {"settings": {"data.image_size": 32}}),
+        ("data.image_size", 34 * 5 / 9, {"settings": {"data.image_size": 48}}, {"settings": {"data.image_size": 42}}),
     ],
 )  # fmt: skip
-def test_each_rule_fires_on_its_fact_alone(name, on, off):
+def test_each_rule_fires_on_its_fact_alone_and_says_what_it_saves(name, saves, on, off):
     found = changes(**on)
-    assert name in found and found[name].saves_ms > 0
-    assert len(found[name].reason) > 20
+    assert found[name].saves_ms == pytest.approx(saves) and 0 < found[name].likely <= 1
+    assert len(found[name].reason) > 20 and "None" not in found[name].reason
     assert name not in changes(**off)

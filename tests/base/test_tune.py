@@ -194,6 +194,7 @@ def test_a_bound_that_is_just_met_is_kept():
     generated = 4 * 3 * 0.4 / (1 - 0.4)  # 8.000000000000002
     rows = [BASELINE, row(2, slowdown=1.0, reuse=generated / 2)]
     assert "  images_per_step: 2" in recommend(rows, Tune(max_reuse=4), "exact")
+    assert within(row(1, hours=3, slowdown=2), Tune(max_hours=3, max_slowdown=2)) == []
 
 
 def test_the_line_to_paste_is_the_ratio_that_ran():
@@ -206,10 +207,19 @@ def test_recommendation_says_why_not_more_and_what_else():
     text = "\n".join(recommend(rows, Tune(), "exact"))
     assert "images_per_step 2 " in text and "4: 2.40x is slower than tune.max_slowdown 2" in text
     assert "preset fast: allows images_per_step 8" in text
+    slow = recommend([BASELINE, row(1, slowdown=1.2), Row(8, "fast", step_ms=80.0, slowdown=3.0)], Tune(), "exact")
+    assert slow[-1] == "preset fast: keeps the bounds at no ratio"
+    assert not [line for line in slow if line.startswith("a step takes about")], "no line through one ratio"
     nothing = "\n".join(recommend([BASELINE, row(1, slowdown=3.0)], Tune(), "exact"))
     assert "recommended: none, because no measured ratio keeps every bound" in nothing
     refused = "\n".join(recommend([BASELINE, Row(1, "exact", reason="no")], Tune(), "exact"))
     assert "no ratio of tune.grid can be run" in refused
+
+
+def test_accuracy_is_told_of_the_recommended_ratio_and_of_the_best():
+    rows = [row(rate, slowdown=1.0, quality={"val_knn_accuracy": found}) for rate, found in ((1, 0.6), (2, 0.5))]
+    (line,) = (line for line in recommend([BASELINE, *rows], Tune(), "exact") if line.startswith("on val"))
+    assert "0.500 at the recommended ratio, highest 0.600 at 1;" in line
 
 
 def test_cost_line_is_exact_on_a_line():
