@@ -134,9 +134,9 @@ def test_jitter_is_drawn_as_color_jitter_draws_it():
     assert p.flip_BV.float().mean() == pytest.approx(0.5, abs=0.015)
 
 
-@pytest.mark.parametrize("height, width, expected", [(100, 10, (45, 0, 10, 10)), (10, 100, (0, 45, 10, 10))])
+@pytest.mark.parametrize("height, width, expected", [(100, 10, (40, 0, 20, 10)), (10, 100, (0, 40, 10, 20))])
 def test_where_no_attempt_fits_the_largest_central_crop_is_taken(height, width, expected):
-    p = draw_view_parameters(uniforms(3, 1), height, width, crop_scale=(0.99, 1.0), ratio=(1.0, 1.0))
+    p = draw_view_parameters(uniforms(3, 1), height, width, crop_scale=(0.99, 1.0), ratio=(0.5, 2.0))
     for name, value in zip(("top", "left", "height", "width"), expected, strict=True):
         assert (getattr(p, f"{name}_BV") == value).all()
 
@@ -200,6 +200,7 @@ def test_bad_input_is_named(changes, message):
         (dict(uniforms_BVK=torch.rand(2, 2, 5, dtype=torch.float64)), r"uniforms_BVK is float64\[2, 2, 5\]"),
         (dict(crop_scale=(0.0, 1.0)), r"crop_scale\[0\] is 0.0"),
         (dict(crop_scale=(0.8, 0.5)), r"crop_scale\[0\] is 0.8; expected \(0, 0.5\]"),
+        (dict(ratio=(2.0, 1.0)), r"ratio\[0\] is 2.0; expected \(0, 1.0\]"),
         (dict(jitter=(0.4, 0.4, 0.4, 0.6)), r"jitter hue is 0.6; expected \[0, 0.5\]"),
         (dict(jitter_p=1.2), r"jitter_p is 1.2; expected \[0, 1\]"),
     ],
