@@ -8,6 +8,7 @@ import yaml
 
 from modules.config import Config, PipelineConfig
 from modules.errors import ConfigError
+from modules.rules import batch_rows
 from modules.settings import flatten, load_config, to_yaml, with_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -140,6 +141,26 @@ def test_a_fraction_that_cannot_be_fed_can_be_fed_as_advised(overrides):
     for name, value in advised:
         config, _ = load_config(CONFIGS / "demo.yaml", [*overrides, f"generation.{name}={value}"])
         assert getattr(config.generation, name) == float(value)
+
+
+def test_rows_a_batch_are_those_of_the_classes_further_ones_and_generated_ones(file):
+    learning = ["learning.classes_per_batch=6", "learning.rows_per_class=4", "learning.extra_real_rows=5"]
+    assert batch_rows(load_config(file, [*learning, "generation.synthetic_fraction=0.4"])[0]) == pytest.approx(45)
+    assert batch_rows(load_config(file, [*learning, "generation.synthetic_fraction=0"])[0]) == 29
+
+
+def test_a_strength_that_no_recipe_uses_does_no_harm(file):
+    load_config(file, ["near_ood.strength=0.01", "near_ood.recipes={jigsaw: 1, foreign: 0}"])
+
+
+def test_near_ood_terms_belong_to_supcon(file):
+    term = "learning.ood_variant=prototype_push"
+    with pytest.raises(ConfigError, match="ood_variant belongs to supcon"):
+        load_config(file, ["learning.method=simclr", term])
+    classic = ["learning.method=cross_entropy", "learning.outlier_exposure=0.5"]
+    with pytest.raises(ConfigError, match="'prototype_push' .* cross_entropy does not read"):
+        load_config(file, [*classic, term])
+    load_config(file, classic)
 
 
 def test_a_roundtrip_without_a_decoder_is_refused(file):
