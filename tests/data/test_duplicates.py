@@ -41,8 +41,14 @@ def test_a_copy_in_another_split_is_found(change):
     test = image_set([photo(100), change(photo(7))], "test")
     pairs = near_duplicates(train, test)
     assert [(p.first.path, p.second.path) for p in pairs] == [("id-test/1.png", "id-train/7.png")]
-    assert pairs[0].similarity >= 0.985
+    assert 0.985 <= pairs[0].similarity <= 1
     assert "1 pairs, such as id-test/1.png (id test) and id-train/7.png (id train)" in describe_duplicates(pairs)
+
+
+def test_similarity_is_one_for_equal_files_and_less_for_a_copy():
+    train, copy = image_set([photo(7)], "train", digest="x"), image_set([noisy(photo(7))], "test")
+    assert near_duplicates(train, copy)[0].similarity < 1
+    assert near_duplicates(train, replace(copy, digests=("x",)))[0].similarity == 1
 
 
 def test_copies_within_a_split_are_nobodys_leak():
@@ -58,6 +64,8 @@ def test_plain_images_are_alike_only_if_their_files_are():
     plain = torch.full((64, 64, 3), 100, dtype=torch.uint8)
     train, test = image_set([plain, plain + 50], "train"), image_set([plain], "test")
     assert near_duplicates(train, test) == ()
+    plain[:32] += 1  # half a level of contrast: any other image of that shape would be its copy
+    assert near_duplicates(image_set([plain], "train"), image_set([plain], "test")) == ()
     assert len(near_duplicates(replace(train, digests=("x", "y")), replace(test, digests=("x",)))) == 1
 
 

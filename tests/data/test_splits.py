@@ -154,6 +154,12 @@ def test_held_out_classes_give_the_images_of_the_split_they_are_scored_in():
     assert {i.path.split("/")[1][:5] for i in without_val if i.split == "val"} == {"train"}
 
 
+@pytest.mark.parametrize("val_fraction", [0.01, 0.99])
+def test_val_and_test_get_a_held_out_class_each_whatever_the_fraction(val_fraction):
+    near, _ = hold_out(images("a", 2) + images("b", 2), val_fraction, set())
+    assert {item.split for item in near} == {"val", "test"}
+
+
 def test_one_held_out_class_is_too_few():
     with pytest.raises(DataError, match="one class a; it needs two or more"):
         hold_out(images("a", 3), 0.34, set())
