@@ -38,6 +38,7 @@ def test_a_tree_comes_back_exactly(tmp_path):
     step, tree, complaints = state.load_newest(tmp_path)
     assert (step, complaints) == (12, [])
     assert equal(TREE, tree)
+    assert state.save_checkpoint(tmp_path, 12, TREE) == tmp_path / "step-00000012", "it stands already"
 
 
 def test_old_checkpoints_go_only_after_the_new_one_stands(tmp_path):
@@ -95,6 +96,33 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         state.save_checkpoint(tmp_path, 2, TREE)
     assert state.load_newest(tmp_path)[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/checkpoints: the checkpoint of step 1 could not be written"):
+        state.save_checkpoint(tmp_path / "file" / "checkpoints", 1, TREE)
+
+
+def test_every_part_is_on_the_disk_before_the_checkpoint_counts(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    state.save_checkpoint(tmp_path, 1, TREE)
+    building = f".step-00000001.{os.getpid()}"
+    assert synced[-3:] == ["manifest.json", building, tmp_path.name]
+    assert sorted(synced[:-3]) == ["tensors.safetensors", "tree.json"]
+
+
+def test_a_file_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    state.write_atomic(tmp_path / "new" / "a.json", "{}")
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="a.json: could not be written .*; free some disk space"):
+        state.write_atomic(tmp_path / "new" / "a.json", b"other")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.json", "{}")]
 
 
 def test_what_is_no_plain_value_is_not_saved(tmp_path):
@@ -205,3 +233,4 @@ def test_a_safetensors_file_is_a_function_of_its_content():
     assert all(torch.equal(value, tensors[name]) for name, value in load(content).items())
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["__metadata__"] == facts
+    assert torch.equal(load(state.safetensors_bytes(tensors))["b"], shared), "no facts are needed"
