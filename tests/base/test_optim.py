@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from modules import optim
 from modules.config import Learning
-from modules.errors import NonFinite
+from modules.errors import ConfigError, NonFinite
 from modules.optim import Optimizer, build_torch_optimizer, learning_rate
 from modules.runtime import stream
 
@@ -57,6 +58,22 @@ def test_schedule_by_hand():
 def test_lr_follows_the_batch():
     assert Optimizer(make_module(), SGD, 512).peak_lr == 0.8
     assert Optimizer(make_module(), SGD, 80).peak_lr == pytest.approx(0.4 * 80 / 256)
+
+
+def test_a_name_gives_its_optimizer():
+    made = [build_torch_optimizer(make_module(), dataclasses.replace(SGD, optimizer=name)) for name in NAMES]
+    assert [type(optimizer).__name__ for optimizer in made] == ["SGD", "AdamW", "SGD8bit", "AdamW8bit"]
+
+
+def test_an_8_bit_library_that_fails_at_a_step_is_named_before_any_is_taken(monkeypatch):
+    from bitsandbytes.optim import AdamW8bit
+
+    def fail(self):
+        raise RuntimeError("no kernel for this GPU\ntrace")
+
+    monkeypatch.setattr(AdamW8bit, "step", fail)
+    with pytest.raises(ConfigError, match=r"'sgd8bit', but bitsandbytes .* \(no kernel for this GPU\)"):
+        build_torch_optimizer(make_module(), dataclasses.replace(SGD, optimizer="sgd8bit"))
 
 
 def test_norms_and_biases_are_not_decayed():
@@ -203,7 +220,8 @@ def test_a_noted_failure_survives_resume():
     optimizer.step(0, loss)
     other = Optimizer(make_module(), SGD, 256)
     other.load_state_dict(optimizer.state_dict())
-    assert other.guard.failure()["step"] == 0
+    failure = other.guard.failure()
+    assert failure["step"] == 0 and failure["loss"] == math.inf
 
 
 def test_loss_scaling_changes_no_update_and_backs_off_without_failing():
@@ -219,11 +237,36 @@ def test_loss_scaling_changes_no_update_and_backs_off_without_failing():
     scaled[0].weight.grad[0, 0, 0, 0] = torch.inf  # as an fp16 overflow would leave it
     optimizer.step(3, loss)
     assert optimizer.guard.failure() is None and optimizer.state_dict()["scale"] == 2.0**13
+    resumed = Optimizer(make_module(), SGD, 256, loss_scaling=True)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state_dict()["scale"] == 2.0**13
     assert all(torch.equal(v, before[k]) for k, v in scaled.named_parameters())
     loss = loss_of(scaled, 4) * torch.nan
     optimizer.backward(loss)
     optimizer.step(4, loss)
     assert optimizer.guard.failure()["step"] == 4
+
+
+def test_the_loss_scale_doubles_after_many_good_steps(monkeypatch):
+    monkeypatch.setattr(optim, "SCALE_GROWTH_STEPS", 2)
+    module, scales = make_module(), []
+    optimizer = Optimizer(module, SGD, 256, loss_scaling=True)
+    for step in range(5):
+        train(module, optimizer, [step])
+        scales.append(math.log2(optimizer.state_dict()["scale"]))
+    assert scales == [14, 15, 15, 16, 16]
+
+
+def test_a_gradient_that_overflows_at_a_loss_scale_of_one_is_a_failure():
+    module = make_module()
+    optimizer = Optimizer(module, SGD, 256, loss_scaling=True)
+    for step in range(15):  # from 2^14 down to 1
+        assert optimizer.guard.failure() is None
+        loss = loss_of(module, step)
+        optimizer.backward(loss)
+        module[0].weight.grad[0, 0, 0, 0] = torch.inf
+        optimizer.step(step, loss)
+    assert optimizer.guard.failure()["step"] == 14
 
 
 @pytest.mark.gpu
