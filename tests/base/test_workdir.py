@@ -62,7 +62,10 @@ def test_a_lock_dies_with_its_process(config):
     child.start()
     child.join(60)
     assert child.exitcode == 9
-    opened(config).close()
+    workdir = opened(config)
+    with pytest.raises(StorageError, match=f"in use by process {os.getpid()};"):
+        opened(config)
+    workdir.close()
 
 
 def test_a_directory_that_cannot_be_written(config, tmp_path):
@@ -145,6 +148,17 @@ def test_work_is_held_to_every_file_that_it_began_with(config):
             workdir.hold_to(setting, "here", "another")
         assert (workdir.path / "inputs.json").read_bytes() == before
         workdir.close()
+
+
+def test_what_a_run_computes_with_is_kept_and_changes_are_told(config):
+    workdir = opened(config)
+    assert workdir.computes_with({"torch": "2.11", "device": "cpu"}) == {}
+    assert workdir.computes_with({"torch": "2.11", "device": "cpu"}) == {}
+    changed = workdir.computes_with({"torch": "2.11", "threads": 2})
+    assert changed == {"device": ("cpu", None), "threads": (None, 2)}
+    history = json.loads((workdir.path / "inputs.json").read_text())["runtime"]
+    assert history == [{"torch": "2.11", "device": "cpu"}, {"torch": "2.11", "threads": 2}]
+    workdir.close()
 
 
 def test_a_refused_command_leaves_the_settings_of_the_one_before(config):
