@@ -85,7 +85,6 @@ class Reservoir:
             self._entries[row], self._uses[row] = entry, 0
             self._step = max(self._step, entry.born)
             self._totals["put"] += 1
-            written.pop(row, None)
             written[row] = position
         if not written:
             return
