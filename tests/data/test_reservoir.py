@@ -110,6 +110,17 @@ def test_any_class_is_served_evenly():
     assert len(set(rows)) == 7
 
 
+def test_the_class_of_the_least_used_image_comes_first():
+    reservoir = make(ring_size=2)
+    put(reservoir, 0, label=0)
+    put(reservoir, 10, label=1)
+    put(reservoir, 11, label=1)
+    for label in (0, 0, 1, 1):  # 0 twice, 10 and 11 once
+        reservoir.take(label, False, 0, 1, stream(0, "take"))
+    put(reservoir, 1, label=0)
+    assert identities(reservoir, reservoir.take((0, 1), False, 0, 1, stream(0, "take"))) == [1]
+
+
 def test_a_class_that_ran_dry_is_replaced_by_the_others():
     reservoir = make(num_classes=2, ring_size=4)
     for i in range(4):
@@ -215,3 +226,12 @@ def test_bad_images_are_refused(pixels, entry, message):
 def test_a_state_of_other_rings_is_refused():
     with pytest.raises(ValueError, match="rings"):
         make(num_classes=2).load_state_dict(make(num_classes=3).state_dict())
+    larger = make(num_classes=1, ring_size=2)
+    put(larger, 0, is_ood=True)
+    with pytest.raises(ValueError, match="rings"):
+        make(num_classes=1, ring_size=1).load_state_dict(larger.state_dict())
+
+
+def test_an_empty_row_is_named():
+    with pytest.raises(KeyError, match="row 3 of the reservoir is empty"):
+        make().entry(3)
