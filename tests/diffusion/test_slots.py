@@ -131,6 +131,12 @@ def test_guided_slots_never_exceed_their_rows(monkeypatch):
     assert max(guided) == 2
 
 
+def test_images_that_start_after_guidance_ended_wait_for_none_of_its_rows():
+    engine = Engine(guided_steps=4, strengths=(0.5,), slots=4, unconditional_rows=1)
+    engine.slots.tick()
+    assert engine.slots.busy == 4
+
+
 def test_without_guidance_there_are_no_unconditional_rows(monkeypatch):
     engine = Engine(guidance=1.0, empty_TE=None)
     assert engine.slots.in_flight.kv_RTX.shape[0] == 4
@@ -212,6 +218,7 @@ def test_steps_of_free_recipes_only_keep_the_rate():
     for _ in range(3):
         assert engine.slots.tick() == 0  # comes back although no image ever fills a slot
     assert engine.slots.counts["ticks"] == 0  # no UNet call
+    assert engine.slots.counts["finished"] == len(engine.finished)
 
 
 def test_a_rejected_image_is_drawn_again_before_any_new_one():
