@@ -105,7 +105,9 @@ def test_class_table_names_the_rival():
         "confused_share": 0.5,
     }
     assert rows[1]["accuracy"] == 1 and rows[1]["precision"] == pytest.approx(2 / 3) and rows[1]["confused_with"] == ""
-    assert rows[2]["accuracy"] is None and rows[2]["precision"] == 0
+    assert rows[2]["accuracy"] is None and rows[2]["precision"] == rows[2]["confused_share"] == 0
+    unseen = class_table(torch.tensor([0, 1]), torch.tensor([0, 0]), ("a", "b"), ("bolt", "nut"))[1]
+    assert unseen["precision"] is None and unseen["accuracy"] == 0
     assert confusion(labels, predicted, 3).tolist() == [[1, 1, 2], [0, 2, 0], [0, 0, 0]]
 
 
