@@ -76,6 +76,9 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("generation.images_per_step=0.1", r"feeds only 0.8; raise images_per_step to 4"),
         ("generation.strengths={0.02: 1}", r"int\(20 x 0.02\) = 0 denoising steps"),
         ("near_ood.strength=0.01", r"= 0 denoising steps"),
+        ("near_ood.negative_guidance=1", r"`near_ood.negative_guidance` is 1.0; it must lie in \(-inf, 0\]"),
+        ("generation.strengths={1.5: 1}", r"`generation.strengths` holds 1.5; a strength lies in \(0, 1\]"),
+        ("near_ood.mix=[0.6, 0.4]", r"`near_ood.mix` is \[0.6, 0.4\]; it must be a rising pair inside \(0, 1\)"),
         ("near_ood.recipes={dream: 1}", r"names 'dream'; choose from strength"),
         ("near_ood.recipes={strength: 0}", r"at least one weight above 0"),
         ("generation.templates=[a photo]", r"needs exactly one \{\}"),
@@ -83,6 +86,7 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("gate.refresh_every=0", r"`gate.refresh_every` is 0; it must lie in \[1, inf\)"),
         ("controller.update_every=0", r"`controller.update_every` is 0; it must lie in \[1, inf\)"),
         ("controller.target_low=0.9", r"`controller.target_low` is 0.9 .* the band must rise"),
+        ("controller.target_low=0.85", r"`controller.target_low` is 0.85 .* the band must rise"),
         ("probe.lrs=[]", r"`probe.lrs` is \[\]; name at least one"),
         ("learning.method=cross_entropy", r"needs learning.outlier_exposure > 0"),
         ("learning.warmup_steps=500", r"does not end before learning.steps"),
@@ -115,6 +119,7 @@ def test_a_mistake_gets_one_clear_message(file, override, message):
         ("shape.unet_channels=[0, 8, 16]", r"it takes multiples of 8"),
         ("shape.text_width=90", r"`shape.text_width` is 90; it takes multiples of 4"),
         ("shape.text_heads=0", r"shape.text_heads"),
+        ("training.further_vae_steps=5", r"trains the VAE of training.start on, and training.start is empty"),
         ("learning.steps=3", r"unknown section `learning`"),
     ],
 )
@@ -147,6 +152,13 @@ def test_rows_a_batch_are_those_of_the_classes_further_ones_and_generated_ones(f
     learning = ["learning.classes_per_batch=6", "learning.rows_per_class=4", "learning.extra_real_rows=5"]
     assert batch_rows(load_config(file, [*learning, "generation.synthetic_fraction=0.4"])[0]) == pytest.approx(45)
     assert batch_rows(load_config(file, [*learning, "generation.synthetic_fraction=0"])[0]) == 29
+
+
+def test_supcon_needs_two_rows(file):
+    one_class = ["learning.classes_per_batch=1", "learning.rows_per_class=2"]
+    load_config(file, one_class)
+    with pytest.raises(ConfigError, match="is 1; SupCon needs two rows or more"):
+        load_config(file, [*one_class, "learning.rows_per_class=1"])
 
 
 def test_a_strength_that_no_recipe_uses_does_no_harm(file):
