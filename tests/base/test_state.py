@@ -105,18 +105,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_every_part_is_on_the_disk_before_the_checkpoint_counts(tmp_path, monkeypatch):
-    synced = []
+    synced, opened = [], len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
     state.save_checkpoint(tmp_path, 1, TREE)
     building = f".step-00000001.{os.getpid()}"
     assert synced[-3:] == ["manifest.json", building, tmp_path.name]
     assert sorted(synced[:-3]) == ["tensors.safetensors", "tree.json"]
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_file_is_whole_or_the_one_before(tmp_path, monkeypatch):
     state.write_atomic(tmp_path / "new" / "a.json", "{}")
 
-    def full(self, data):
+    def full(self, data, write=Path.write_bytes):
+        write(self, data[:1])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
