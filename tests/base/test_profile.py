@@ -200,6 +200,7 @@ def test_recipes_without_a_unet_call_are_traced_for_three_steps():
     ("name", "saves", "on", "off"),
     [
         ("generation.solver", 22.5, {}, {"settings": {"generation.solver": "dpmpp_2m"}}),
+        ("generation.solver", 22.5, {}, {"settings": {"generation.strengths": {0.1: 1.0}}}),
         ("generation.guidance_scale", 22.5, {}, {"unconditional_rows": 0}),
         ("generation.guidance_scale", 22.5, {}, {"settings": {"near_ood.recipes": {"negative_guidance": 1.0}}}),
         ("pipeline.vae:", 11.28, {}, {"kl_decoder": False}),

@@ -54,6 +54,7 @@ def test_every_ratio_is_measured_or_refused_with_its_reason(tuned):
     rows = {row["images_per_step"]: row for row in report["rows"]}
     assert list(rows) == [0, 0.1, 1, 2]
     assert "generation.max_uses 6 feeds only 0.6" in rows[0.1]["reason"] and rows[0.1]["step_ms"] == 0
+    assert rows[0.1]["outside"] == ["cannot be run"]
     assert "0.1: generation.synthetic_fraction 0.4 needs 4 generated rows a step" in text
     for rate in (0, 1, 2):
         assert rows[rate]["step_ms"] > 0 and not rows[rate]["reason"]

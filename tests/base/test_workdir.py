@@ -156,6 +156,7 @@ def test_what_a_run_computes_with_is_kept_and_changes_are_told(config):
     assert workdir.computes_with({"torch": "2.11", "device": "cpu"}) == {}
     changed = workdir.computes_with({"torch": "2.11", "threads": 2})
     assert changed == {"device": ("cpu", None), "threads": (None, 2)}
+    assert workdir.computes_with({"torch": "2.11", "threads": 2}) == {}
     history = json.loads((workdir.path / "inputs.json").read_text())["runtime"]
     assert history == [{"torch": "2.11", "device": "cpu"}, {"torch": "2.11", "threads": 2}]
     workdir.close()
