@@ -196,13 +196,15 @@ class Reservoir:
         """
         pixels_NHWC = state["pixels_NHWC"]
         rows = state["rows"]
-        if len(state["next"]) != len(self._next) or max(rows, default=0) >= len(self._entries):
+        entries = [Entry(**entry) for entry in state["entries"]]
+        own = all(row in self._rows(entry.label, entry.is_ood) for row, entry in zip(rows, entries, strict=True))
+        if len(state["next"]) != len(self._next) or not own:
             raise ValueError(
                 f"state holds {len(state['next'])} rings; expected {len(self._next)} of {self.ring_size} images"
             )
         self._entries, self._uses = [None] * len(self._entries), [0] * len(self._entries)
-        for row, entry, uses in zip(rows, state["entries"], state["uses"], strict=True):
-            self._entries[row], self._uses[row] = Entry(**entry), uses
+        for row, entry, uses in zip(rows, entries, state["uses"], strict=True):
+            self._entries[row], self._uses[row] = entry, uses
         self._next = list(state["next"])
         self._step, self._totals = state["step"], self._totals | state["totals"]
         if rows:

@@ -230,6 +230,8 @@ def test_a_state_of_other_rings_is_refused():
     put(larger, 0, is_ood=True)
     with pytest.raises(ValueError, match="rings"):
         make(num_classes=1, ring_size=1).load_state_dict(larger.state_dict())
+    with pytest.raises(ValueError, match="rings"):  # its row lies in the ring of positives here
+        make(num_classes=1, ring_size=3).load_state_dict(larger.state_dict())
 
 
 def test_an_empty_row_is_named():
