@@ -176,7 +176,7 @@ def compare(
             progress(index + 1, len(finished), "bootstrap")
 
     summaries = {
-        arm: _summarize([values[arm, s] for s in given], [replicates[arm, s] for s in given], confidence, seed)
+        arm: _summarize([values[arm, s] for s in given], [replicates[arm, s] for s in given], confidence, seed, (0, 1))
         for arm, given in seeds.items()
     }
     differences = {}
@@ -188,6 +188,7 @@ def compare(
                 [_minus(replicates[arm, s], replicates[other, s]) for s in common],
                 confidence,
                 seed,
+                (-1, 1),
             )
             differences[arm, other] = found
             differences[other, arm] = {metric: _mirrored(summary) for metric, summary in found.items()}
@@ -208,9 +209,16 @@ def compare(
 
 
 def _summarize(
-    values: Sequence[dict[str, float]], replicates: Sequence[dict[str, Tensor]], confidence: float, seed: int
+    values: Sequence[dict[str, float]],
+    replicates: Sequence[dict[str, Tensor]],
+    confidence: float,
+    seed: int,
+    ends: tuple[float, float],
 ) -> dict[str, Summary]:
-    """Summary of every metric that all seeds have, from its value and its replicates [Q] at each seed."""
+    """Summary of every metric that all seeds have, from its value and its replicates [Q] at each seed.
+
+    Metrics with replicates are shares: their intervals are cut at `ends`, which t does not know of.
+    """
     found = {}
     for metric in [key for key in values[0] if all(key in given for given in values)]:
         value_K = torch.tensor([given[metric] for given in values], dtype=torch.float64)
@@ -218,7 +226,7 @@ def _summarize(
         if all(len(given.get(metric, ())) for given in replicates):
             replicate_KQ = torch.stack([given[metric] for given in replicates])
             t_Q = student_draws(len(replicate_KQ), replicate_KQ.shape[1], seed=seed)
-            low, high = percentile_interval(over_seeds(replicate_KQ, value_K, t_Q), confidence)
+            low, high = percentile_interval(over_seeds(replicate_KQ, value_K, t_Q).clamp(*ends), confidence)
         sd = float(value_K.std()) if len(value_K) > 1 else None
         found[metric] = Summary(float(value_K.mean()), sd, low, high, len(value_K))
     return found

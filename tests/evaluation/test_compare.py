@@ -120,6 +120,17 @@ def test_an_arm_does_not_differ_from_itself(tmp_path):
         assert verdict(found, metric) == ""
 
 
+def test_an_interval_of_a_share_ends_where_shares_end(tmp_path):
+    """Two seeds far apart: Student's t reaches over both ends."""
+    for arm, noises in (("a", (0.1, 5.0)), ("b", (5.0, 0.1))):
+        for seed, noise in enumerate(noises):
+            write_run(tmp_path, arm, seed, noise)
+    finished, _ = read_trials(find_trials(tmp_path))
+    both = compare(finished, resamples=50)
+    found = both.summaries["a"]["test.accuracy"], both.differences["a", "b"]["test.accuracy"]
+    assert [(one.low, one.high) for one in found] == [(0, 1), (-1, 1)]
+
+
 def test_one_seed_gives_the_group_bootstrap_alone(folder):
     finished, _ = read_trials([Trial("supcon", 1, folder / "supcon-s1")])
     alone = compare(finished, resamples=100, seed=4)
