@@ -5,7 +5,7 @@ compiled anew for every batch, which takes a minute or two, so few are tried, an
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -15,7 +15,7 @@ from benchmarks.inputs import Setting
 from modules.diffusion.pipeline import StableDiffusion
 
 BATCHES = {"cuda": (8, 16, 32, 64), "cpu": (4, 8, 16, 32)}
-TOLERANCE = 0.02  # a smaller batch that costs at most this much more an image is as good, and blocks are shorter
+TOLERANCE = 0.02  # batches that cost at most this much more an image are as good
 SEARCH_SHARE = 0.2  # of the time left that a search by parts may take
 
 
@@ -45,7 +45,9 @@ def best_batch(
 def best_slots(
     build: Callable[[int], SlotEngine], images: int, device: torch.device, name: str, seconds: float = float("inf")
 ) -> tuple[int, str]:
-    """The number of slots at which an engine's ticks cost least an image, and what was tried; as `best_batch`.
+    """The number of slots at which an engine's ticks cost least an image, and what was tried.
+
+    Of those as good as the best the largest is taken: compiled, which is not tried here, more slots gain more.
 
     Args:
         build: the engine with that many slots.
@@ -56,13 +58,20 @@ def best_slots(
         engine.slots.tick()  # real latents
         return engine.request(0).cost * _medians({"tick": engine.slots.in_flight.step}, device)[0] / slots
 
-    return cheapest(image_ms, possible(images, device), name, seconds)
+    return cheapest(image_ms, possible(images, device), name, seconds, pick=max)
 
 
-def cheapest(cost_ms: Callable[[int], float], batches: list[int], name: str, seconds: float) -> tuple[int, str]:
+def cheapest(
+    cost_ms: Callable[[int], float],
+    batches: list[int],
+    name: str,
+    seconds: float,
+    pick: Callable[[Iterable[int]], int] = min,
+) -> tuple[int, str]:
     """The smallest of the batches whose cost is within TOLERANCE of the least, and the costs of all in words.
 
     Args:
+        pick: max takes the largest of them instead.
         cost_ms: milliseconds an image takes at a batch; one that raises RuntimeError (memory) or ValueError is out.
         seconds: time left, of which SEARCH_SHARE may be spent; the first batch is always tried.
 
@@ -84,7 +93,7 @@ def cheapest(cost_ms: Callable[[int], float], batches: list[int], name: str, sec
     tried = [f"{batch} {cost:.4g} ms an image" for batch, cost in costs.items()]
     text = f"batches tried: {', '.join([*tried, *out])}"
     print(f"{name}, {text}", flush=True)
-    return min(batch for batch, cost in costs.items() if cost <= (1 + TOLERANCE) * min(costs.values())), text
+    return pick(batch for batch, cost in costs.items() if cost <= (1 + TOLERANCE) * min(costs.values())), text
 
 
 def possible(images: int, device: torch.device) -> list[int]:

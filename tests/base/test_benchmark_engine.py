@@ -95,6 +95,7 @@ def test_the_cheapest_batch_is_the_smallest_that_is_as_good(capsys):
     assert best == 4 and tried == (
         "batches tried: 2 12 ms an image, 4 10.1 ms an image, 8 10 ms an image, 16 does not run"
     )
+    assert batches.cheapest(cost, list(costs), "slots", float("inf"), pick=max)[0] == 8
     assert batches.cheapest(cost, [2, 4], "slots", -1.0)[1] == "batches tried: 2 12 ms an image, 4 no time"
     assert "slots, batch 16: " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no batch of \[16\] runs"):
