@@ -1,5 +1,6 @@
 """The index: any set, split, checked, with a clear word for everything that cannot be learned from."""
 
+import os
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from modules.data.index import read_far_ood, read_index, read_raw
 from modules.errors import ConfigError, DataError
 from tests.data.trees import class_folders, csv_set, declared_rows, pack, put, rows_text
 
-PACKS = Path("/work/shared/data")
+PACKS = Path(os.environ.get("TRAINER_PACKS", "packs"))
 
 
 def data(root, **settings) -> Data:
@@ -303,7 +304,7 @@ def test_the_embedded_pack_has_the_counts_of_its_readme():
     assert len({i.group for i in index.select("id", "test")}) == 367
 
 
-@pytest.mark.skipif(not PACKS.exists(), reason="the grocery and pretrain packs are not on this machine")
+@pytest.mark.skipif(not PACKS.exists(), reason="TRAINER_PACKS names no folder with the grocery and pretrain packs")
 def test_the_other_packs_have_the_counts_of_their_readme():
     grocery = read_index(data(PACKS / "grocery96.zip", shots_per_class=16), seed=0)
     assert len(grocery.classes) == 20 and len(grocery.select("id", "train")) == 320
