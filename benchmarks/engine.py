@@ -142,14 +142,10 @@ class SlotEngine:
         def median(work) -> float:
             return measure(work, 5)
 
-        def call() -> None:
-            slots.in_flight.step()
-            slots.decode(torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch]))
-
         timings = attention.tune(self.pipeline.unet, slots.in_flight.step, median, kept=known)
         self.found = attention.chosen(timings)
         if compiles:  # which form is fastest depends on the layout that will run
-            self.found |= upsampling.tune(models, call, median, known)[0]
+            self.found |= upsampling.tune(models, slots.rehearse, median, known)[0]
         taken = Counter(layer.processor.backend for layer in attention.layers_of(self.pipeline.unet))
         return " ".join(f"{backend} x{count}" for backend, count in taken.items())
 

@@ -199,7 +199,7 @@ class Bench:
         return engine
 
     def tune(self) -> None:
-        """Find attention backends and forms of upsampling of the engines that are compiled, before anything else is on the device."""
+        """Find what the engines that are compiled will take by time, before anything else is on the device."""
         for setting in (self.setting, self._fast()):
             self._built(setting, tune=True)
 

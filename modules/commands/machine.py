@@ -252,12 +252,7 @@ def _tune_upsampling(job: Job, slots: Slots, kept: dict) -> Choice:
             job, "as this run began" if "tick" in kept else "timed where the engine is compiled"
         )
     measure, models = timer(job.device), [job.pipeline.unet, job.pipeline.vae]
-
-    def call() -> None:
-        slots.in_flight.step()
-        slots.decode(torch.zeros_like(slots.ready_Q4hw[: slots.decode_batch]))
-
-    forms, timings = upsampling.tune(models, call, lambda work: measure(work, TUNER_REPEATS), known)
+    forms, timings = upsampling.tune(models, slots.rehearse, lambda work: measure(work, TUNER_REPEATS), known)
     _write(job, upsampling_forms=forms)
     for line in upsampling.describe(timings):
         job.console.line(f"  {line}")

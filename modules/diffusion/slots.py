@@ -143,6 +143,11 @@ class Slots:
         self._collect([slot for slot in working if self.remaining[slot] == 0])
         return len(working)
 
+    def rehearse(self) -> None:
+        """One UNet call and one decode while all slots are idle, which they stay: what works is met in its real shapes."""
+        self.in_flight.step()
+        self.decode(self.ready_Q4hw[: self.decode_batch])
+
     def drain(self) -> None:
         """Finish every image that was begun, admit no other, and decode a last batch that may be part empty."""
         held, self.drawn = self.drawn, deque()

@@ -103,8 +103,8 @@ def tune(
 
 
 def folded_bytes(model: torch.nn.Module) -> int:
-    """Of the summed weights of all its FoldedUpsamples, were none in diffusers' own form: 16 sums for 9 weights."""
-    return sum(layer.conv.weight.nbytes * 16 // 9 for layer in _layers([model]))
+    """Of the summed weights that a tuner may still add, 16 sums for 9 weights: those of layers in diffusers' own form."""
+    return sum(layer.conv.weight.nbytes * 16 // 9 for layer in _layers([model]) if layer.form == OWN)
 
 
 def describe(timings: list[Timing]) -> list[str]:

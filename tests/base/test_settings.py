@@ -162,7 +162,8 @@ def test_supcon_needs_two_rows(file):
 
 
 def test_a_strength_that_no_recipe_uses_does_no_harm(file):
-    load_config(file, ["near_ood.strength=0.01", "near_ood.recipes={jigsaw: 1, foreign: 0}"])
+    config, _ = load_config(file, ["near_ood.strength=0.01", "near_ood.recipes={jigsaw: 1, foreign: 0}"])
+    assert config.near_ood.strength == 0.01
 
 
 def test_near_ood_terms_belong_to_supcon(file):
