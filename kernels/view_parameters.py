@@ -7,6 +7,7 @@ numbers a row sees, and the kernel never draws any. Legend: B images, V views, K
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kernels.checks import check_number, check_tensor
@@ -14,6 +15,7 @@ from kernels.checks import check_number, check_tensor
 CROP_ATTEMPTS = 10
 UNIFORMS = 2 * CROP_ATTEMPTS + 13  # K: crop attempts, position 2, flip, jitter, four factors, order 4, grey
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the entries of `order_BV4`
+NOTHING_4 = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that do nothing
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,22 @@ class ViewParameters:
     order_BV4: torch.Tensor  # int64, which of the four is applied first, second, ...
     grey_BV: torch.Tensor  # bool, after the jitter
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """View-major tables (row v*B + b is view v of image b), on the CPU.
+    def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """View-major tables (row v*B + b is view v of image b), on the host.
 
         geometry_R6 (fp32): top, left, height, width, flip, grey. op_R4 (int64): the jitters in their order.
         factor_R4 (fp32): the factor of each of those.
         """
-        geometry_BV6 = torch.stack(
-            [self.top_BV, self.left_BV, self.height_BV, self.width_BV, self.flip_BV, self.grey_BV], dim=2
-        ).float()
-        factor_BV4 = self.factor_BV4.gather(2, self.order_BV4)
-        return tuple(t.transpose(0, 1).flatten(0, 1) for t in (geometry_BV6, self.order_BV4, factor_BV4))
+        geometry_BV6 = np.stack(
+            [table.numpy() for table in self.geometry()], axis=2, dtype=np.float32, casting="unsafe"
+        )
+        order_BV4 = self.order_BV4.numpy()
+        factor_BV4 = np.take_along_axis(self.factor_BV4.numpy(), order_BV4, axis=2)
+        return tuple(t.swapaxes(0, 1).reshape(-1, t.shape[2]) for t in (geometry_BV6, order_BV4, factor_BV4))
+
+    def geometry(self) -> tuple[torch.Tensor, ...]:
+        """What is no color: top, left, height, width, flip, grey, each [B, V]."""
+        return self.top_BV, self.left_BV, self.height_BV, self.width_BV, self.flip_BV, self.grey_BV
 
 
 def draw_view_parameters(
@@ -72,38 +79,38 @@ def draw_view_parameters(
     for name, strength in zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True):
         check_number(f"jitter {name}", strength, 0, 0.5 if name == "hue" else math.inf)
 
-    crop_BVK, rest_BVK = uniforms_BVK.split([2 * CROP_ATTEMPTS, UNIFORMS - 2 * CROP_ATTEMPTS], dim=2)
+    # numpy: a hundred operations on a few hundred numbers, each a fraction of torch's time for so small a call
+    crop_BVK, rest_BVK = np.split(uniforms_BVK.numpy(), [2 * CROP_ATTEMPTS], axis=2)
     height_BV, width_BV, fits_BV = _crop_size(crop_BVK, height, width, crop_scale, ratio)
-    y_BV, x_BV, flip_BV, jitter_BV, factor_BV4, order_BV4, grey_BV = (
-        part.squeeze(2) for part in rest_BVK.split([1, 1, 1, 1, 4, 4, 1], dim=2)
-    )
-    strength_4 = torch.tensor(jitter, dtype=torch.float64)
-    low_4 = torch.cat([(1 - strength_4[:3]).clamp(min=0), -strength_4[3:]])
-    high_4 = torch.cat([1 + strength_4[:3], strength_4[3:]])
-    nothing_4 = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    y_BV, x_BV, flip_BV, jitter_BV = np.moveaxis(rest_BVK[..., :4], 2, 0)
+    factor_BV4, order_BV4, grey_BV = rest_BVK[..., 4:8], rest_BVK[..., 8:12], rest_BVK[..., 12]
+    strength_4 = np.array(jitter)
+    low_4, high_4 = NOTHING_4 - strength_4, NOTHING_4 + strength_4
+    low_4[:HUE] = low_4[:HUE].clip(min=0)
     factor_BV4 = low_4 + factor_BV4 * (high_4 - low_4)
-    return ViewParameters(
-        top_BV=torch.where(fits_BV, (y_BV * (height - height_BV + 1)).long(), (height - height_BV) // 2),
-        left_BV=torch.where(fits_BV, (x_BV * (width - width_BV + 1)).long(), (width - width_BV) // 2),
-        height_BV=height_BV,
-        width_BV=width_BV,
-        flip_BV=flip_BV < flip_p,
-        factor_BV4=torch.where((jitter_BV < jitter_p)[..., None], factor_BV4, nothing_4).float(),
-        order_BV4=order_BV4.argsort(dim=2, stable=True),
-        grey_BV=grey_BV < grey_p,
-    )
+    tables = {
+        "top_BV": np.where(fits_BV, (y_BV * (height - height_BV + 1)).astype(np.int64), (height - height_BV) // 2),
+        "left_BV": np.where(fits_BV, (x_BV * (width - width_BV + 1)).astype(np.int64), (width - width_BV) // 2),
+        "height_BV": height_BV,
+        "width_BV": width_BV,
+        "flip_BV": flip_BV < flip_p,
+        "factor_BV4": np.where((jitter_BV < jitter_p)[..., None], factor_BV4, NOTHING_4).astype(np.float32),
+        "order_BV4": order_BV4.argsort(axis=2, kind="stable"),
+        "grey_BV": grey_BV < grey_p,
+    }
+    return ViewParameters(**{name: torch.from_numpy(table) for name, table in tables.items()})
 
 
-def _crop_size(crop_BVK, height: int, width: int, crop_scale, ratio) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _crop_size(crop_BVK, height: int, width: int, crop_scale, ratio) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Height and width (int64) of the first attempt that fits, and whether one did; else of the largest allowed crop."""
-    area_BVA, aspect_BVA = crop_BVK.unflatten(2, (2, CROP_ATTEMPTS)).unbind(2)
+    area_BVA, aspect_BVA = np.split(crop_BVK, 2, axis=2)
     area_BVA = height * width * (crop_scale[0] + area_BVA * (crop_scale[1] - crop_scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect_BVA = torch.exp(low + aspect_BVA * (high - low))
-    width_BVA = (area_BVA * aspect_BVA).sqrt().round().long()
-    height_BVA = (area_BVA / aspect_BVA).sqrt().round().long()
+    aspect_BVA = np.exp(low + aspect_BVA * (high - low))
+    width_BVA = np.rint(np.sqrt(area_BVA * aspect_BVA)).astype(np.int64)
+    height_BVA = np.rint(np.sqrt(area_BVA / aspect_BVA)).astype(np.int64)
     fits_BVA = (width_BVA > 0) & (width_BVA <= width) & (height_BVA > 0) & (height_BVA <= height)
-    first_BV1 = fits_BVA.int().argmax(2, keepdim=True)
+    first_BV1 = fits_BVA.argmax(2)[..., None]
 
     widest, tallest = width, height
     if width / height < ratio[0]:
@@ -111,6 +118,6 @@ def _crop_size(crop_BVK, height: int, width: int, crop_scale, ratio) -> tuple[to
     elif width / height > ratio[1]:
         widest = round(height * ratio[1])
     fits_BV = fits_BVA.any(2)
-    height_BV = torch.where(fits_BV, height_BVA.gather(2, first_BV1).squeeze(2), tallest)
-    width_BV = torch.where(fits_BV, width_BVA.gather(2, first_BV1).squeeze(2), widest)
+    height_BV = np.where(fits_BV, np.take_along_axis(height_BVA, first_BV1, 2)[..., 0], tallest)
+    width_BV = np.where(fits_BV, np.take_along_axis(width_BVA, first_BV1, 2)[..., 0], widest)
     return height_BV, width_BV, fits_BV

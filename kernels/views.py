@@ -6,6 +6,9 @@ geometry of all rows is two batched matrix products and the colors are a few pas
 rows view-major, H W source, S output side.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -68,80 +71,92 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
     place_R, turn_R, blend_R33 = _jitter_tables(op_R4, factor_R4)
-    mean_3, std_3 = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
-    normalize_23 = upload(torch.stack([1 / (255 * std_3), -mean_3 / std_3]), device)
-    scale_311, shift_311 = normalize_23[:, :, None, None].unbind(0)
-    row_R = place_R.argsort(stable=True)
-    images_BX = images_BHWC.flatten(1)
-    ends_5 = torch.bincount(place_R, minlength=UNCHANGED + 1).cumsum(0)
-    geometry_R6, place_R, turn_R, blend_R33 = (t[row_R] for t in (geometry_R6, place_R, turn_R, blend_R33))
+    row_R = place_R.argsort(kind="stable")  # of the views, in the order they are made
+    ends_5 = np.bincount(place_R, minlength=UNCHANGED + 1).cumsum()
+    geometry_R6, turn_R, blend_R33 = geometry_R6[row_R], turn_R[row_R], blend_R33[row_R]
     grey_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
-    geometry_R6, turn_R, blend_R33 = (upload(table, device) for table in (geometry_R6, turn_R, blend_R33))
+    normalize_23 = np.stack([1 / (255 * np.float32(std)), -np.float32(mean) / np.float32(std)])
+    scale_311, shift_311 = upload(torch.from_numpy(normalize_23)[:, :, None, None], device).unbind()
+    turn_R = upload(torch.from_numpy(turn_R), device)
+    blend_33R111 = upload(torch.from_numpy(blend_R33).permute(1, 2, 0)[..., None, None, None], device)
+    sample = _sampler(upload(torch.from_numpy(geometry_R6), device), (H, W), size)
+    images_BX = images_BHWC.flatten(1)
     sorted_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     block = V * B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
     for start in range(0, V * B, block):
         b = slice(start, min(start + block, V * B))
-        source_bHWC = images_BX.index_select(0, upload(row_R[b] % B, device)).unflatten(1, (H, W, 3))
-        x_b3HW = _crop(source_bHWC.permute(0, 3, 1, 2).float(), geometry_R6[b], size)
-        ends = (ends_5 - start).clamp(0, b.stop - start).tolist()
-        _jitter(x_b3HW, turn_R[b], blend_R33[b], ends, bool(turns_R[b].any()))
-        grey = upload(grey_R[b].nonzero().squeeze(1), device)
+        source_bHWC = images_BX.index_select(0, upload(torch.from_numpy(row_R[b] % B), device)).unflatten(1, (H, W, 3))
+        x_b3HW = sample(source_bHWC.permute(0, 3, 1, 2).float(), b)
+        ends = (ends_5 - start).clip(0, b.stop - start).tolist()
+        _jitter(x_b3HW, turn_R[b], blend_33R111[:, :, b], ends, turns_R[b].any())
+        grey = upload(torch.from_numpy(grey_R[b].nonzero()[0]), device)
         if len(grey):
             x_b3HW.index_copy_(0, grey, _grey(x_b3HW.index_select(0, grey)).expand(-1, 3, -1, -1))
         sorted_RHWC[b] = x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1)
     # Whole rows are picked as they lie in memory; `images[rows]` goes through single bytes on a CPU.
-    out_RX = sorted_RHWC.flatten(1).index_select(0, upload(row_R.argsort(), device))
+    out_RX = sorted_RHWC.flatten(1).index_select(0, upload(torch.from_numpy(row_R.argsort()), device))
     return out_RX.unflatten(1, (*size, 3)).permute(0, 3, 1, 2)
 
 
-def _jitter_tables(op_R4, factor_R4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _jitter_tables(op_R4: np.ndarray, factor_R4: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """place_R of hue in the order (UNCHANGED: no jitter does anything), turn_R of hue, blend_R33 of the other three.
 
     blend: coefficients (f, a, b) of x <- clamp(f x + a mean(grey(x)) + b grey(x)). Brightness (f, 0, 0), contrast (f, 1-f,
     0), saturation (f, 0, 1-f): one blend serves the rows of every jitter but hue.
     """
     hue_R4 = op_R4 == HUE
-    others_R3 = (~hue_R4).nonzero()[:, 1].view(-1, 3)
-    op_R3, f_R3 = op_R4.gather(1, others_R3), factor_R4.gather(1, others_R3)
-    blend_R33 = torch.stack([f_R3, (1 - f_R3) * (op_R3 == CONTRAST), (1 - f_R3) * (op_R3 == SATURATION)], dim=2)
-    changed_R = (factor_R4 != (~hue_R4).float()).any(1)  # a factor of 1 does nothing, a turn of 0 neither
-    return hue_R4.int().argmax(1).where(changed_R, UNCHANGED), (factor_R4 * hue_R4).sum(1), blend_R33
+    op_R3, f_R3 = op_R4[~hue_R4].reshape(-1, 3), factor_R4[~hue_R4].reshape(-1, 3)
+    blend_R33 = np.stack([f_R3, (1 - f_R3) * (op_R3 == CONTRAST), (1 - f_R3) * (op_R3 == SATURATION)], axis=2)
+    changed_R = (factor_R4 != ~hue_R4).any(1)  # a factor of 1 does nothing, a turn of 0 neither
+    return np.where(changed_R, hue_R4.argmax(1), UNCHANGED), factor_R4[hue_R4], blend_R33
 
 
-def _jitter(x_b3HW, turn_b, blend_b33, ends: list[int], turns: bool) -> None:
+def _jitter(x_b3HW, turn_b, blend_33b111, ends: list[int], turns: bool) -> None:
     """The jitters in place of rows sorted by the place of hue; `ends[p]` rows have it at place p or before."""
     jittered = ends[UNCHANGED - 1]
     for j in range(3):
         if ends[j] < jittered:
-            _blend(x_b3HW[ends[j] : jittered], blend_b33[ends[j] : jittered, j])
+            _blend(x_b3HW[ends[j] : jittered], blend_33b111[j, :, ends[j] : jittered])
     if turns and jittered:
         _turn_hue(x_b3HW[:jittered], turn_b[:jittered])
     for j in range(3):
         if ends[j]:
-            _blend(x_b3HW[: ends[j]], blend_b33[: ends[j], j])
+            _blend(x_b3HW[: ends[j]], blend_33b111[j, :, : ends[j]])
 
 
-def _crop(source_b3HW, geometry_b6, size) -> torch.Tensor:
-    """(b, 3, *size): crop, flip and antialiased resize.
+def _sampler(geometry_R6, source_size, size) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """A function of (b, 3, *source_size) pixels and the slice of rows they are for: crop, flip and antialiased resize.
 
     Two batched matrix products in general; where no axis shrinks, the filter is two taps wide and sampling is cheaper.
     """
-    H, W = source_b3HW.shape[2:]
-    top_b, left_b, height_b, width_b, flip_b, _ = geometry_b6.unbind(1)
+    H, W = source_size
+    top_R, left_R, height_R, width_R, flip_R, _ = geometry_R6.unbind(1)
     if size[0] >= H and size[1] >= W:
-        y_bh = crop_centers(top_b, height_b, size[0]).mul_(2).add_(1).div_(H).sub_(1)
-        x_bw = crop_centers(left_b, width_b, size[1], flip_b != 0).mul_(2).add_(1).div_(W).sub_(1)
-        x_bw, y_bh = torch.complex(x_bw, torch.zeros_like(x_bw)), torch.complex(torch.zeros_like(y_bh), y_bh)
-        grid_bhw2 = torch.view_as_real(x_bw[:, None, :] + y_bh[:, :, None])  # pairs (x, y) in one vectorized sum
-        return F.grid_sample(source_b3HW, grid_bhw2, mode="bilinear", padding_mode="border", align_corners=False)
-    vertical_bhH = resample_matrix(top_b, height_b, H, size[0])
-    horizontal_bwW = resample_matrix(left_b, width_b, W, size[1], flip_b != 0)
-    x_b3Hw = torch.bmm(source_b3HW.flatten(1, 2), horizontal_bwW.transpose(1, 2)).unflatten(1, (3, H))
-    return torch.matmul(vertical_bhH[:, None], x_b3Hw)
+        y_Rh = crop_centers(top_R, height_R, size[0]).mul_(2).add_(1).div_(H).sub_(1)
+        x_Rw = crop_centers(left_R, width_R, size[1], flip_R != 0).mul_(2).add_(1).div_(W).sub_(1)
+        # pairs (x, y) as complex numbers: one vectorized sum makes a grid of them
+        x_R1w, y_Rh1 = (
+            torch.complex(x_Rw, torch.zeros_like(x_Rw))[:, None],
+            torch.complex(torch.zeros_like(y_Rh), y_Rh)[..., None],
+        )
+
+        def sample(source_b3HW: torch.Tensor, b: slice) -> torch.Tensor:
+            grid_bhw2 = torch.view_as_real(x_R1w[b] + y_Rh1[b])
+            return F.grid_sample(source_b3HW, grid_bhw2, mode="bilinear", padding_mode="border", align_corners=False)
+
+        return sample
+
+    def resample(source_b3HW: torch.Tensor, b: slice) -> torch.Tensor:
+        vertical_bhH = resample_matrix(top_R[b], height_R[b], H, size[0])
+        horizontal_bwW = resample_matrix(left_R[b], width_R[b], W, size[1], flip_R[b] != 0)
+        x_b3Hw = torch.bmm(source_b3HW.flatten(1, 2), horizontal_bwW.transpose(1, 2)).unflatten(1, (3, H))
+        return torch.matmul(vertical_bhH[:, None], x_b3Hw)
+
+    return resample
 
 
-def _blend(x_b3HW, blend_b3) -> None:
-    factor_b111, mean_b111, grey_b111 = blend_b3[:, :, None, None, None].unbind(1)
+def _blend(x_b3HW, blend_3b111) -> None:
+    factor_b111, mean_b111, grey_b111 = blend_3b111.unbind()
     grey_b1HW = _grey(x_b3HW)
     mean_b111 = grey_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111
     torch.addcmul(grey_b1HW.mul_(grey_b111).add_(mean_b111), x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 255)
@@ -195,19 +210,17 @@ def _check(images_BHWC, parameters, mean, std, out_dtype):
         check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.bool,), device=cpu)
     check_tensor("parameters.factor_BV4", parameters.factor_BV4, shape=(B, V, 4), dtypes=(torch.float32,), device=cpu)
     check_tensor("parameters.order_BV4", parameters.order_BV4, shape=(B, V, 4), dtypes=(torch.int64,), device=cpu)
-    if (parameters.order_BV4.exp2().sum(2) != 15).any():  # four powers of two make 15 as 1 + 2 + 4 + 8 alone
+    order_BV4, factor_BV4 = parameters.order_BV4.numpy(), parameters.factor_BV4.numpy()
+    if (np.exp2(order_BV4).sum(2) != 15).any():  # four powers of two make 15 as 1 + 2 + 4 + 8 alone
         raise ValueError("parameters.order_BV4 holds a row that is no order of 0, 1, 2, 3")
-    if not parameters.factor_BV4.abs().amax() < torch.inf:
+    if not np.isfinite(factor_BV4).all():
         raise ValueError("parameters.factor_BV4 holds a value that is not finite")
-    start_2R, length_2R = torch.stack(
-        [parameters.top_BV, parameters.left_BV, parameters.height_BV, parameters.width_BV]
-    ).view(2, 2, -1)
-    lowest_2, shortest_2 = start_2R.amin(1).tolist(), length_2R.amin(1).tolist()
-    ends_2 = (start_2R + length_2R).amax(1).tolist()
-    for axis, extent, lowest, shortest, end in zip(
-        ("top + height", "left + width"), (H, W), lowest_2, shortest_2, ends_2, strict=True
+    top_BV, left_BV, height_BV, width_BV = (table.numpy() for table in parameters.geometry()[:4])
+    for axis, extent, start_BV, length_BV in (
+        ("top + height", H, top_BV, height_BV),
+        ("left + width", W, left_BV, width_BV),
     ):
-        if lowest < 0 or shortest < 1 or end > extent:
+        if start_BV.min() < 0 or length_BV.min() < 1 or (start_BV + length_BV).max() > extent:
             raise ValueError(f"parameters has a crop whose {axis} leaves images_BHWC {list(images_BHWC.shape)}")
     for c in range(3):
         check_number(f"mean[{c}]", mean[c], 0, 1)

@@ -12,6 +12,7 @@ Legend as in kernels/views.py; E entries of a view in the table of `device_table
 
 import math
 
+import numpy as np
 import torch
 
 from kernels import backend
@@ -26,10 +27,10 @@ def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[tor
     table_BVE (fp32, E = 14): top, left, height, width, flip, grey, the factors of brightness, contrast, saturation and hue,
     the four jitters in their order.
     """
-    p = parameters
-    geometry_BV6 = torch.stack([p.top_BV, p.left_BV, p.height_BV, p.width_BV, p.flip_BV, p.grey_BV], dim=2)
-    table_BVE = torch.cat([geometry_BV6, p.factor_BV4, p.order_BV4], dim=2)
-    return upload(table_BVE, device), bool((p.factor_BV4[..., CONTRAST] != 1).any())
+    factor_BV4 = parameters.factor_BV4.numpy()
+    columns = [*(table.numpy()[..., None] for table in parameters.geometry()), factor_BV4, parameters.order_BV4.numpy()]
+    table_BVE = np.concatenate(columns, axis=2, dtype=np.float32, casting="unsafe")
+    return upload(torch.from_numpy(table_BVE), device), bool((factor_BV4[..., CONTRAST] != 1).any())
 
 
 def launch_settings(height: int, width: int) -> dict[str, int]:
