@@ -20,6 +20,7 @@ from benchmarks.kernel_case import Case
 from benchmarks.kernel_cases import SWEEPS
 from benchmarks.verdicts import verdicts
 from kernels import backend
+from modules.runtime import keep_freed_memory
 
 COLUMNS = (  # of a row, after its conditions
     "op", "implementation", "shape", "dtype", "median_ms", "p10_ms", "p90_ms", "blocks", "spread_pct", "speedup",
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = torch.device(options.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events and graphs are those of the current device
+    keep_freed_memory(device)  # as a run does, for every implementation alike
     budget = harness.Budget(options.budget_seconds)
     conditions, ceilings = harness.conditions(device), measure_ceilings(device, clock=options.clock)
     print(f"{conditions['device']}, torch {conditions['torch']}, triton {conditions['triton']}, "

@@ -1,6 +1,10 @@
 """Choices with their reasons, and randomness that is a function of what is drawn for."""
 
+import ctypes
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ import torch
 from modules import config, runtime
 from modules.errors import ConfigError
 from modules.runtime import Choice, commit, environment, resolve_runtime, stream, stream_seed
+
+ROOT = Path(__file__).parents[2]
 
 
 def resolved(dtype="auto", **run):
@@ -101,3 +107,33 @@ def test_a_choice_that_the_device_is_slow_at_says_so(available, said, monkeypatc
     found = resolved(device="cpu", precision="bf16", dtype="bf16")
     assert (found.precision.reason, found.pipeline_dtype.reason) == (f"run.precision{said}", f"pipeline.dtype{said}")
     assert resolved(device="cpu").precision.reason == "auto: bf16 on a GPU, fp32 on a CPU"
+
+
+FREEING = """
+import resource, sys, torch
+from modules import config
+from modules.runtime import resolve_runtime
+
+if sys.argv[1] == "kept":
+    resolve_runtime(config.Run(device="cpu"), config.Pipeline())
+for megabytes in (20, 48):
+    faults = []
+    for _ in range(10):
+        held = [torch.ones(megabytes * 2**18) for _ in range(8)]
+        del held
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    print(faults[-1] - faults[-4])  # in the last three rounds, when the heap has found its form
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    def late_faults(mode):
+        told = subprocess.run(
+            [sys.executable, "-c", FREEING, mode], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return [int(line) for line in told.stdout.split()]
+
+    _, given_back = late_faults("given back")  # whether the smaller are given back is luck
+    assert given_back > 500, "1.1 GiB, in pages of 2 MiB at most: without this the test could not fail"
+    assert all(kept < 50 for kept in late_faults("kept"))
