@@ -15,7 +15,7 @@ from benchmarks.harness import replayed
 from benchmarks.kernel_case import Case, implementations
 from kernels.resample import crop_centers
 from kernels.view_parameters import CONTRAST, HUE, SATURATION
-from kernels.views import GREY_3, UNIFORMS, ViewParameters, device_tables, draw_view_parameters, launch_views, views
+from kernels.views import GRAY_3, UNIFORMS, ViewParameters, device_tables, draw_view_parameters, launch_views, views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.4, 0.4, 0.4, 0.1)
@@ -69,7 +69,7 @@ def dense_views(images_BHWC: torch.Tensor, parameters: ViewParameters, dtype: to
     """
     device, (B, H, W, _) = images_BHWC.device, images_BHWC.shape
     geometry_R6, op_R4, factor_R4 = (torch.from_numpy(table).to(device) for table in parameters.rows())
-    top_R, left_R, height_R, width_R, flip_R, grey_R = geometry_R6.unbind(1)
+    top_R, left_R, height_R, width_R, flip_R, gray_R = geometry_R6.unbind(1)
     hue_R4 = op_R4 == HUE
     f_R4 = factor_R4.masked_fill(hue_R4, 1.0)
     mean_R4, own_R4 = (1 - f_R4) * (op_R4 == CONTRAST), (1 - f_R4) * (op_R4 == SATURATION)
@@ -87,19 +87,19 @@ def dense_views(images_BHWC: torch.Tensor, parameters: ViewParameters, dtype: to
         grid_RHW2 = torch.stack([x_RW[:, None, :].expand(shape), y_RH[:, :, None].expand(shape)], dim=3)
         x = F.grid_sample(source_R3HW, grid_RHW2, mode="bilinear", padding_mode="border", align_corners=False)
         for place in range(4):
-            grey = _grey(x)
-            target = column(mean_R4[:, place]) * grey.mean((2, 3), keepdim=True) + column(own_R4[:, place]) * grey
+            gray = _gray(x)
+            target = column(mean_R4[:, place]) * gray.mean((2, 3), keepdim=True) + column(own_R4[:, place]) * gray
             x = (column(f_R4[:, place]) * x + target).clamp(0, 1)
             x = torch.where(column(turned_R4[:, place]), _turned(x, column(factor_R4[:, place])), x)
-        x = torch.where(column(grey_R) != 0, _grey(x), x)
+        x = torch.where(column(gray_R) != 0, _gray(x), x)
         return (((x - mean_311) / std_311).to(dtype).contiguous(memory_format=torch.channels_last),)
 
     return call
 
 
-def _grey(x_R3HW: torch.Tensor) -> torch.Tensor:
+def _gray(x_R3HW: torch.Tensor) -> torch.Tensor:
     r, g, b = x_R3HW.split(1, dim=1)
-    return GREY_3[0] * r + GREY_3[1] * g + GREY_3[2] * b
+    return GRAY_3[0] * r + GRAY_3[1] * g + GRAY_3[2] * b
 
 
 def _turned(x_R3HW: torch.Tensor, turn_R111: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def same_rows(images_B3HW: torch.Tensor, parameters: ViewParameters, count: int)
             if factors != [1.0, 1.0, 1.0, 0.0]:
                 for op in p.order_BV4[b, v].tolist():
                     x = jitters[op](x, factors[op])
-            x = TF.rgb_to_grayscale(x, 3) if p.grey_BV[b, v] else x
+            x = TF.rgb_to_grayscale(x, 3) if p.gray_BV[b, v] else x
             out.append(TF.normalize(TF.to_dtype(x, torch.float32, scale=True), MEAN, STD))
     return torch.stack(out)
 

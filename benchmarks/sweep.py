@@ -54,8 +54,8 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         ("supcon",),
         {
             "as configured": [],
-            "no grey, no hue": ["learning.grey_p=0.0", "learning.jitter=[0.4, 0.4, 0.4, 0.0]"],
-            "weak color": ["learning.grey_p=0.0", "learning.jitter=[0.2, 0.2, 0.2, 0.0]"],
+            "no gray, no hue": ["learning.grayscale_p=0.0", "learning.jitter=[0.4, 0.4, 0.4, 0.0]"],
+            "weak color": ["learning.grayscale_p=0.0", "learning.jitter=[0.2, 0.2, 0.2, 0.0]"],
             "crop from .15": ["learning.crop_scale=[0.15, 1.0]"],
             "crop from .6": ["learning.crop_scale=[0.6, 1.0]"],
             "strong": ["learning.augment=strong"],

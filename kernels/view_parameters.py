@@ -1,4 +1,4 @@
-"""What a random view of an image is: its crop, flip, jitter and grey, each a pure function of uniform numbers.
+"""What a random view of an image is: its crop, flip, jitter and gray, each a pure function of uniform numbers.
 
 Apart from the kernel that applies them, so that whoever owns the random streams (modules/data/views.py) decides which
 numbers a row sees, and the kernel never draws any. Legend: B images, V views, K uniforms of a view.
@@ -13,7 +13,7 @@ import torch
 from kernels.checks import check_number, check_tensor
 
 CROP_ATTEMPTS = 10
-UNIFORMS = 2 * CROP_ATTEMPTS + 13  # K: crop attempts, position 2, flip, jitter, four factors, order 4, grey
+UNIFORMS = 2 * CROP_ATTEMPTS + 13  # K: crop attempts, position 2, flip, jitter, four factors, order 4, gray
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the entries of `order_BV4`
 NOTHING_4 = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that do nothing
 
@@ -29,12 +29,12 @@ class ViewParameters:
     flip_BV: torch.Tensor  # bool, horizontal
     factor_BV4: torch.Tensor  # fp32: brightness, contrast, saturation factors >= 0 (1 does nothing); hue in [-.5, .5]
     order_BV4: torch.Tensor  # int64, which of the four is applied first, second, ...
-    grey_BV: torch.Tensor  # bool, after the jitter
+    gray_BV: torch.Tensor  # bool, after the jitter
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """View-major tables (row v*B + b is view v of image b), on the host.
 
-        geometry_R6 (fp32): top, left, height, width, flip, grey. op_R4 (int64): the jitters in their order.
+        geometry_R6 (fp32): top, left, height, width, flip, gray. op_R4 (int64): the jitters in their order.
         factor_R4 (fp32): the factor of each of those.
         """
         geometry_BV6 = np.stack(
@@ -45,8 +45,8 @@ class ViewParameters:
         return tuple(t.swapaxes(0, 1).reshape(-1, t.shape[2]) for t in (geometry_BV6, order_BV4, factor_BV4))
 
     def geometry(self) -> tuple[torch.Tensor, ...]:
-        """What is no color: top, left, height, width, flip, grey, each [B, V]."""
-        return self.top_BV, self.left_BV, self.height_BV, self.width_BV, self.flip_BV, self.grey_BV
+        """What is no color: top, left, height, width, flip, gray, each [B, V]."""
+        return self.top_BV, self.left_BV, self.height_BV, self.width_BV, self.flip_BV, self.gray_BV
 
 
 def draw_view_parameters(
@@ -58,7 +58,7 @@ def draw_view_parameters(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
     jitter_p: float = 0.8,
-    grey_p: float = 0.2,
+    grayscale_p: float = 0.2,
     flip_p: float = 0.5,
 ) -> ViewParameters:
     """The parameters of each view, distributed as torchvision draws them, from K = UNIFORMS numbers a view.
@@ -72,7 +72,7 @@ def draw_view_parameters(
     """
     cpu = torch.device("cpu")
     check_tensor("uniforms_BVK", uniforms_BVK, shape=(None, None, UNIFORMS), dtypes=(torch.float64,), device=cpu)
-    for name, probability in (("jitter_p", jitter_p), ("grey_p", grey_p), ("flip_p", flip_p)):
+    for name, probability in (("jitter_p", jitter_p), ("grayscale_p", grayscale_p), ("flip_p", flip_p)):
         check_number(name, probability, 0, 1)
     check_number("crop_scale[0]", crop_scale[0], 0, crop_scale[1], open_low=True)
     check_number("ratio[0]", ratio[0], 0, ratio[1], open_low=True)
@@ -83,7 +83,7 @@ def draw_view_parameters(
     crop_BVK, rest_BVK = np.split(uniforms_BVK.numpy(), [2 * CROP_ATTEMPTS], axis=2)
     height_BV, width_BV, fits_BV = _crop_size(crop_BVK, height, width, crop_scale, ratio)
     y_BV, x_BV, flip_BV, jitter_BV = np.moveaxis(rest_BVK[..., :4], 2, 0)
-    factor_BV4, order_BV4, grey_BV = rest_BVK[..., 4:8], rest_BVK[..., 8:12], rest_BVK[..., 12]
+    factor_BV4, order_BV4, gray_BV = rest_BVK[..., 4:8], rest_BVK[..., 8:12], rest_BVK[..., 12]
     strength_4 = np.array(jitter)
     low_4, high_4 = NOTHING_4 - strength_4, NOTHING_4 + strength_4
     low_4[:HUE] = low_4[:HUE].clip(min=0)
@@ -96,7 +96,7 @@ def draw_view_parameters(
         "flip_BV": flip_BV < flip_p,
         "factor_BV4": np.where((jitter_BV < jitter_p)[..., None], factor_BV4, NOTHING_4).astype(np.float32),
         "order_BV4": order_BV4.argsort(axis=2, kind="stable"),
-        "grey_BV": grey_BV < grey_p,
+        "gray_BV": gray_BV < grayscale_p,
     }
     return ViewParameters(**{name: torch.from_numpy(table) for name, table in tables.items()})
 

@@ -1,4 +1,4 @@
-"""Random views of a batch of images: crop, flip, jitter, grey and normalize, each row with its own parameters.
+"""Random views of a batch of images: crop, flip, jitter, gray and normalize, each row with its own parameters.
 
 torchvision draws one set of parameters for a whole batch, and row by row it is a hundred small calls an image. Here the
 geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel
@@ -21,7 +21,7 @@ from kernels.views_kernel import device_tables, launch_views
 
 __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views_reference"]
 
-GREY_3 = (0.2989, 0.587, 0.114)
+GRAY_3 = (0.2989, 0.587, 0.114)
 UNCHANGED = 4  # in place of the place that hue has in a row's order: no jitter does anything
 # Floats of a block of rows on a CPU: 4 MB, which a cache holds and a fresh process's malloc does not give back each time.
 CACHE_FLOATS = 1_000_000
@@ -42,10 +42,10 @@ def views(
     Per row, on values in [0, 1], as torchvision.transforms.v2.functional does on float images:
     resized_crop(antialias=True) to `size` (None: H x W), horizontal flip, the four jitters in the row's order
 
-        brightness x <- clamp(f x)          contrast x <- clamp(f x + (1 - f) mean(grey(x)))
-        saturation x <- clamp(f x + (1 - f) grey(x))    hue: H of HSV <- H + f mod 1
+        brightness x <- clamp(f x)          contrast x <- clamp(f x + (1 - f) mean(gray(x)))
+        saturation x <- clamp(f x + (1 - f) gray(x))    hue: H of HSV <- H + f mod 1
 
-    with grey(x) = .2989 r + .587 g + .114 b, then x <- grey(x) on grey rows, then (x - mean) / std.
+    with gray(x) = .2989 r + .587 g + .114 b, then x <- gray(x) on gray rows, then (x - mean) / std.
 
     images_BHWC: uint8, contiguous, on any device. parameters: on the CPU, entries [B, V]. out_dtype: fp32, fp16 or bf16;
     arithmetic is fp32. Raises ValueError for a wrong shape, dtype, layout or a crop that leaves its image.
@@ -74,7 +74,7 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     row_R = place_R.argsort(kind="stable")  # of the views, in the order they are made
     ends_5 = np.bincount(place_R, minlength=UNCHANGED + 1).cumsum()
     geometry_R6, turn_R, blend_R33 = geometry_R6[row_R], turn_R[row_R], blend_R33[row_R]
-    grey_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
+    gray_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
     normalize_23 = np.stack([1 / (255 * np.float32(std)), -np.float32(mean) / np.float32(std)])
     scale_311, shift_311 = upload(torch.from_numpy(normalize_23)[:, :, None, None], device).unbind()
     turn_R = upload(torch.from_numpy(turn_R), device)
@@ -89,9 +89,9 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
         x_b3HW = sample(source_bHWC.permute(0, 3, 1, 2).float(), b)
         ends = (ends_5 - start).clip(0, b.stop - start).tolist()
         _jitter(x_b3HW, turn_R[b], blend_33R111[:, :, b], ends, turns_R[b].any())
-        grey = upload(torch.from_numpy(grey_R[b].nonzero()[0]), device)
-        if len(grey):
-            x_b3HW.index_copy_(0, grey, _grey(x_b3HW.index_select(0, grey)).expand(-1, 3, -1, -1))
+        gray = upload(torch.from_numpy(gray_R[b].nonzero()[0]), device)
+        if len(gray):
+            x_b3HW.index_copy_(0, gray, _gray(x_b3HW.index_select(0, gray)).expand(-1, 3, -1, -1))
         sorted_RHWC[b] = x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1)
     # Whole rows are picked as they lie in memory; `images[rows]` goes through single bytes on a CPU.
     out_RX = sorted_RHWC.flatten(1).index_select(0, upload(torch.from_numpy(row_R.argsort()), device))
@@ -101,7 +101,7 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
 def _jitter_tables(op_R4: np.ndarray, factor_R4: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """place_R of hue in the order (UNCHANGED: no jitter does anything), turn_R of hue, blend_R33 of the other three.
 
-    blend: coefficients (f, a, b) of x <- clamp(f x + a mean(grey(x)) + b grey(x)). Brightness (f, 0, 0), contrast (f, 1-f,
+    blend: coefficients (f, a, b) of x <- clamp(f x + a mean(gray(x)) + b gray(x)). Brightness (f, 0, 0), contrast (f, 1-f,
     0), saturation (f, 0, 1-f): one blend serves the rows of every jitter but hue.
     """
     hue_R4 = op_R4 == HUE
@@ -156,15 +156,15 @@ def _sampler(geometry_R6, source_size, size) -> Callable[[torch.Tensor, slice], 
 
 
 def _blend(x_b3HW, blend_3b111) -> None:
-    factor_b111, mean_b111, grey_b111 = blend_3b111.unbind()
-    grey_b1HW = _grey(x_b3HW)
-    mean_b111 = grey_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111
-    torch.addcmul(grey_b1HW.mul_(grey_b111).add_(mean_b111), x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 255)
+    factor_b111, mean_b111, gray_b111 = blend_3b111.unbind()
+    gray_b1HW = _gray(x_b3HW)
+    mean_b111 = gray_b1HW.mean(dim=(2, 3), keepdim=True) * mean_b111
+    torch.addcmul(gray_b1HW.mul_(gray_b111).add_(mean_b111), x_b3HW, factor_b111, out=x_b3HW).clamp_(0, 255)
 
 
-def _grey(x_b3HW) -> torch.Tensor:
+def _gray(x_b3HW) -> torch.Tensor:
     r, g, b = x_b3HW.split(1, dim=1)
-    return (r * GREY_3[0]).add_(g, alpha=GREY_3[1]).add_(b, alpha=GREY_3[2])
+    return (r * GRAY_3[0]).add_(g, alpha=GRAY_3[1]).add_(b, alpha=GRAY_3[2])
 
 
 def _turn_hue(x_b3HW, turn_b) -> None:
@@ -180,7 +180,7 @@ def _turn_hue(x_b3HW, turn_b) -> None:
     hue = torch.sub(r, g).add_(chroma, alpha=4)
     hue.lerp_(torch.sub(b, r).add_(chroma, alpha=2), torch.eq(g, high, out=is_high))
     hue.lerp_(torch.sub(g, b), torch.eq(r, high, out=is_high))
-    # A circle is added, so that the part cut off is never negative; a grey pixel's hue is 0 / 1e-12.
+    # A circle is added, so that the part cut off is never negative; a gray pixel's hue is 0 / 1e-12.
     torch.addcdiv(1 + turn_b[:, None, None], hue, chroma.clamp_(min=1e-12), value=1 / 6, out=hue).frac_().mul_(6)
     torch.sub(hue[:, None], upload([3.0, 2.0, 4.0], hue.device)[:, None, None], out=x_b3HW).abs_()
     x_b3HW[:, :1].sub_(1)
@@ -206,7 +206,7 @@ def _check(images_BHWC, parameters, mean, std, out_dtype):
     V = parameters.top_BV.shape[1] if parameters.top_BV.ndim == 2 else None
     for name in ("top_BV", "left_BV", "height_BV", "width_BV"):
         check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.int64,), device=cpu)
-    for name in ("flip_BV", "grey_BV"):
+    for name in ("flip_BV", "gray_BV"):
         check_tensor(f"parameters.{name}", getattr(parameters, name), shape=(B, V), dtypes=(torch.bool,), device=cpu)
     check_tensor("parameters.factor_BV4", parameters.factor_BV4, shape=(B, V, 4), dtypes=(torch.float32,), device=cpu)
     check_tensor("parameters.order_BV4", parameters.order_BV4, shape=(B, V, 4), dtypes=(torch.int64,), device=cpu)

@@ -5,7 +5,7 @@ address) is computed once, what depends on a row alone is a scalar. Where no cro
 interpolated across, are kept: the next output row lies between the same two or one further, so each source row is read
 and interpolated once a strip. A jitter that a view does not have is jumped over, as all lanes of a program agree on it.
 
-Contrast needs the mean grey of a whole view. A first launch of the same walk, MEANS, stores one sum a strip for the views
+Contrast needs the mean gray of a whole view. A first launch of the same walk, MEANS, stores one sum a strip for the views
 that have contrast; the second adds up those of its view in a fixed order. Without contrast there is one launch only.
 Legend as in kernels/views.py; E entries of a view in the table of `device_tables`.
 """
@@ -24,7 +24,7 @@ from kernels.view_parameters import CONTRAST, ViewParameters
 def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[torch.Tensor, bool]:
     """What the kernel reads of the parameters, in one upload, and whether any view has contrast.
 
-    table_BVE (fp32, E = 14): top, left, height, width, flip, grey, the factors of brightness, contrast, saturation and hue,
+    table_BVE (fp32, E = 14): top, left, height, width, flip, gray, the factors of brightness, contrast, saturation and hue,
     the four jitters in their order.
     """
     factor_BV4 = parameters.factor_BV4.numpy()
@@ -78,22 +78,22 @@ def _views_kernel(
     mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, READ_WORDS: tl.constexpr,
     MEANS: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One strip of one view: its sum of grey before contrast (MEANS), or its pixels."""
+    """One strip of one view: its sum of gray before contrast (MEANS), or its pixels."""
     across, strips = tl.cdiv(out_W, COLUMNS), tl.cdiv(out_W, COLUMNS) * tl.cdiv(out_H, ROWS)
     view, strip = tl.program_id(0) // strips, tl.program_id(0) % strips  # programs of one image share its cache
     b, v = view // V, view % V
     table_ptr += view * 14
     top, left = tl.load(table_ptr), tl.load(table_ptr + 1)
     height, width = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-    flip, grey, turn = tl.load(table_ptr + 4), tl.load(table_ptr + 5), tl.load(table_ptr + 9)
+    flip, gray, turn = tl.load(table_ptr + 4), tl.load(table_ptr + 5), tl.load(table_ptr + 9)
     hue, jittered = 4, turn != 0.0  # hue: its place in the order
     for place in tl.static_range(3):
         jittered |= tl.load(table_ptr + 6 + place) != 1.0
     for place in tl.static_range(4):
         hue = tl.where(tl.load(table_ptr + 10 + place) == 3.0, place, hue)
-    factor_0, level_0, grey_0 = _blend_at(table_ptr, hue, 0)
-    factor_1, level_1, grey_1 = _blend_at(table_ptr, hue, 1)
-    factor_2, level_2, grey_2 = _blend_at(table_ptr, hue, 2)
+    factor_0, level_0, gray_0 = _blend_at(table_ptr, hue, 0)
+    factor_1, level_1, gray_1 = _blend_at(table_ptr, hue, 1)
+    factor_2, level_2, gray_2 = _blend_at(table_ptr, hue, 2)
     hue = tl.where(turn == 0.0, 4, hue)
     contrast = tl.where(level_0 != 0.0, 0, tl.where(level_1 != 0.0, 1, tl.where(level_2 != 0.0, 2, 3)))
     stop = 3  # blends from here on are left out
@@ -152,22 +152,22 @@ def _views_kernel(
             if hue == 0:
                 red, green, blue = _turned(red, green, blue, turn)
             if stop > 0:
-                red, green, blue = _blended(red, green, blue, factor_0, level_0, grey_0)
+                red, green, blue = _blended(red, green, blue, factor_0, level_0, gray_0)
             if hue == 1:
                 red, green, blue = _turned(red, green, blue, turn)
             if stop > 1:
-                red, green, blue = _blended(red, green, blue, factor_1, level_1, grey_1)
+                red, green, blue = _blended(red, green, blue, factor_1, level_1, gray_1)
             if hue == 2:
                 red, green, blue = _turned(red, green, blue, turn)
             if stop > 2:
-                red, green, blue = _blended(red, green, blue, factor_2, level_2, grey_2)
+                red, green, blue = _blended(red, green, blue, factor_2, level_2, gray_2)
             if hue == 3:
                 red, green, blue = _turned(red, green, blue, turn)
         if MEANS:
-            total += _grey_of(red, green, blue)
+            total += _gray_of(red, green, blue)
         else:
-            if grey != 0.0:
-                level = _grey_of(red, green, blue)
+            if gray != 0.0:
+                level = _gray_of(red, green, blue)
                 red, green, blue = level, level, level
             red, green, blue = red * inverse_r + shift_r, green * inverse_g + shift_g, blue * inverse_b + shift_b
             kind: tl.constexpr = out_ptr.dtype.element_ty
@@ -182,7 +182,7 @@ def _views_kernel(
 
 @jit
 def _blend_at(table_ptr, hue, j: tl.constexpr):
-    """(f, a, g) of blend j, counted without hue: x <- clamp(f x + a mean(grey(x)) + g grey(x))."""
+    """(f, a, g) of blend j, counted without hue: x <- clamp(f x + a mean(gray(x)) + g gray(x))."""
     early, late = tl.load(table_ptr + 10 + j), tl.load(table_ptr + 11 + j)
     op = tl.where(hue <= j, late, early)
     brightness, contrast, saturation = tl.load(table_ptr + 6), tl.load(table_ptr + 7), tl.load(table_ptr + 8)
@@ -252,13 +252,13 @@ def _weight(at, start, length, center, slope):
 
 
 @jit
-def _grey_of(red, green, blue):
+def _gray_of(red, green, blue):
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 @jit
 def _blended(red, green, blue, factor, level, share):
-    target = level + share * _grey_of(red, green, blue)
+    target = level + share * _gray_of(red, green, blue)
     red = tl.minimum(tl.maximum(factor * red + target, 0.0), 1.0)
     green = tl.minimum(tl.maximum(factor * green + target, 0.0), 1.0)
     blue = tl.minimum(tl.maximum(factor * blue + target, 0.0), 1.0)

@@ -41,7 +41,7 @@ class Data:
     max_pixels: int = 50_000_000  # header size above which a file is refused before it is decoded
     crop_to_mask: bool = False  # crop each image to its object mask
     crop_margin: float = 0.1  # >= 0: margin round the object, share of the object's longer side
-    background: str = "keep"  # keep | grey: what stands outside the object mask
+    background: str = "keep"  # keep | gray: what stands outside the object mask
     super_class: str = ""  # MVIP: take the ID classes from this super class; empty: all
     num_classes: int = 0  # MVIP: how many ID classes, drawn from class_seed after sorting by name; 0: all
     class_seed: int = 0  # MVIP: seed of that draw
@@ -179,7 +179,7 @@ class Learning:
     crop_scale: tuple[float, float] = (0.3, 1.0)  # random-resized-crop, share of the area
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8  # [0, 1]: share of views whose colors are jittered
-    grey_p: float = 0.2  # [0, 1]: share of views without color
+    grayscale_p: float = 0.2  # [0, 1]: share of views without color
     optimizer: str = "sgd"  # sgd | adamw | sgd8bit | adamw8bit
     lr: float = 0.1  # at 256 rows a batch; scaled linearly with the batch
     momentum: float = 0.9  # [0, 1): of sgd

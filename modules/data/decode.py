@@ -1,8 +1,8 @@
 """Bytes of an image file -> pixels, safely and rightly.
 
 Safely: the header's size is checked before a pixel is decoded, only known formats are tried, and the whole file is
-decoded, so that a truncated one is found now and not in step 900. Rightly: 16-bit grey is scaled, not clipped (Pillow's
-`convert("RGB")` turns it white), transparency is laid over grey instead of uncovering what it hid, and a photograph is
+decoded, so that a truncated one is found now and not in step 900. Rightly: 16-bit gray is scaled, not clipped (Pillow's
+`convert("RGB")` turns it white), transparency is laid over gray instead of uncovering what it hid, and a photograph is
 turned as its EXIF tag says.
 
 Shapes: H W pixels.
@@ -16,7 +16,7 @@ from PIL import Image
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound would stand before, and above, the one of `_load`
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
-GREY = 128  # what stands where there is no image: under transparency, beyond the border, outside the object
+GRAY = 128  # what stands where there is no image: under transparency, beyond the border, outside the object
 ORIENTATION_TAG = 0x0112
 TURNS = {  # EXIF orientation -> what shows the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,15 +108,15 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_wide_grey(image)
+        return _from_wide_gray(image)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (GREY, GREY, GREY, 255)), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (GRAY, GRAY, GRAY, 255)), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey, full range 0..65535, to 8 bits: round(value / 257)."""
+def _from_wide_gray(image: Image.Image) -> Image.Image:
+    """16-bit gray, full range 0..65535, to 8 bits: round(value / 257)."""
     values = np.asarray(image)
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise BadImage(f"its pixels are {values.dtype}, which has no fixed range; save it with 8 or 16 bits a channel")

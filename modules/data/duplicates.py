@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 def near_duplicates(*sets: Images, threshold: float = THRESHOLD) -> tuple[Pair, ...]:
     """Pairs across (role, split) whose files are equal or whose descriptors have a cosine of `threshold` or more.
 
-    The descriptor is the grey image averaged to 16 x 16, less its mean, of unit length: blind to brightness and
+    The descriptor is the gray image averaged to 16 x 16, less its mean, of unit length: blind to brightness and
     contrast, hardly moved by noise and scaling. Pairs stand in path order, each once.
 
     Raises:
@@ -79,8 +79,8 @@ def _descriptors(pixels_DHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """(unit descriptors [D, E] float32, True where the image is too plain to have one)."""
     rows = []
     for pixels_bHWC in pixels_DHWC.split(CHUNK // 4):
-        grey_b1HW = pixels_bHWC.float().mean(dim=3)[:, None] / 255
-        rows.append(F.adaptive_avg_pool2d(grey_b1HW, GRID).flatten(1))
+        gray_b1HW = pixels_bHWC.float().mean(dim=3)[:, None] / 255
+        rows.append(F.adaptive_avg_pool2d(gray_b1HW, GRID).flatten(1))
     grid_DE = torch.cat(rows).cpu()
     grid_DE = grid_DE - grid_DE.mean(dim=1, keepdim=True)
     return F.normalize(grid_DE, dim=1), grid_DE.std(dim=1) < LEAST_CONTRAST

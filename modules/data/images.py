@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from modules.config import Data
-from modules.data.decode import GREY, BadImage, NoObject, decode_image, decode_mask
+from modules.data.decode import GRAY, BadImage, NoObject, decode_image, decode_mask
 from modules.data.files import Files
 from modules.data.items import Index, Item
-from modules.data.masks import Square, center_square, grey_background, object_square, shrink
+from modules.data.masks import Square, center_square, gray_background, object_square, shrink
 from modules.errors import ConfigError, DataError
 
 THREADS = 4  # Pillow decodes and resizes without the interpreter lock
@@ -173,8 +173,8 @@ class _Job:
         result.digest = hashlib.sha256(content).hexdigest()
         image, orientation = decode_image(content, self.data.max_pixels)
         mask_HW = self._mask(item, image, orientation, max_bytes, result) if self.reads_masks else None
-        if self.data.background == "grey":
-            image = Image.fromarray(grey_background(np.asarray(image), mask_HW))
+        if self.data.background == "gray":
+            image = Image.fromarray(gray_background(np.asarray(image), mask_HW))
         if self.data.crop_to_mask:
             square = object_square(mask_HW, self.data.crop_margin)
         else:
@@ -183,7 +183,7 @@ class _Job:
         result.side = square.side
         if square.side < self.min_size:
             raise BadImage(f"is {square.side} px a side after cropping, less than the {self.min_size} px wanted")
-        image = cut(image, square, (GREY, GREY, GREY))
+        image = cut(image, square, (GRAY, GRAY, GRAY))
         mask = None if mask_HW is None else cut(Image.fromarray(mask_HW.astype(np.uint8) * 255), square, 0)
         for size, place, pixels, masks in zip(self.sizes, self.places, self.pixels, self.masks, strict=True):
             if position not in place:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modules.data.decode import GREY
+from modules.data.decode import GRAY
 
 
 class Square(NamedTuple):
@@ -41,9 +41,9 @@ def center_square(width: int, height: int) -> Square:
     return Square((width - side) // 2, (height - side) // 2, side)
 
 
-def grey_background(pixels_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """The pixels with everything outside the object replaced by mid grey; uint8 [H, W, 3]."""
-    return np.where(mask_HW[:, :, None], pixels_HWC, np.uint8(GREY))
+def gray_background(pixels_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """The pixels with everything outside the object replaced by mid gray; uint8 [H, W, 3]."""
+    return np.where(mask_HW[:, :, None], pixels_HWC, np.uint8(GRAY))
 
 
 def shrink(mask_HW: np.ndarray, size: int, resized_HW: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ def erase(x_R3HW: torch.Tensor, uniforms_RK: torch.Tensor) -> torch.Tensor:
 
 
 def _faded(name: str, x_N3HW: torch.Tensor) -> torch.Tensor:
-    """What a blend moves away from: black, grey, the mean grey, or the smoothed image."""
+    """What a blend moves away from: black, gray, the mean gray, or the smoothed image."""
     if name == "brightness":
         return torch.zeros_like(x_N3HW)
     if name == "sharpness":
@@ -107,8 +107,8 @@ def _faded(name: str, x_N3HW: torch.Tensor) -> torch.Tensor:
         faded_N3HW = x_N3HW.clone()
         faded_N3HW[:, :, 1:-1, 1:-1] = smooth_N3HW
         return faded_N3HW
-    grey_N1HW = vision.rgb_to_grayscale(x_N3HW)
-    return grey_N1HW if name == "color" else grey_N1HW.mean(dim=(1, 2, 3), keepdim=True)
+    gray_N1HW = vision.rgb_to_grayscale(x_N3HW)
+    return gray_N1HW if name == "color" else gray_N1HW.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def _inverse_affine(name: str, magnitude_N: torch.Tensor, H: int, W: int) -> torch.Tensor:

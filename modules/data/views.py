@@ -24,7 +24,7 @@ def two_views(
 ) -> torch.Tensor:
     """(2B, 3, H, W) normalized views of the uint8 images, channels_last, view-major: rows 0 to B-1 are the first views.
 
-    `learning.augment` standard: random-resized-crop, flip, color jitter, grey. strong: random-resized-crop, flip,
+    `learning.augment` standard: random-resized-crop, flip, color jitter, gray. strong: random-resized-crop, flip,
     TrivialAugmentWide, RandomErasing.
     """
     B, H, W, _ = images_BHWC.shape
@@ -37,10 +37,10 @@ def two_views(
             crop_scale=learning.crop_scale,
             jitter=learning.jitter,
             jitter_p=learning.jitter_p,
-            grey_p=learning.grey_p,
+            grayscale_p=learning.grayscale_p,
         )
         return views(images_BHWC, parameters, MEAN, STD, out_dtype)
-    parameters = draw_view_parameters(uniforms_BVK, H, W, crop_scale=learning.crop_scale, jitter_p=0.0, grey_p=0.0)
+    parameters = draw_view_parameters(uniforms_BVK, H, W, crop_scale=learning.crop_scale, jitter_p=0.0, grayscale_p=0.0)
     strong_RK = _uniforms(seed, "strong", step, B, strong.UNIFORMS).transpose(0, 1).flatten(0, 1)
     x_R3HW = views(images_BHWC, parameters, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.float32)
     x_R3HW = strong.erase(_normalize(strong.strong_augment(x_R3HW, strong_RK)), strong_RK)

@@ -35,13 +35,13 @@ def load_judge(
 
     Args:
         steps: AdamW steps of 64 images with random views.
-        learning: whose crop, jitter and grey its views have, so that it sees what the set's learner sees; None: the
+        learning: whose crop, jitter and gray its views have, so that it sees what the set's learner sees; None: the
             defaults.
     """
     device = pixels_DHWC.device
     settings = config.Encoder(arch="small_resnet", width=WIDTH)
     learning = learning or config.Learning()
-    views = {name: getattr(learning, name) for name in ("crop_scale", "jitter", "jitter_p", "grey_p")}
+    views = {name: getattr(learning, name) for name in ("crop_scale", "jitter", "jitter_p", "grayscale_p")}
     model = build_encoder(settings, pixels_DHWC.shape[1], num_classes, seed).to(device)
     key = {
         "algorithm": ALGORITHM,

@@ -48,7 +48,7 @@ def test_a_sweep_writes_a_row_a_val_metric_and_repeats_no_finished_trial(tmp_pat
     assert len(made) == 4 and len({planned.path for planned in made}) == 4, "each config has its own trials"
 
 
-@pytest.mark.parametrize("override", ["run.name=mine", "learning.grey_p=0", "evaluation.test=true", "run.seed=3"])
+@pytest.mark.parametrize("override", ["run.name=mine", "learning.grayscale_p=0", "evaluation.test=true", "run.seed=3"])
 def test_what_a_sweep_sets_may_not_be_set_for_all_of_it(override, tmp_path, capsys):
     """Or variants of six names would be one trial, and the table would say that nothing matters."""
     with pytest.raises(SystemExit) as stopped:

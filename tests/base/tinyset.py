@@ -90,7 +90,7 @@ ARMS = {  # arm -> what differs from SETTINGS
 
 
 def image(color: tuple[int, int, int], direction: float, seed: int) -> np.ndarray:
-    """A bar of a color on a grey ground with a little noise: uint8 [SIZE, SIZE, 3], a function of its arguments."""
+    """A bar of a color on a gray ground with a little noise: uint8 [SIZE, SIZE, 3], a function of its arguments."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
     bar = np.abs(x * np.sin(direction) - y * np.cos(direction)) < 5 + draw.integers(3)

@@ -20,7 +20,7 @@ def test_lossless_formats_decode_to_their_pixels(form):
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(form):
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(form):
     levels = np.array([[0, 128, 257, 4096], [32768, 65000, 65406, 65535]], dtype=np.uint16)
     image, _ = decode_image(encoded(Image.fromarray(levels), form), LIMIT)
     wanted = np.round(levels / 257).astype(np.uint8)
@@ -35,7 +35,7 @@ def test_pixels_without_a_fixed_range_are_refused(dtype):
         decode_image(content, LIMIT)
 
 
-def test_transparency_lies_over_grey_and_uncovers_nothing():
+def test_transparency_lies_over_gray_and_uncovers_nothing():
     rgba = np.zeros((1, 3, 4), dtype=np.uint8)
     rgba[0, :, 0] = 255  # red under every pixel
     rgba[0, :, 3] = (0, 255, 128)
@@ -44,14 +44,14 @@ def test_transparency_lies_over_grey_and_uncovers_nothing():
     assert abs(int(pixels[2, 0]) - 192) <= 1 and abs(int(pixels[2, 1]) - 64) <= 1
 
 
-def test_transparency_of_palettes_and_grey():
+def test_transparency_of_palettes_and_gray():
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.putpixel((1, 0), 1)
     pixels = np.asarray(decode_image(encoded(palette, "PNG", transparency=0), LIMIT)[0])[0]
     assert pixels.tolist() == [[128, 128, 128], [0, 255, 0]]
-    grey = Image.new("LA", (1, 1), (200, 0))
-    assert np.asarray(decode_image(encoded(grey), LIMIT)[0]).tolist() == [[[128, 128, 128]]]
+    gray = Image.new("LA", (1, 1), (200, 0))
+    assert np.asarray(decode_image(encoded(gray), LIMIT)[0]).tolist() == [[[128, 128, 128]]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr"])

@@ -122,16 +122,16 @@ def test_masks_follow_their_image_through_every_resize(tmp_path):
         assert (images.masks_DHW[0].numpy().astype(bool) != wanted).mean() < 0.02
 
 
-def test_a_crop_over_the_border_is_filled_with_grey(tmp_path):
+def test_a_crop_over_the_border_is_filled_with_gray(tmp_path):
     contents, masks = {"a.png": picture(10, 40, 20)}, {"a.png": Image.new("L", (40, 20), 255)}
     images = loaded(one_set(tmp_path, contents, masks), 40, crop_to_mask=True, crop_margin=0.0)
     assert (images.pixels_DHWC[0, :10] == 128).all() and (images.pixels_DHWC[0, 30:] == 128).all()
     assert images.masks_DHW[0, :10].sum() == 0 and images.masks_DHW[0, 10:30].all()
 
 
-def test_grey_background(tmp_path):
+def test_gray_background(tmp_path):
     index = one_set(tmp_path, {"a.png": picture(11)}, {"a.png": disc()})
-    images = loaded(index, 32, background="grey")
+    images = loaded(index, 32, background="gray")
     inside = images.masks_DHW[0].bool()
     assert (images.pixels_DHWC[0][~inside] == 128).all()
     assert (images.pixels_DHWC[0][inside].numpy() == _array(index, 0)[inside.numpy()]).all()
@@ -197,7 +197,7 @@ def test_no_items(tmp_path):
     "settings, masks, match",
     [
         ({"crop_to_mask": True}, None, "data.crop_to_mask. needs object masks"),
-        ({"background": "grey"}, None, "data.background grey. needs object masks"),
+        ({"background": "gray"}, None, "data.background gray. needs object masks"),
         ({}, True, "masked recipes need object masks"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_mask_of_the_wrong_size(tmp_path):
 
 def test_an_empty_mask_is_an_error_where_the_object_is_needed(tmp_path):
     index = one_set(tmp_path, {"a.png": picture(), "b.png": picture(1)}, {"a.png": disc(), "b.png": disc(radius=0)})
-    for settings in ({"crop_to_mask": True}, {"background": "grey"}, {"masks": True}):
+    for settings in ({"crop_to_mask": True}, {"background": "gray"}, {"masks": True}):
         with pytest.raises(DataError, match="b.png: its mask b.png.mask is empty"):
             loaded(index, **settings)
     assert loaded(index).masks_DHW.flatten(1).sum(dim=1).tolist()[1] == 0

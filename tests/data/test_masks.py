@@ -11,7 +11,7 @@ from modules.data.masks import (
     Square,
     center_square,
     dilate,
-    grey_background,
+    gray_background,
     latent_edit_mask,
     object_square,
     shrink,
@@ -59,11 +59,11 @@ def test_center_square():
     assert center_square(4, 10) == Square(0, 3, 4)
 
 
-def test_grey_background_keeps_the_object_and_nothing_else():
+def test_gray_background_keeps_the_object_and_nothing_else():
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     mask = box_mask(4, 4, 1, 3, 1, 3)
-    grey = grey_background(pixels, mask)
-    assert (grey[mask] == pixels[mask]).all() and (grey[~mask] == 128).all() and grey.dtype == np.uint8
+    gray = gray_background(pixels, mask)
+    assert (gray[mask] == pixels[mask]).all() and (gray[~mask] == 128).all() and gray.dtype == np.uint8
 
 
 def test_shrink_takes_the_half_covered_and_never_loses_a_thin_object():

@@ -45,7 +45,7 @@ def test_shape_dtype_and_layout(learning, dtype):
 
 
 def test_nothing_random_but_the_crop_gives_the_plain_view():
-    learning = dataclasses.replace(STANDARD, crop_scale=(1.0, 1.0), jitter_p=0.0, grey_p=0.0)
+    learning = dataclasses.replace(STANDARD, crop_scale=(1.0, 1.0), jitter_p=0.0, grayscale_p=0.0)
     flat = images(5, 1).expand(5, 16, 16, 3).contiguous()  # one color an image: a crop of it is the same image
     views = two_views(flat, seed=0, step=0, learning=learning)
     torch.testing.assert_close(views, plain_view(flat).repeat(2, 1, 1, 1), rtol=0, atol=2e-6)

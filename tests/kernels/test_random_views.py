@@ -38,7 +38,7 @@ def torchvision_row(pixels_HWC, parameters, b, v, size):
     operations |= {SATURATION: TF.adjust_saturation, HUE: TF.adjust_hue}
     for op in p["order"]:
         x = operations[op](x, p["factor"][op])
-    x = TF.rgb_to_grayscale(x, 3) if p["grey"] else x
+    x = TF.rgb_to_grayscale(x, 3) if p["gray"] else x
     return TF.normalize(TF.to_dtype(x, torch.float32, scale=True), MEAN, STD)
 
 
@@ -95,7 +95,7 @@ def test_half_precision_is_the_float32_result_rounded_once(dtype):
 
 def test_nothing_drawn_is_the_plain_image():
     parameters = draw_view_parameters(
-        uniforms(4, 1), 20, 20, crop_scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter_p=0, grey_p=0, flip_p=0
+        uniforms(4, 1), 20, 20, crop_scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter_p=0, grayscale_p=0, flip_p=0
     )
     out = views(images(4, 20, 20), parameters, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     torch.testing.assert_close(out, images(4, 20, 20).permute(0, 3, 1, 2).float() / 255, rtol=0, atol=1e-6)
@@ -118,7 +118,7 @@ def test_parameters_are_distributed_as_torchvision_draws_them():
 
 def test_jitter_is_drawn_as_color_jitter_draws_it():
     p = draw_view_parameters(
-        uniforms(20_000, 1), 8, 8, jitter=(0.4, 1.5, 0.0, 0.1), jitter_p=0.8, grey_p=0.2, flip_p=0.5
+        uniforms(20_000, 1), 8, 8, jitter=(0.4, 1.5, 0.0, 0.1), jitter_p=0.8, grayscale_p=0.2, flip_p=0.5
     )
     factor = p.factor_BV4[:, 0]
     still = (factor == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1)
@@ -130,7 +130,7 @@ def test_jitter_is_drawn_as_color_jitter_draws_it():
     orders = p.order_BV4[:, 0] @ torch.tensor([64, 16, 4, 1])
     counts = orders.unique(return_counts=True)[1]
     assert len(counts) == 24 and counts.min() > 20_000 / 24 * 0.85
-    assert p.grey_BV.float().mean() == pytest.approx(0.2, abs=0.015)
+    assert p.gray_BV.float().mean() == pytest.approx(0.2, abs=0.015)
     assert p.flip_BV.float().mean() == pytest.approx(0.5, abs=0.015)
 
 

@@ -79,15 +79,15 @@ def test_another_set_budget_or_seed_makes_another_judge(folder, change):
 
 
 def test_a_judge_sees_the_views_of_the_set(tmp_path):
-    """Where color is what tells classes apart, a judge under grey views would not."""
+    """Where color is what tells classes apart, a judge under gray views would not."""
     pixels = torch.zeros(12, 16, 16, 3, dtype=torch.uint8)
     labels = torch.arange(12) % 3
     pixels[torch.arange(12), :, :, labels] = 200
-    own = config.Learning(jitter=(0.0, 0.0, 0.0, 0.0), grey_p=0.0)
-    grey = config.Learning(jitter=(0.0, 0.0, 0.0, 0.0), grey_p=1.0)
+    own = config.Learning(jitter=(0.0, 0.0, 0.0, 0.0), grayscale_p=0.0)
+    gray = config.Learning(jitter=(0.0, 0.0, 0.0, 0.0), grayscale_p=1.0)
     said = []
     agreement = {}
-    for name, learning in (("own", own), ("grey", grey)):
+    for name, learning in (("own", own), ("gray", gray)):
         judge = load_judge(pixels, labels, 3, 30, 0, tmp_path, said.append, learning=learning)
         agreement[name] = (judge(pixels)[1] == labels).float().mean().item()
     assert agreement["own"] == 1.0 and sum("made and kept" in line for line in said) == 2, "each has its own entry"
