@@ -23,7 +23,7 @@ __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views
 
 GRAY_3 = (0.2989, 0.587, 0.114)
 UNCHANGED = 4  # in place of the place that hue has in a row's order: no jitter does anything
-# Floats of a block of rows on a CPU: 4 MB, which a cache holds and a fresh process's malloc does not give back each time.
+# Floats of a block of rows on a CPU: 4 MB, where half and twice as much were slower within a step (benchmarks/LOG.md).
 CACHE_FLOATS = 1_000_000
 
 
