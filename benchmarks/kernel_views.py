@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from benchmarks.harness import replayed
 from benchmarks.kernel_case import Case, implementations
 from kernels.resample import crop_centers
+from kernels.staging import upload
 from kernels.view_parameters import CONTRAST, HUE, SATURATION
 from kernels.views import GRAY_3, UNIFORMS, ViewParameters, device_tables, draw_view_parameters, launch_views, views
 
@@ -68,7 +69,7 @@ def dense_views(images_BHWC: torch.Tensor, parameters: ViewParameters, dtype: to
     The definition turns the hue of picked rows only, and which those are is known to the host alone.
     """
     device, (B, H, W, _) = images_BHWC.device, images_BHWC.shape
-    geometry_R6, op_R4, factor_R4 = (torch.from_numpy(table).to(device) for table in parameters.rows())
+    geometry_R6, op_R4, factor_R4 = (upload(table, device) for table in parameters.rows())
     top_R, left_R, height_R, width_R, flip_R, gray_R = geometry_R6.unbind(1)
     hue_R4 = op_R4 == HUE
     f_R4 = factor_R4.masked_fill(hue_R4, 1.0)

@@ -3,8 +3,8 @@
 Compiling a UNet of Stable Diffusion's size and its decoder takes a minute or more, on one core for the most part, and a
 benchmark has several. Processes of their own fill the compiler's cache on disk at the same time; this one then finds
 there what it would have compiled. They are told which attention backends and forms of upsampling were found fastest:
-timed beside each other they would take others, and compile another graph than the one that is asked for. Done on a GPU alone: on a CPU compiling takes
-all cores.
+timed beside each other they would take others, and compile another graph than the one that is asked for. Done on a GPU
+alone: on a CPU compiling takes all cores.
 """
 
 import gc

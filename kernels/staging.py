@@ -4,11 +4,14 @@ A copy from pageable memory makes the host wait until the device has caught up; 
 Bookkeeping lives on the host (see reservoir.py), so this is how its decisions reach the device.
 """
 
+import numpy as np
 import torch
 
 
-def upload(values: torch.Tensor | list, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`values` (a host tensor or list) as a tensor on `device`; on CUDA the copy is queued, the host goes on."""
+def upload(
+    values: torch.Tensor | np.ndarray | list, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """`values` (a host tensor, array or list) as a tensor on `device`; on CUDA the copy is queued, the host goes on."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

@@ -76,25 +76,25 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     geometry_R6, turn_R, blend_R33 = geometry_R6[row_R], turn_R[row_R], blend_R33[row_R]
     gray_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
     normalize_23 = np.stack([1 / (255 * np.float32(std)), -np.float32(mean) / np.float32(std)])
-    scale_311, shift_311 = upload(torch.from_numpy(normalize_23)[:, :, None, None], device).unbind()
-    turn_R = upload(torch.from_numpy(turn_R), device)
-    blend_33R111 = upload(torch.from_numpy(blend_R33).permute(1, 2, 0)[..., None, None, None], device)
-    sample = _sampler(upload(torch.from_numpy(geometry_R6), device), (H, W), size)
+    scale_311, shift_311 = upload(normalize_23[:, :, None, None], device).unbind()
+    turn_R = upload(turn_R, device)
+    blend_33R111 = upload(blend_R33.transpose(1, 2, 0)[..., None, None, None], device)
+    sample = _sampler(upload(geometry_R6, device), (H, W), size)
     images_BX = images_BHWC.flatten(1)
     sorted_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     block = V * B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
     for start in range(0, V * B, block):
         b = slice(start, min(start + block, V * B))
-        source_bHWC = images_BX.index_select(0, upload(torch.from_numpy(row_R[b] % B), device)).unflatten(1, (H, W, 3))
+        source_bHWC = images_BX.index_select(0, upload(row_R[b] % B, device)).unflatten(1, (H, W, 3))
         x_b3HW = sample(source_bHWC.permute(0, 3, 1, 2).float(), b)
         ends = (ends_5 - start).clip(0, b.stop - start).tolist()
         _jitter(x_b3HW, turn_R[b], blend_33R111[:, :, b], ends, turns_R[b].any())
-        gray = upload(torch.from_numpy(gray_R[b].nonzero()[0]), device)
+        gray = upload(gray_R[b].nonzero()[0], device)
         if len(gray):
             x_b3HW.index_copy_(0, gray, _gray(x_b3HW.index_select(0, gray)).expand(-1, 3, -1, -1))
         sorted_RHWC[b] = x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1)
     # Whole rows are picked as they lie in memory; `images[rows]` goes through single bytes on a CPU.
-    out_RX = sorted_RHWC.flatten(1).index_select(0, upload(torch.from_numpy(row_R.argsort()), device))
+    out_RX = sorted_RHWC.flatten(1).index_select(0, upload(row_R.argsort(), device))
     return out_RX.unflatten(1, (*size, 3)).permute(0, 3, 1, 2)
 
 

@@ -30,7 +30,7 @@ def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[tor
     factor_BV4 = parameters.factor_BV4.numpy()
     columns = [*(table.numpy()[..., None] for table in parameters.geometry()), factor_BV4, parameters.order_BV4.numpy()]
     table_BVE = np.concatenate(columns, axis=2, dtype=np.float32, casting="unsafe")
-    return upload(torch.from_numpy(table_BVE), device), bool((factor_BV4[..., CONTRAST] != 1).any())
+    return upload(table_BVE, device), bool((factor_BV4[..., CONTRAST] != 1).any())
 
 
 def launch_settings(height: int, width: int) -> dict[str, int]:

@@ -98,7 +98,7 @@ def keep_freed_memory(device: torch.device) -> None:
     """Let this process's malloc keep the memory that a CPU's tensors free, for those of the next step.
 
     By default a tensor above 32 MiB is given back when it is freed, and others as soon as 64 MiB are free at the end of
-    the heap. Whether they are hangs on what lies there: in about every second run a training step gave back 70 MB and had
+    the heap. Whether they are hangs on what lies there: in three of six runs a training step gave back 60 to 70 MB and had
     the kernel clear as much again (see benchmarks/LOG.md). Without effect on a GPU, or where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
