@@ -1,14 +1,16 @@
-"""Attention without a mask, which on a CPU is two batched products where there are few scores.
+"""Attention without a mask, which on some CPUs is two batched products where there are few scores.
 
-torch's fused CPU kernel works in tiles and spends most of its time around them where a head has few tokens: 64 rows of 64
-tokens, 4 heads of 20, took 2.8 ms fused and 1.6 as products; of 16 tokens .77 and .28; from about 128 x 128 scores on the
-fused one is ahead (2-core AMD EPYC with AVX2; benchmarks/LOG.md). The compiler would turn written-out products back into
-the fused kernel, so it is shown one op that it cannot look into. Legend: B rows, N tokens, T keys, H heads, K width.
+torch's fused CPU kernel works in tiles and, on AMD's processors, spends most of its time around them where a head has few
+tokens: 64 rows of 64 tokens, 4 heads of 20, took 2.8 ms fused and 1.6 as products; of 16 tokens .77 and .28; from about
+128 x 128 scores on the fused one is ahead (2-core AMD EPYC with AVX2). On an Intel Xeon it is ahead at every shape
+(benchmarks/LOG.md). The compiler would turn written-out products back into the fused kernel, so it is shown one op that
+it cannot look into. Legend: B rows, N tokens, T keys, H heads, K width.
 """
 
 import torch
 import torch.nn.functional as F
 
+from kernels import backend
 from kernels.checks import check_choice
 
 IMPLEMENTATIONS = ("auto", "torch", "products")
@@ -20,8 +22,8 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v for each head, [B, N, H, K] in any layout in and out.
 
-    auto is products for float32 on a CPU where N x T <= FEW_SCORES and no gradient is wanted, else torch's
-    scaled_dot_product_attention. Only the latter has a gradient.
+    auto is products for float32 on a CPU other than Intel's where N x T <= FEW_SCORES and no gradient is wanted, else
+    torch's scaled_dot_product_attention. Only the latter has a gradient.
 
     Raises ValueError where products are demanded but a gradient is wanted, or tensors are not on a CPU.
     Source: Vaswani et al. 2017 (1706.03762) eq. 1.
@@ -34,10 +36,15 @@ def attention(
     if implementation == "products" and device != "cpu":
         raise ValueError(f"implementation='products' is for a CPU; q_BNHK is on {device}")
     few = q_BNHK.shape[1] * k_BTHK.shape[1] <= FEW_SCORES and not trained
-    on_cpu = device == "cpu" and q_BNHK.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if implementation == "products" or (implementation == "auto" and few and on_cpu):
+    pays = device == "cpu" and products_pay(q_BNHK.dtype) and not torch.is_autocast_enabled("cpu")
+    if implementation == "products" or (implementation == "auto" and few and pays):
         return torch.ops.trainer.products_attention.default(q_BNHK, k_BTHK, v_BTHK)
     return attention_reference(q_BNHK, k_BTHK, v_BTHK)
+
+
+def products_pay(dtype: torch.dtype) -> bool:
+    """Whether products are ahead of torch's fused kernel on this CPU where there are few scores."""
+    return dtype == torch.float32 and not backend.is_intel()
 
 
 def attention_reference(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,10 @@ there are; Triton itself is imported from here, so that the definitions also run
 import contextlib
 import importlib.util
 import os
+import platform
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -79,6 +81,11 @@ def interpreted() -> bool:
 def has_onednn() -> bool:
     """Whether torch was built with oneDNN."""
     return _ONEDNN
+
+
+def is_intel() -> bool:
+    """Whether the processor is Intel's, on which the MKL that torch multiplies with runs at full width."""
+    return _INTEL
 
 
 def choose(op: str, implementation: str = "auto", device: torch.device | str = "cpu", *, unable: str = "") -> Choice:
@@ -172,7 +179,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _processor_is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return "GenuineIntel" in platform.processor()
+
+
 _ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile cannot trace the question
+_INTEL = _processor_is_intel()
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

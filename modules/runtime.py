@@ -79,7 +79,7 @@ def resolve_runtime(run, pipeline) -> Runtime:
     else:
         precision = Choice(DTYPES[run.precision], f"run.precision{_slow(run.precision, device.value)}")
     if pipeline.dtype == "auto":
-        pipeline_dtype = Choice(torch.float16 if on_gpu else torch.float32, "auto: fp16 on a GPU, fp32 on a CPU")
+        pipeline_dtype = Choice(torch.float16, "auto: fp16 on a GPU") if on_gpu else _auto_on_cpu()
     else:
         pipeline_dtype = Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device.value)}")
     if run.kernels == "triton" and (obstacle := backend.obstacle(device.value)):
@@ -114,12 +114,28 @@ def has_bf16(device: torch.device) -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies bf16 in tiles (Intel's AMX) and the kernel lets this process do so.
+
+    On a Xeon with it products of 1024 ran five times as fast in bf16 as in fp32, on an EPYC that has bf16 instructions
+    alone a training step a seventh faster (see benchmarks/LOG.md).
+    """
+    return torch.cpu._init_amx() and has_bf16(torch.device("cpu"))
+
+
 def _auto_precision(device: torch.device) -> Choice:
     """What the encoder trains in where nobody says: 16 bits where the device is fast in them."""
-    if device.type == "cuda" and not has_bf16(device):
+    if device.type == "cpu":
+        return _auto_on_cpu()
+    if not has_bf16(device):
         return Choice(torch.float16, "auto: fp16 on a GPU that has no bf16")
-    on_gpu = device.type == "cuda"
-    return Choice(torch.bfloat16 if on_gpu else torch.float32, "auto: bf16 on a GPU, fp32 on a CPU")
+    return Choice(torch.bfloat16, "auto: bf16 on a GPU")
+
+
+def _auto_on_cpu() -> Choice:
+    if has_amx():
+        return Choice(torch.bfloat16, "auto: bf16 on a CPU with AMX")
+    return Choice(torch.float32, "auto: fp32 on a CPU without AMX")
 
 
 def _slow(precision: str, device: torch.device) -> str:

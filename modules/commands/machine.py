@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from kernels import backend
+from kernels.attention import products_pay
 from kernels.group_norm import swap_group_norm
 from modules.commands import costs
 from modules.commands.job import Job, State
@@ -221,10 +222,11 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
         for layer in attention.layers_of(unet):
             layer.processor.backend = asked
-        if asked == "auto" and job.pipeline.dtype == torch.float32:
+        if asked == "auto" and products_pay(job.pipeline.dtype):
             # by shape, not by time: the same run, the same bits
             return Choice("products where tokens are few, else sdpa", "auto: by shape on a CPU")
-        return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else "auto: on a CPU products are for fp32 alone")
+        why = "auto: products pay in fp32 alone, and not on a CPU of Intel's"
+        return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else why)
     measure = timer(job.device)
     if asked == "auto":
         job.console.line("  timing the attention backends at each shape of the UNet: this can take a minute")

@@ -135,9 +135,10 @@ class StableDiffusion:
             raise DataError(self._overflow(f" for {files[bad[0]]}{more}"))
 
     def _overflow(self, where: str = "") -> str:
+        wider = {torch.float16: "pipeline.dtype to bf16 or fp32, or ", torch.bfloat16: "pipeline.dtype to fp32, or "}
         return (
             f"{self.source}: the VAE gives non-finite values{where} in {str(self.dtype).removeprefix('torch.')}; set "
-            "pipeline.dtype to bf16 or fp32, or pipeline.vae to a VAE made for fp16"
+            f"{wider.get(self.dtype, '')}pipeline.vae to another VAE"
         )
 
     def prompt_ids(self, prompts: list[str]) -> torch.Tensor:

@@ -47,6 +47,7 @@ HARDWARE = {
         "importlib.metadata.version",
         "shutil.which",
         "torch.ops.mkldnn._is_mkldnn_bf16_supported",
+        "torch.cpu._init_amx",
     ),
 }
 ASKS_HARDWARE = ("kernels.backend", "modules.runtime", "modules.probes")

@@ -11,6 +11,7 @@ import torch
 
 import trainer
 from kernels import backend
+from modules import runtime
 from modules import state as checkpoints
 from modules.commands import job as job_module
 from modules.commands import machine, stages
@@ -65,7 +66,9 @@ def equal(first, second) -> bool:
     return first == second
 
 
-def test_choices_stand_in_the_card_and_in_a_file_with_their_reasons(tmp_path):
+def test_choices_stand_in_the_card_and_in_a_file_with_their_reasons(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "has_amx", lambda: False)
+    monkeypatch.setattr(backend, "is_intel", lambda: False)
     with built(tmp_path) as (job, state, _):
         machine.choose_overlap(job, state, trainer.step)
         card = {name: (value, reason) for name, value, reason in job.card}
@@ -134,9 +137,10 @@ def test_environment_is_that_of_the_newest_command_that_was_not_refused(tmp_path
 @pytest.mark.parametrize("files", [("data.root", "pipeline.path"), ("data.root",)])
 def test_a_run_that_goes_on_with_other_rounding_says_so_once(tmp_path, monkeypatch, files):
     """What `auto` and 0 come to is written down, and compared when the run goes on from a checkpoint."""
+    monkeypatch.setattr(runtime, "has_amx", lambda: False)
     generation = {"synthetic_fraction": 0.4 * (len(files) - 1)}
     dtype = {"pipeline dtype": "float32"} if "pipeline.path" in files else {}
-    runtime = {"device": "cpu", "precision": "float32"} | dtype | {"threads": 1, "kernels": "torch"}
+    known = {"device": "cpu", "precision": "float32"} | dtype | {"threads": 1, "kernels": "torch"}
 
     def recorded() -> list[dict]:
         return json.loads((tmp_path / "runs" / "tiny" / "inputs.json").read_text())["runtime"]
@@ -148,13 +152,13 @@ def test_a_run_that_goes_on_with_other_rounding_says_so_once(tmp_path, monkeypat
 
     for threads in (2, 1):  # the first of these left no checkpoint: nothing goes on
         assert "warning" not in printed(threads=threads)
-        assert recorded() == [runtime | {"threads": threads}]
+        assert recorded() == [known | {"threads": threads}]
         if threads == 2:
             shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoints")
     assert "warning" not in printed(threads=1)
     text = printed(threads=2)
     assert "threads was 1, now 2)" in text and text.count("warning") == 1 and "may differ in the last digits" in text
-    assert recorded() == [runtime, runtime | {"threads": 2}]
+    assert recorded() == [known, known | {"threads": 2}]
     assert "warning" not in printed(threads=2)
 
     gpu = Choice(torch.device("cuda"), "a card")
@@ -224,7 +228,7 @@ def test_timing_attention_is_announced_before_it_begins(tmp_path, monkeypatch):
 
 
 def test_forms_of_upsampling_are_timed_on_tick_and_decoder_told_and_taken_again(tmp_path, monkeypatch):
-    with built(tmp_path) as (job, state, text):
+    with built(tmp_path, pipeline={"dtype": "fp32"}) as (job, state, text):
         monkeypatch.setattr(machine, "timer", lambda device: lambda work, repeats: float(work() is None))
         monkeypatch.setattr(job, "device", torch.device("cuda"))
         slots = state.generator.slots

@@ -22,11 +22,26 @@ def resolved(dtype="auto", **run):
     )
 
 
-def test_every_choice_has_a_reason():
-    runtime = resolved(device="cpu")
-    assert runtime.device.value == torch.device("cpu") and runtime.device.reason == "run.device is cpu"
-    assert runtime.precision.value == runtime.pipeline_dtype.value == torch.float32
-    assert all(choice.reason for choice in vars(runtime).values())
+@pytest.mark.parametrize(
+    ("tiles", "dtype", "reason"),
+    [
+        (True, torch.bfloat16, "auto: bf16 on a CPU with AMX"),
+        (False, torch.float32, "auto: fp32 on a CPU without AMX"),
+    ],
+)
+def test_every_choice_has_a_reason(tiles, dtype, reason, monkeypatch):
+    monkeypatch.setattr(runtime, "has_amx", lambda: tiles)
+    found = resolved(device="cpu")
+    assert found.device.value == torch.device("cpu") and found.device.reason == "run.device is cpu"
+    assert found.precision == found.pipeline_dtype == Choice(dtype, reason)
+    assert all(choice.reason for choice in vars(found).values())
+
+
+def test_tiles_count_only_where_they_may_be_used_and_the_library_uses_them(monkeypatch):
+    for permitted, bf16 in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda permitted=permitted: permitted)
+        monkeypatch.setattr(runtime, "has_bf16", lambda device, bf16=bf16: bf16)
+        assert runtime.has_amx() is (permitted and bf16)
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
@@ -37,12 +52,14 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 
 
 def test_a_gpu_that_is_there(monkeypatch):
+    monkeypatch.setattr(runtime, "has_amx", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     found = resolved()
     assert (found.device.value.type, found.device.reason) == ("cuda", "a GPU")
-    assert (found.precision.value, found.pipeline_dtype.value) == (torch.bfloat16, torch.float16)
+    assert found.precision == Choice(torch.bfloat16, "auto: bf16 on a GPU")
+    assert found.pipeline_dtype == Choice(torch.float16, "auto: fp16 on a GPU")
     assert torch.backends.cudnn.allow_tf32, "16 bits: nothing asks for fp32"
     assert resolved(precision="fp32").precision.value == torch.float32
     assert not torch.backends.cudnn.allow_tf32, "fp32 that was asked for is not a product of 10 bits"
@@ -106,7 +123,6 @@ def test_a_choice_that_the_device_is_slow_at_says_so(available, said, monkeypatc
     monkeypatch.setattr(runtime, "has_bf16", lambda device: available)
     found = resolved(device="cpu", precision="bf16", dtype="bf16")
     assert (found.precision.reason, found.pipeline_dtype.reason) == (f"run.precision{said}", f"pipeline.dtype{said}")
-    assert resolved(device="cpu").precision.reason == "auto: bf16 on a GPU, fp32 on a CPU"
 
 
 FREEING = """

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import backend
 from kernels.attention import FEW_SCORES, attention
 
 SHAPES = [(4, 64, 64, 4, 20), (3, 16, 32, 4, 32), (1, 1, 1, 1, 1), (2, 7, 77, 3, 5)]  # B, N, T, H, K
@@ -46,6 +47,7 @@ def chosen(monkeypatch, *qkv, **how):
 
 
 def test_products_run_where_there_are_few_scores_and_nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(backend, "is_intel", lambda: False)
     few, many = operands(2, 64, 64, 1, 4), operands(2, FEW_SCORES // 64 + 1, 64, 1, 4)
     assert chosen(monkeypatch, *few) == ["products"]
     assert chosen(monkeypatch, *few, implementation="torch") == ["torch"]
@@ -55,6 +57,9 @@ def test_products_run_where_there_are_few_scores_and_nothing_is_trained(monkeypa
     assert chosen(monkeypatch, *few) == ["torch"]
     with torch.no_grad():
         assert chosen(monkeypatch, *few) == ["products"]
+        assert chosen(monkeypatch, *(x.bfloat16() for x in few)) == ["torch"]
+        monkeypatch.setattr(backend, "is_intel", lambda: True)
+        assert chosen(monkeypatch, *few) == ["torch"]
 
 
 def test_gradients_are_torchs_and_a_demand_for_products_is_refused():
