@@ -39,7 +39,7 @@ from benchmarks.techniques import (
     Candidate,
 )
 from kernels.linear import frozen_linear
-from modules.runtime import keep_freed_memory
+from modules.runtime import DTYPES, keep_freed_memory
 
 RATIOS = {
     "da_fusion_loop": DA_FUSION,
@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> dict:
     if options.compile_only:
         return {name: maker().batch for name, maker in bench.makers().items()}
     ahead_s = precompile(bench)
-    conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device)
-    peak = matrix_peak(bench.device, ceilings)
+    dtype = bench.pipeline.dtype
+    conditions, ceilings = harness.conditions(bench.device), measure_ceilings(bench.device, dtype)
+    peak = matrix_peak(bench.device, dtype, ceilings)
 
     def keep_ready(found: list[Candidate]) -> None:
         if options.out:  # before the first round, should making the others ready take all the time there is
@@ -104,9 +105,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 @torch.no_grad()
-def matrix_peak(device: torch.device, ceilings: Ceilings) -> float:
-    """TFLOP/s of the matrix product that MFU and floor refer to: torch's, on a CPU the faster of torch's and oneDNN's."""
-    if device.type != "cpu":
+def matrix_peak(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> float:
+    """TFLOP/s of the matrix product that MFU and floor refer to: torch's, on a CPU the faster of torch's and oneDNN's.
+
+    In 16 bits torch's is oneDNN's.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
         return ceilings.matmul_tflop_per_s
     n = 1024
     a, b = torch.randn(2, n, n, generator=torch.Generator().manual_seed(0))
@@ -292,6 +296,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--pipeline", default="", help="random | embedded | path; default: random on a GPU, else embedded"
     )
     parser.add_argument("--resolution", type=int, default=0, help="pixels a side; 0: the UNet's own")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES), help="of all techniques; auto: as a run's"
+    )
     parser.add_argument("--images", type=int, default=64, help="images a block, fewer where the budget asks for it")
     parser.add_argument("--da-fusion-images", type=int, default=8, help="images a block of DA-Fusion's loop at most")
     parser.add_argument("--batch", type=int, default=0, help="batch of diffusers and slots; 0: the best is measured")

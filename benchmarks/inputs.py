@@ -45,10 +45,13 @@ class Setting:
         return self.num_inference_steps - start, guided
 
 
-def load(source: str, device: torch.device, resolution: int = 0) -> StableDiffusion:
-    """The pipeline that `source` names: `random` (the exact SD 1.5 shape), `embedded`, or a path; fp16 on a GPU."""
+def load(source: str, device: torch.device, resolution: int = 0, dtype: torch.dtype | None = None) -> StableDiffusion:
+    """The pipeline that `source` names: `random` (the exact SD 1.5 shape), `embedded`, or a path.
+
+    dtype: None is fp16 on a GPU, fp32 on a CPU.
+    """
     settings = {"weights": "random"} if source == "random" else {"path": source}
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     return load_pipeline(config.Pipeline(resolution=resolution, **settings), device, dtype)
 
 

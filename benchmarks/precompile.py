@@ -76,7 +76,7 @@ def commands(bench: Bench) -> dict[tuple[str, int], list[str]]:
         bench.tune()
     common = [sys.executable, "-m", "benchmarks.generator", "--compile-only", "--out", "none"]
     common += ["--device", options.device, "--pipeline", options.pipeline, "--resolution", str(options.resolution)]
-    common += ["--images", str(options.images), "--found", json.dumps(bench.found)]
+    common += ["--dtype", options.dtype, "--images", str(options.images), "--found", json.dumps(bench.found)]
     return {
         (name, batch): [*common, "--only", name, "--batch", str(batch)]
         for name, tried in batches.items()

@@ -67,12 +67,12 @@ def cases(options: argparse.Namespace) -> list[Case]:
     """The cases this device gets."""
     on_gpu = torch.device(options.device).type == "cuda"
     modes = ("sequential", "stream") if on_gpu else ("sequential",)
-    small = {"pipeline.path": options.pipeline, "run.device": options.device}
+    common = {"run.device": options.device, "run.precision": options.dtype, "pipeline.dtype": options.dtype}
+    small = common | {"pipeline.path": options.pipeline}
     grid = options.ratios or (0.0, 1.0, 1.5, 2.0, 4.0, 8.0)
     found = [Case("small_resnet 64 px", small, grid, 1.5, modes=modes, least_s=60.0 if on_gpu else 90.0)]
     if on_gpu:
-        large = {
-            "run.device": options.device,
+        large = common | {
             "pipeline.weights": "random",
             "data.image_size": 224,
             "encoder.arch": "resnet50",
@@ -128,7 +128,7 @@ def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison)
     watched, mixed = stepper.watched(images), stepper.state.mixer.statistics()
     for message in stepper.syncs[:3]:
         print(f"  sync: {message.splitlines()[0]}", flush=True)
-    run = stepper.config.run
+    run, pipeline = stepper.config.run, stepper.state.generator.slots.pipeline
     return {
         "case": case.name,
         "mode": mode,
@@ -144,7 +144,8 @@ def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison)
         # phases that run side by side do not add up to a step
         "overhead_pct": _or_blank(round(100 * overhead / phases["step"], 2) if mode == "sequential" else None),
         **{name: _or_blank(value) for name, value in vars(watched).items()},
-        "switches": f"precision={run.precision} kernels={run.kernels} tick={_tick(stepper)}",
+        "switches": f"precision={_name(stepper.state.precision)} pipeline={_name(pipeline.dtype)} kernels={run.kernels} "
+        f"tick={_tick(stepper)}",
         "quality": f"loss {float(stepper.state.logs['loss']):.3f}, generated rows {mixed['realized_fraction']:.3f} "
         f"of {stepper.config.generation.synthetic_fraction:g}",
     }
@@ -164,6 +165,10 @@ def left_out(case: Case, reason: str) -> list[dict[str, object]]:
     """The rows, one a mode, of a case that was not measured."""
     empty = dict.fromkeys(COLUMNS, "") | {"case": case.name, "quality": f"skipped: {reason}"}
     return [empty | {"mode": mode} for mode in case.modes]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tick(stepper: Stepper) -> str:
@@ -306,6 +311,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ratios", default="", help="images_per_step of the small case; default: 0 to 8, 0 comes first"
     )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of encoder and generator")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps a block, at least")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")

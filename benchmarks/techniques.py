@@ -21,6 +21,7 @@ from benchmarks.inputs import Setting
 from modules.config import Generation
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.presets import plan
+from modules.runtime import DTYPES, auto_pipeline_dtype
 
 DA_FUSION, DIFFUSERS = "DA-Fusion's loop", "diffusers"
 XFORMERS, COMPILED = "diffusers, xformers", "diffusers, compiled + channels_last"
@@ -57,7 +58,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, budget: harness.Budget):
         self.budget = budget
         self.options, self.device = options, torch.device(options.device)
-        self.pipeline = inputs.load(options.pipeline, self.device, options.resolution)
+        dtype = DTYPES.get(options.dtype) or auto_pipeline_dtype(self.device).value
+        self.pipeline = inputs.load(options.pipeline, self.device, options.resolution, dtype)
         self.setting = Setting(images=options.images)
         self.work = inputs.count_work(self.pipeline)
         self.pixels_NHWC = inputs.smooth_images(options.images, self.pipeline.resolution)

@@ -16,7 +16,7 @@ class Run:
     seed: int = 0  # >= 0; every random draw is a function of it and of what is drawn
     device: str = "auto"  # auto | cpu | cuda
     precision: str = (
-        "auto"  # auto | fp32 | fp16 | bf16: the encoder's autocast type; auto is fp32 on a CPU, bf16 on a GPU
+        "auto"  # auto | fp32 | fp16 | bf16: the encoder's autocast type; auto is bf16 on a GPU or a CPU with AMX
     )
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
     kernels: str = "auto"  # auto | torch | triton: which implementation of each op in kernels/ runs
@@ -58,7 +58,7 @@ class Pipeline:
     lora: str = ""  # .safetensors file of a LoRA for the UNet
     vae: str = ""  # folder of another AutoencoderKL or an AutoencoderTiny (TAESD)
     resolution: int = 0  # pixels a side at which images are generated; 0: the UNet's own
-    dtype: str = "auto"  # auto | fp32 | fp16 | bf16; auto is fp32 on a CPU, fp16 on a GPU
+    dtype: str = "auto"  # auto | fp32 | fp16 | bf16; auto is fp16 on a GPU, on a CPU bf16 with AMX, else fp32
     attention: str = "auto"  # auto | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | xformers
     compile: str = "auto"  # auto | off | on: torch.compile and graph capture of the tick; auto is on for a GPU
     preset: str = "exact"  # exact | fast | faster | turbo

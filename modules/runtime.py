@@ -79,7 +79,7 @@ def resolve_runtime(run, pipeline) -> Runtime:
     else:
         precision = Choice(DTYPES[run.precision], f"run.precision{_slow(run.precision, device.value)}")
     if pipeline.dtype == "auto":
-        pipeline_dtype = Choice(torch.float16, "auto: fp16 on a GPU") if on_gpu else _auto_on_cpu()
+        pipeline_dtype = auto_pipeline_dtype(device.value)
     else:
         pipeline_dtype = Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device.value)}")
     if run.kernels == "triton" and (obstacle := backend.obstacle(device.value)):
@@ -121,6 +121,11 @@ def has_amx() -> bool:
     alone a training step a seventh faster (see benchmarks/LOG.md).
     """
     return torch.cpu._init_amx() and has_bf16(torch.device("cpu"))
+
+
+def auto_pipeline_dtype(device: torch.device) -> Choice:
+    """What the diffusion pipeline computes in where nobody says."""
+    return _auto_on_cpu() if device.type == "cpu" else Choice(torch.float16, "auto: fp16 on a GPU")
 
 
 def _auto_precision(device: torch.device) -> Choice:

@@ -27,6 +27,7 @@ import torch
 from kernels.staging import upload
 from modules.config import Inversion as Settings
 from modules.data.cache import digest_tensor
+from modules.diffusion.attention import install
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.files import first_line
 from modules.diffusion.frozen import freeze_layers
@@ -135,6 +136,7 @@ class Inversion:
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             freeze_layers(module.requires_grad_(False).eval())
+        install(pipeline.unet)  # kernels/attention.py, as the engine: its backward pass is fast in 16 bits on a CPU too
         self.denoising = Denoising(pipeline)
         self.initializers = tuple(initializers)
         trained = trained_words(pipeline.source)

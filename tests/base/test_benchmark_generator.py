@@ -66,6 +66,7 @@ def test_without_a_gpu_xformers_is_a_technique_with_a_reason(pipeline):
 def test_generator_ends_in_rows_and_ratios(tmp_path, capsys):
     out = tmp_path / "generator.csv"
     arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "4", "--batch", "2"]
+    arguments += ["--dtype", "fp32"]
     arguments += ["--blocks", "2", "--no-compile", "--da-fusion-images", "1", "--out", str(out)]
     arguments += ["--unet-rows", "6"]
     generator.main(arguments)

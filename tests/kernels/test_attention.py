@@ -74,6 +74,23 @@ def test_gradients_are_torchs_and_a_demand_for_products_is_refused():
         attention(q, k, v, implementation="flash")
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_gradients_of_16_bits_on_a_cpu_are_made_in_float32(dtype, monkeypatch):
+    seen, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.append(qkv[0].dtype) or fused(*qkv))
+    leaves = [x.to(dtype).requires_grad_() for x in operands(2, 8, 6, 2, 4)]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    out, true = attention(*leaves), by_torch(*doubles)
+    assert out.dtype == dtype and seen[0] == torch.float32
+    out.float().square().sum().backward()
+    true.square().sum().backward()
+    for x, exact in zip((out, *(x.grad for x in leaves)), (true, *(x.grad for x in doubles)), strict=True):
+        assert (x.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+    with torch.no_grad():
+        attention(*leaves)
+    assert seen[-1] == dtype, "nothing is trained"
+
+
 def test_the_compiler_sees_one_op_of_the_right_shape():
     from torch.library import opcheck
 
