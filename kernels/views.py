@@ -63,17 +63,17 @@ def views(
 def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
     """The views of `views` in plain torch, a cacheable block of rows at a time on a CPU, all at once on a GPU.
 
-    Rows are taken in the order of the place that hue has among their jitters, those without jitter last. The blends
-    before hue, hue, and the blends after it then each belong to a contiguous slice of rows and are applied to no other.
+    Within a block rows are taken in the order of the place that hue has among their jitters, those without jitter last. The
+    blends before hue, hue, and the blends after it then each belong to a contiguous slice of rows and are applied to no other.
     Values stay in [0, 255] until they are normalized, which does not matter to any of these operations but the clamps.
     """
     B, H, W, _ = images_BHWC.shape
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
     place_R, turn_R, blend_R33 = _jitter_tables(op_R4, factor_R4)
-    row_R = place_R.argsort(kind="stable")  # of the views, in the order they are made
-    ends_5 = np.bincount(place_R, minlength=UNCHANGED + 1).cumsum()
-    geometry_R6, turn_R, blend_R33 = geometry_R6[row_R], turn_R[row_R], blend_R33[row_R]
+    block = V * B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
+    row_R = np.lexsort((place_R, np.arange(V * B) // block))  # of the views, in the order they are made
+    place_R, geometry_R6, turn_R, blend_R33 = place_R[row_R], geometry_R6[row_R], turn_R[row_R], blend_R33[row_R]
     gray_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
     normalize_23 = np.stack([1 / (255 * np.float32(std)), -np.float32(mean) / np.float32(std)])
     scale_311, shift_311 = upload(normalize_23[:, :, None, None], device).unbind()
@@ -81,21 +81,19 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
     blend_33R111 = upload(blend_R33.transpose(1, 2, 0)[..., None, None, None], device)
     sample = _sampler(upload(geometry_R6, device), (H, W), size)
     images_BX = images_BHWC.flatten(1)
-    sorted_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
-    block = V * B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
+    out_RHWC = torch.empty(V * B, *size, 3, dtype=out_dtype, device=device)
     for start in range(0, V * B, block):
         b = slice(start, min(start + block, V * B))
         source_bHWC = images_BX.index_select(0, upload(row_R[b] % B, device)).unflatten(1, (H, W, 3))
         x_b3HW = sample(source_bHWC.permute(0, 3, 1, 2).float(), b)
-        ends = (ends_5 - start).clip(0, b.stop - start).tolist()
+        ends = np.bincount(place_R[b], minlength=UNCHANGED + 1).cumsum().tolist()
         _jitter(x_b3HW, turn_R[b], blend_33R111[:, :, b], ends, turns_R[b].any())
         gray = upload(gray_R[b].nonzero()[0], device)
         if len(gray):
             x_b3HW.index_copy_(0, gray, _gray(x_b3HW.index_select(0, gray)).expand(-1, 3, -1, -1))
-        sorted_RHWC[b] = x_b3HW.mul_(scale_311).add_(shift_311).permute(0, 2, 3, 1)
-    # Whole rows are picked as they lie in memory; `images[rows]` goes through single bytes on a CPU.
-    out_RX = sorted_RHWC.flatten(1).index_select(0, upload(row_R.argsort(), device))
-    return out_RX.unflatten(1, (*size, 3)).permute(0, 3, 1, 2)
+        x_b3HW = x_b3HW.mul_(scale_311).add_(shift_311).index_select(0, upload(row_R[b].argsort(), device))
+        out_RHWC[b] = x_b3HW.permute(0, 2, 3, 1)
+    return out_RHWC.permute(0, 3, 1, 2)
 
 
 def _jitter_tables(op_R4: np.ndarray, factor_R4: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

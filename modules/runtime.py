@@ -75,7 +75,7 @@ def resolve_runtime(run, pipeline) -> Runtime:
     if run.precision == "fp16" and not on_gpu:
         raise ConfigError("run.precision fp16 trains on a GPU only; use fp32 or bf16 on a CPU")
     if run.precision == "auto":
-        precision = _auto_precision(device.value)
+        precision = auto_precision(device.value)
     else:
         precision = Choice(DTYPES[run.precision], f"run.precision{_slow(run.precision, device.value)}")
     if pipeline.dtype == "auto":
@@ -128,7 +128,7 @@ def auto_pipeline_dtype(device: torch.device) -> Choice:
     return _auto_on_cpu() if device.type == "cpu" else Choice(torch.float16, "auto: fp16 on a GPU")
 
 
-def _auto_precision(device: torch.device) -> Choice:
+def auto_precision(device: torch.device) -> Choice:
     """What the encoder trains in where nobody says: 16 bits where the device is fast in them."""
     if device.type == "cpu":
         return _auto_on_cpu()

@@ -26,7 +26,10 @@ class Facts:
     needed: float  # generated rows a step
     unconditional_rows: int
     arch: str  # of the encoder
-    precision: str  # fp32 | bf16 | fp16
+    precision: str  # of the encoder: fp32 | bf16 | fp16
+    pipeline_dtype: str
+    auto_precision: str  # what `auto` comes to on this device: fp32 where it is slow in 16 bits
+    auto_pipeline_dtype: str
     kl_decoder: bool  # the VAE is an AutoencoderKL
     views: str = "torch"  # what augments: torch | triton
     busy: float = 1.0  # share of a step in which the GPU has work
@@ -48,8 +51,8 @@ class Advice:
 
 def advise(facts: Facts, count: int = 3) -> list[Advice]:
     """The `count` changes of the largest likely saving, the first the largest."""
-    rules = (_ratio, _solver, _guidance, _decoder, _launches, _slots, _overlap, _waits, _precision, _channels_last,
-             _augmentation, _optimizer, _threads, _smaller_encoder, _smaller_images)  # fmt: skip
+    rules = (_ratio, _solver, _guidance, _decoder, _launches, _slots, _overlap, _waits, _precision, _pipeline_dtype,
+             _channels_last, _augmentation, _optimizer, _threads, _smaller_encoder, _smaller_images)  # fmt: skip
     found = [advice for rule in rules if (advice := rule(facts)) is not None and advice.saves_ms > 0]
     return sorted(found, key=lambda advice: -advice.saves_ms * advice.likely)[:count]
 
@@ -170,13 +173,27 @@ def _waits(facts: Facts) -> Advice | None:
 
 
 def _precision(facts: Facts) -> Advice | None:
-    learner_ms = _learner_ms(facts)
-    if not facts.on_gpu or facts.precision != "fp32":
+    learner_ms, half = _learner_ms(facts), facts.auto_precision
+    if facts.precision != "fp32" or half == "fp32":
+        return None
+    gain = 0.5 if facts.on_gpu else 0.3  # on a Xeon with AMX: see benchmarks/LOG.md
+    return Advice(
+        f"run.precision {half}",
+        f"the encoder runs in fp32 and takes {_percent(learner_ms, facts)} of a step; autocast to {half} takes about "
+        f"{100 * gain:.0f} % off that",
+        gain * learner_ms,
+        0.9,
+    )
+
+
+def _pipeline_dtype(facts: Facts) -> Advice | None:
+    unet_ms, half = facts.part_ms.get("unet", 0.0), facts.auto_pipeline_dtype
+    if facts.pipeline_dtype != "fp32" or half == "fp32":
         return None
     return Advice(
-        "run.precision bf16",
-        f"the encoder runs in fp32 and takes {_percent(learner_ms, facts)} of a step; autocast to bf16 about halves it",
-        0.5 * learner_ms,
+        f"pipeline.dtype {half}",
+        f"the UNet runs in fp32 and takes {_percent(unet_ms, facts)} of a step, and this device is fast in {half}",
+        0.4 * unet_ms,  # on a Xeon with AMX; more on a GPU
         0.9,
     )
 

@@ -25,7 +25,7 @@ from modules.data.views import VIEWS
 from modules.learning.encoder import choose_arch
 from modules.phases import STEP_PHASES
 from modules.rules import batch_rows, generated_rows
-from modules.runtime import DTYPES, environment
+from modules.runtime import DTYPES, auto_pipeline_dtype, auto_precision, environment
 from modules.settings import load_config
 
 TOP = 12  # operations listed
@@ -166,6 +166,9 @@ def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], 
         unconditional_rows=0 if slots is None else slots.unconditional_rows,
         arch=choose_arch(job.config.encoder.arch, job.config.data.image_size).value,
         precision=names[job.runtime.precision.value],
+        pipeline_dtype=names[job.runtime.pipeline_dtype.value],
+        auto_precision=names[auto_precision(job.device).value],
+        auto_pipeline_dtype=names[auto_pipeline_dtype(job.device).value],
         views=backend.choose("views", device=job.device).name,
         kl_decoder=job.pipeline is not None and type(job.pipeline.vae).__name__ == "AutoencoderKL",
         busy=min(1.0, trace.busy_ms / timing.step_ms) if state.meter.on_gpu else 1.0,
