@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +27,7 @@ from modules import state as checkpoints
 from modules.commands import job, run_results, stages
 from modules.diffusion import tokens as token_files
 from modules.diffusion.inversion import Inversion
+from modules.runtime import has_amx
 from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, shared_folder
 from tests.tiny import build_parts, pipeline_folder, save_parts
 
@@ -125,6 +127,19 @@ def test_interrupted_in_the_middle_of_a_step(capsys):
     assert go("interrupted", "run.checkpoint_every=3", "run.keep_checkpoints=1") == 0
     assert "resumed at step 4" in capsys.readouterr().out
     assert_equal_to_never_having_stopped("interrupted", finished_run(ARM))
+
+
+def test_interrupted_in_the_number_format_that_auto_does_not_take_here(capsys):
+    """bf16 on a processor without AMX, fp32 on one with it: both are gone on with, wherever the tests run."""
+    other, said = ("fp32", "float32") if has_amx() else ("bf16", "bfloat16")
+    formats = (f"run.precision={other}", f"pipeline.dtype={other}")
+    assert go("whole", *formats) == 0
+    assert f"precision: {said}" in capsys.readouterr().out
+    with in_the_middle_of(STOP, press_ctrl_c):
+        assert go("halves", *formats) == 130
+    assert go("halves", *formats) == 0
+    results = json.loads((directory("whole") / "results.json").read_text())
+    assert_equal_to_never_having_stopped("halves", replace(finished_run(ARM), path=directory("whole"), results=results))
 
 
 @pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")])
