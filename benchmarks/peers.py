@@ -93,7 +93,7 @@ def da_fusion(
 ) -> Callable[[int], None]:
     """A call of DA-Fusion's loop over the first `count` images: resize, generate alone under autocast, write a PNG.
 
-    As published the text encoder stays in fp32 and autocast spans the call; on a CPU all is fp32 and nothing is cast.
+    As published the text encoder stays in fp32 and autocast spans the call; on a CPU all is in one dtype, nothing is cast.
     """
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
@@ -102,7 +102,8 @@ def da_fusion(
     side = pipeline.resolution
 
     def call(count: int) -> None:
-        cast = torch.autocast("cuda", torch.float16) if on_gpu else contextlib.nullcontext()
+        casts = on_gpu and pipeline.dtype != torch.float32
+        cast = torch.autocast("cuda", pipeline.dtype) if casts else contextlib.nullcontext()
         for i, (source, text) in enumerate(zip(sources[:count], texts[:count], strict=True)):
             canvas = source.resize((side, side), Image.Resampling.BILINEAR)
             with cast:

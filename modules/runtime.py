@@ -117,8 +117,8 @@ def has_bf16(device: torch.device) -> bool:
 def has_amx() -> bool:
     """Whether the processor multiplies bf16 in tiles (Intel's AMX) and the kernel lets this process do so.
 
-    On a Xeon with it products of 1024 ran five times as fast in bf16 as in fp32, on an EPYC that has bf16 instructions
-    alone a training step a seventh faster (see benchmarks/LOG.md).
+    On a Xeon with it products of 1024 ran four to five times as fast in bf16 as in fp32; on the same one held to its
+    other bf16 instructions a training step took as long as in fp32, or longer (see benchmarks/LOG.md).
     """
     return torch.cpu._init_amx() and has_bf16(torch.device("cpu"))
 

@@ -79,6 +79,8 @@ def load_embed(path: Path, config: Config, num_classes: int):
     """
     runtime = resolve_runtime(config.run, config.pipeline)
     device, precision = runtime.device.value, runtime.precision.value
+    if config.run.precision == "auto" and _trained_in_fp32(path.parents[1]):
+        precision = torch.float32  # wherever it is read: thresholds and features belong together
     # the export holds the statistics of real rows only, which are all that evaluation reads
     settings = dataclasses.replace(config.encoder, separate_batchnorm=False)
     encoder = build_encoder(settings, config.data.image_size, num_classes, config.run.seed)
@@ -95,6 +97,13 @@ def load_embed(path: Path, config: Config, num_classes: int):
             return encoder(plain_view(images_BHWC.to(device))).float()
 
     return embed
+
+
+def _trained_in_fp32(folder: Path) -> bool:
+    """Whether the run that stands here computed in float32 last; False where it does not say."""
+    record = folder / "inputs.json"
+    computed = read_record(record).get("runtime") if record.exists() else None
+    return bool(computed) and computed[-1].get("precision") == "float32"
 
 
 def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detector, embed, console) -> Path:

@@ -18,6 +18,7 @@ from modules.data.mixer import Mixer, check_balance
 from modules.data.reservoir import Reservoir
 from modules.data.sets import JUDGED_PER_CLASS, load_sets
 from modules.diffusion import tokens as token_files
+from modules.diffusion.attention import install
 from modules.diffusion.conditioning import tokens_digest
 from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.inversion import Inversion, token_cache_key
@@ -109,6 +110,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
         )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         freeze_layers(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
+    install(pipeline.unet)  # likewise
     check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
     pixels = stored.pixels_DHWC.to(job.device)
     pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])

@@ -260,7 +260,7 @@ class Inversion:
         if not bool(self.finite):
             raise NonFinite(
                 f"textual inversion: a loss or gradient was not finite within the first {self.done} steps "
-                f"({self.pipeline.dtype}); choose pipeline.dtype fp32 or bf16, or a lower inversion.lr"
+                f"({self.pipeline.dtype}); choose pipeline.dtype fp32, or a lower inversion.lr"
             )
 
     def tokens(self) -> Tokens:

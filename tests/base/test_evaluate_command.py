@@ -1,6 +1,7 @@
 """`evaluate`: a saved run judged again, or put to work on other images; what it wrote before stays as it is."""
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -12,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import trainer
-from modules.commands.evaluate import command
+from modules import runtime
+from modules.commands.evaluate import command, load_embed
 from modules.console import Console
 from modules.errors import ConfigError, DataError
 from modules.evaluation.stored import load_detector, load_predictions
+from modules.settings import load_config
 from tests.base.tinyset import COLORS, NEAR_OOD, contents, finished_run, image, rows, write_config, write_pack
 
 CLASSES = tuple(sorted(COLORS))
@@ -216,6 +219,19 @@ def test_what_is_no_finished_run(saved, tmp_path):
     (saved / "results.json").unlink()
     with pytest.raises(DataError, match="is not finished; start its `trainer.py run` command again"):
         call(saved)
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+def test_what_was_trained_in_fp32_is_read_in_fp32_where_auto_is_of_16_bits(saved, trained, monkeypatch):
+    monkeypatch.setattr(runtime, "has_amx", lambda: True)
+    record = json.loads((saved / "inputs.json").read_text())
+    record["runtime"][-1]["precision"] = trained
+    (saved / "inputs.json").write_text(json.dumps(record))
+    config, _ = load_config(str(saved / "config.yaml"))
+    exact = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="fp32"))
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    found, in_fp32 = (load_embed(saved / "export/encoder.safetensors", c, len(COLORS))(images) for c in (config, exact))
+    assert torch.equal(found, in_fp32) is (trained == "float32")
 
 
 def test_weights_that_are_broken_or_of_another_encoder(saved):
