@@ -46,7 +46,8 @@ def main() -> None:
 def rows_of(name: str, run: Path) -> list[dict]:
     """A row for each headline metric of a finished run, with its conditions."""
     results = json.loads((run / "results.json").read_text())
-    made, files = (json.loads((run / name).read_text()) for name in ("environment.json", "data.json"))
+    records = ("environment.json", "data.json", "inputs.json")
+    made, files, inputs = (json.loads((run / name).read_text()) for name in records)
     config = yaml.safe_load((run / "config.yaml").read_text())
     conditions = {
         "seed": config["run"]["seed"],
@@ -60,6 +61,7 @@ def rows_of(name: str, run: Path) -> list[dict]:
         "device": made["gpu"] or made["cpu"],
         "cores": made["cores"],
         "torch": made["packages"]["torch"],
+        "precision": inputs["runtime"][-1]["precision"],
         "date": date.today().isoformat(),
     }
     rounded = lambda key: round(results[key], 4) if key in results else "nan"  # noqa: E731 - an interval may be absent

@@ -225,7 +225,8 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
         if asked == "auto" and products_pay(job.pipeline.dtype):
             # by shape, not by time: the same run, the same bits
             return Choice("products where tokens are few, else sdpa", "auto: by shape on a CPU")
-        why = "auto: products pay in fp32 alone, and not on a CPU of Intel's"
+        where = "on processors other than Intel's" if job.pipeline.dtype == torch.float32 else "in fp32"
+        why = f"auto: on a CPU products pay {where} alone"
         return Choice("sdpa", "pipeline.attention" if asked == "sdpa" else why)
     measure = timer(job.device)
     if asked == "auto":
