@@ -16,7 +16,7 @@ class Run:
     seed: int = 0  # >= 0; every random draw is a function of it and of what is drawn
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | fp32 | fp16 | bf16: the encoder's autocast; auto: bf16 on a GPU or a CPU with AMX
-    # (images of at most 16 pixels a side train in fp32 on a CPU, whatever this says: see modules/learning/encoder.py)
+    # (but fp32 for images of at most 16 pixels a side on a CPU: see modules/runtime.py)
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
     kernels: str = "auto"  # auto | torch | triton: which implementation of each op in kernels/ runs
     log_every: int = 10  # steps between metric rows

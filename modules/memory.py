@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from modules.errors import OutOfMemory
+from modules.runtime import choose_device, choose_pipeline_dtype
 from modules.settings import flatten
 
 ALLOCATION_FAILED = (  # what libraries below torch's own allocator say; torch hands it on as a plain RuntimeError
@@ -20,7 +21,7 @@ ALLOCATION_FAILED = (  # what libraries below torch's own allocator say; torch h
 )
 GENERATOR = ("generation.slots", "generation.decode_batch", "pipeline.resolution")
 LEARNER = ("learning.classes_per_batch", "learning.rows_per_class", "data.image_size")
-HALF, PIPELINE = "pipeline.dtype=fp16", "modules.diffusion.pipeline"
+HALF, PIPELINE = "pipeline.dtype=", "modules.diffusion.pipeline"  # HALF is followed by a format where that is smaller
 PARTS = {  # function -> what it does, and the settings that make it smaller: a name to lower, or name=value to set
     f"{PIPELINE}.load_pipeline": ("loading the pipeline", (HALF,)),
     f"{PIPELINE}.StableDiffusion.encode_moments": ("encoding images by the VAE", ("pipeline.resolution", HALF)),
@@ -90,10 +91,21 @@ def _explained(error: BaseException, stage: str, config) -> str:
     values = flatten(config)
     what, knobs = _part(error, values) or ("", STAGES.get(stage, WHOLE_RUN))
     where = f"stage {stage}: {what}" if what else f"stage {stage}"
+    if HALF in knobs:
+        knobs = [_half(config) if knob == HALF else knob for knob in knobs]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    lower = [f"{name} ({values[name]})" if values.get(name) else name for name in knobs if "=" not in name]
+    lower = [f"{name} ({values[name]})" if values.get(name) else name for name in knobs if name and "=" not in name]
     ways = [f"lower {', '.join(lower)}"] * bool(lower) + [f"set {knob}" for knob in knobs if "=" in knob]
-    return f"{where} does not fit ({reason}); {', or '.join(ways)}; `check` lists what a run holds"
+    return "; ".join(
+        [f"{where} does not fit ({reason})", *[", or ".join(ways)] * bool(ways), "`check` lists what a run holds"]
+    )
+
+
+def _half(config) -> str:
+    """The setting under which the pipeline takes half the memory; "" where it computes in 16 bits already."""
+    device = choose_device(config.run).value
+    computes = choose_pipeline_dtype(config.pipeline, device).value
+    return "" if computes.itemsize < 4 else HALF + ("fp16" if device.type == "cuda" else "bf16")
 
 
 def _part(error: BaseException, values: dict) -> tuple[str, tuple[str, ...]] | None:

@@ -20,6 +20,9 @@ from kernels import backend
 from modules.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Pixels a side of which the last convolution of stride 2 sees one, in every backbone here. Of an input smaller than the
+# stride oneDNN's gradient of 16-bit weights holds memory that nobody has written (torch 2.11; see benchmarks/LOG.md).
+ONE_PIXEL_UP_TO = 16
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PACKAGES = (
     "torch",
@@ -54,34 +57,29 @@ class Runtime:
     threads: Choice  # CPU threads of torch
 
 
-def resolve_runtime(run, pipeline) -> Runtime:
+def resolve_runtime(run, pipeline, trains_at: int | None = None) -> Runtime:
     """The runtime of config sections `run` and `pipeline`, every choice with its reason.
 
+    trains_at: pixels a side of the images that an encoder is trained on; None where none is.
+
     Raises:
-        ConfigError: a GPU is demanded and there is none, or fp16 autocast is asked for on a CPU.
+        ConfigError: a GPU is demanded and there is none; on a CPU, fp16 autocast or, for tiny images, bf16 is asked for.
     """
-    gpu = torch.cuda.is_available()
-    if run.device == "cuda" and not gpu:
-        raise ConfigError(
-            f"run.device is cuda, but torch {torch.__version__} sees no CUDA GPU here; install a driver that fits, "
-            "or set run.device=cpu"
-        )
-    if run.device == "cpu" or not gpu:
-        device = Choice(torch.device("cpu"), "run.device is cpu" if run.device == "cpu" else "no CUDA GPU found")
-    else:
-        device = Choice(torch.device("cuda"), torch.cuda.get_device_name())
+    device = choose_device(run)
     on_gpu = device.value.type == "cuda"
     keep_freed_memory(device.value)
     if run.precision == "fp16" and not on_gpu:
         raise ConfigError("run.precision fp16 trains on a GPU only; use fp32 or bf16 on a CPU")
+    if run.precision == "bf16" and not on_gpu and _is_tiny(trains_at):
+        raise ConfigError(
+            f"run.precision bf16 does not train on images of {trains_at} px on a CPU, where gradients of a convolution over "
+            f"one pixel are wrong in 16 bits; use fp32 or auto, or a data.image_size above {ONE_PIXEL_UP_TO}"
+        )
     if run.precision == "auto":
-        precision = auto_precision(device.value)
+        precision = auto_precision(device.value, trains_at)
     else:
         precision = Choice(DTYPES[run.precision], f"run.precision{_slow(run.precision, device.value)}")
-    if pipeline.dtype == "auto":
-        pipeline_dtype = auto_pipeline_dtype(device.value)
-    else:
-        pipeline_dtype = Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device.value)}")
+    pipeline_dtype = choose_pipeline_dtype(pipeline, device.value)
     if run.kernels == "triton" and (obstacle := backend.obstacle(device.value)):
         raise ConfigError(f"run.kernels is triton, but {obstacle}; set it to auto or torch")
     backend.set_default(run.kernels)
@@ -92,6 +90,30 @@ def resolve_runtime(run, pipeline) -> Runtime:
         torch.get_num_threads(), "run.threads" if run.threads else f"torch's choice, {os.cpu_count()} cores"
     )
     return Runtime(device, precision, pipeline_dtype, threads)
+
+
+def choose_device(run) -> Choice:
+    """Where `run.device` comes to.
+
+    Raises:
+        ConfigError: a GPU is demanded and there is none.
+    """
+    gpu = torch.cuda.is_available()
+    if run.device == "cuda" and not gpu:
+        raise ConfigError(
+            f"run.device is cuda, but torch {torch.__version__} sees no CUDA GPU here; install a driver that fits, "
+            "or set run.device=cpu"
+        )
+    if run.device == "cpu" or not gpu:
+        return Choice(torch.device("cpu"), "run.device is cpu" if run.device == "cpu" else "no CUDA GPU found")
+    return Choice(torch.device("cuda"), torch.cuda.get_device_name())
+
+
+def choose_pipeline_dtype(pipeline, device: torch.device) -> Choice:
+    """What `pipeline.dtype` comes to on a device."""
+    if pipeline.dtype == "auto":
+        return auto_pipeline_dtype(device)
+    return Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device)}")
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -118,9 +140,12 @@ def has_amx() -> bool:
     """Whether the processor multiplies bf16 in tiles (Intel's AMX) and the kernel lets this process do so.
 
     On a Xeon with it products of 1024 ran four to five times as fast in bf16 as in fp32; on the same one held to its
-    other bf16 instructions a training step took as long as in fp32, or longer (see benchmarks/LOG.md).
+    other bf16 instructions a training step took as long as in fp32, or longer (see benchmarks/LOG.md). oneDNN's variable
+    of the environment that holds it to fewer instructions is heeded.
     """
-    return torch.cpu._init_amx() and has_bf16(torch.device("cpu"))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    heeds = limit in ("", "ALL", "DEFAULT") or "AMX" in limit
+    return heeds and torch.cpu._init_amx() and has_bf16(torch.device("cpu"))
 
 
 def auto_pipeline_dtype(device: torch.device) -> Choice:
@@ -128,9 +153,11 @@ def auto_pipeline_dtype(device: torch.device) -> Choice:
     return _auto_on_cpu() if device.type == "cpu" else Choice(torch.float16, "auto: fp16 on a GPU")
 
 
-def auto_precision(device: torch.device) -> Choice:
-    """What the encoder trains in where nobody says: 16 bits where the device is fast in them."""
+def auto_precision(device: torch.device, trains_at: int | None = None) -> Choice:
+    """What the encoder computes in where nobody says: 16 bits where the device is fast in them."""
     if device.type == "cpu":
+        if has_amx() and _is_tiny(trains_at):
+            return Choice(torch.float32, f"auto: fp32 on a CPU for images of at most {ONE_PIXEL_UP_TO} px")
         return _auto_on_cpu()
     if not has_bf16(device):
         return Choice(torch.float16, "auto: fp16 on a GPU that has no bf16")
@@ -141,6 +168,10 @@ def _auto_on_cpu() -> Choice:
     if has_amx():
         return Choice(torch.bfloat16, "auto: bf16 on a CPU with AMX")
     return Choice(torch.float32, "auto: fp32 on a CPU without AMX")
+
+
+def _is_tiny(trains_at: int | None) -> bool:
+    return trains_at is not None and trains_at <= ONE_PIXEL_UP_TO
 
 
 def _slow(precision: str, device: torch.device) -> str:

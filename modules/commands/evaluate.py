@@ -27,7 +27,7 @@ from modules.learning.encoder import build_encoder
 from modules.memory import named_memory
 from modules.records import read_record
 from modules.rules import needs_masks
-from modules.runtime import resolve_runtime
+from modules.runtime import Choice, Runtime, resolve_runtime
 from modules.settings import load_config, to_yaml
 from modules.state import write_atomic
 
@@ -49,8 +49,11 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
     given = {name for name, origin in origins.items() if origin == "command line"}
     check_overrides(given)
     detector = load_detector(folder / "export/ood.safetensors")
+    runtime = runtime_of(folder, config)
+    for what, choice in (("device", runtime.device), ("precision", runtime.precision)):
+        console.line(f"  {what}: {str(choice.value).removeprefix('torch.')}  ({choice.reason})")
     with named_memory("load", config):
-        embed = load_embed(folder / "export/encoder.safetensors", config, len(detector.classes))
+        embed = load_embed(folder / "export/encoder.safetensors", config, len(detector.classes), runtime)
     if "data.root" in given:
         return judge_folder(folder, config, detector, embed, console)
     return evaluate_again(folder, config, origins, detector, embed, console)
@@ -71,16 +74,21 @@ def check_overrides(given: set[str]) -> None:
             )
 
 
-def load_embed(path: Path, config: Config, num_classes: int):
-    """embed(images_BHWC uint8) -> features_BF fp32 of an exported encoder, on the device that `config` resolves to.
+def runtime_of(folder: Path, config: Config) -> Runtime:
+    """What the run's encoder is read in here: fp32 if it was trained in it, since thresholds and features belong together."""
+    runtime = resolve_runtime(config.run, config.pipeline)
+    if config.run.precision == "auto" and _trained_in_fp32(folder):
+        return dataclasses.replace(runtime, precision=Choice(torch.float32, "auto: it was trained in fp32"))
+    return runtime
+
+
+def load_embed(path: Path, config: Config, num_classes: int, runtime: Runtime):
+    """embed(images_BHWC uint8) -> features_BF fp32 of an exported encoder, on the device of `runtime`.
 
     Raises:
         DataError: the file is broken or holds another encoder than config.yaml describes.
     """
-    runtime = resolve_runtime(config.run, config.pipeline)
     device, precision = runtime.device.value, runtime.precision.value
-    if config.run.precision == "auto" and _trained_in_fp32(path.parents[1]):
-        precision = torch.float32  # wherever it is read: thresholds and features belong together
     # the export holds the statistics of real rows only, which are all that evaluation reads
     settings = dataclasses.replace(config.encoder, separate_batchnorm=False)
     encoder = build_encoder(settings, config.data.image_size, num_classes, config.run.seed)

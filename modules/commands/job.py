@@ -48,7 +48,7 @@ class Job:
     card: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __post_init__(self):
-        self.runtime = resolve_runtime(self.config.run, self.config.pipeline)
+        self.runtime = resolve_runtime(self.config.run, self.config.pipeline, self.config.data.image_size)
         self.device = self.runtime.device.value
         self.meter = Meter(self.device)
         if not self.workdir.goes_on:

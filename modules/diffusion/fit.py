@@ -54,7 +54,7 @@ def fit_slots(
             what = "one UNet call of a single slot" if part == "slots" else "the decode of a single image"
             raise OutOfMemory(
                 f"the diffusion pipeline does not fit: {what} runs out of memory; lower pipeline.resolution, set "
-                "pipeline.dtype to fp16 or pipeline.vae to a tiny autoencoder, or give the learner less "
+                "pipeline.dtype to 16 bits if it is fp32, or pipeline.vae to a tiny autoencoder, or give the learner less "
                 "(learning.classes_per_batch, learning.rows_per_class)"
             )
         numbers[part] //= 2

@@ -197,9 +197,10 @@ class Inversion:
                     raise
                 reason = first_line(error)
             if self.micro_batch == 1:
+                half = " or set pipeline.dtype to 16 bits" if self.pipeline.dtype == torch.float32 else ""
                 raise OutOfMemory(
                     "textual inversion does not fit with a single row at "
-                    f"{self.pipeline.resolution} px; lower pipeline.resolution or choose pipeline.dtype fp16 ({reason})"
+                    f"{self.pipeline.resolution} px; lower pipeline.resolution{half} ({reason})"
                 )
             whole, self.micro_batch = self.micro_batch, math.ceil(self.micro_batch / 2)
             self.say(

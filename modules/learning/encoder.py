@@ -19,9 +19,6 @@ from modules.learning.backbones import RowSplit, build_backbone
 from modules.runtime import Choice, stream_seed
 
 SMALL_UP_TO, RESNET18_UP_TO = 112, 160  # pixels a side
-# Pixels a side of which the last convolution of stride 2 sees one, in every backbone here. Of an input smaller than the
-# stride oneDNN's gradient of 16-bit weights holds memory that nobody has written (torch 2.11; see benchmarks/LOG.md).
-ONE_PIXEL_UP_TO = 16
 
 
 class Encoder(nn.Module):
@@ -50,13 +47,7 @@ class Encoder(nn.Module):
         return {"embeddings": self.head, "logits": self.classifier}[output](features_RF)
 
     def features(self, x_R3HW: torch.Tensor, generated_B: Sequence[bool] | None = None) -> torch.Tensor:
-        """Pooled backbone features [R, F] of normalized views, in the autocast type; fp32 of tiny ones on a CPU."""
-        if x_R3HW.device.type == "cpu" and min(x_R3HW.shape[2:]) <= ONE_PIXEL_UP_TO:
-            with torch.autocast("cpu", enabled=False):
-                return self._features(x_R3HW.to(self.linear.weight.dtype), generated_B)
-        return self._features(x_R3HW, generated_B)
-
-    def _features(self, x_R3HW: torch.Tensor, generated_B: Sequence[bool] | None) -> torch.Tensor:
+        """Pooled backbone features [R, F] of normalized views, in the autocast type."""
         if self._split is None or not self.training or generated_B is None or not any(generated_B):
             return self.backbone(x_R3HW)
         generated_R = list(generated_B) * (len(x_R3HW) // len(generated_B))

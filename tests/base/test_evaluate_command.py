@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import trainer
 from modules import runtime
-from modules.commands.evaluate import command, load_embed
+from modules.commands.evaluate import command, load_embed, runtime_of
 from modules.console import Console
 from modules.errors import ConfigError, DataError
 from modules.evaluation.stored import load_detector, load_predictions
@@ -230,8 +230,11 @@ def test_what_was_trained_in_fp32_is_read_in_fp32_where_auto_is_of_16_bits(saved
     config, _ = load_config(str(saved / "config.yaml"))
     exact = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="fp32"))
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    found, in_fp32 = (load_embed(saved / "export/encoder.safetensors", c, len(COLORS))(images) for c in (config, exact))
+    path, chosen = saved / "export/encoder.safetensors", [runtime_of(saved, c) for c in (config, exact)]
+    found, in_fp32 = (load_embed(path, config, len(COLORS), each)(images) for each in chosen)
     assert torch.equal(found, in_fp32) is (trained == "float32")
+    reason = {"float32": "auto: it was trained in fp32", "bfloat16": "auto: bf16 on a CPU with AMX"}[trained]
+    assert chosen[0].precision.reason == reason and chosen[1].precision.reason == "run.precision"
 
 
 def test_weights_that_are_broken_or_of_another_encoder(saved):

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import trainer
-from modules import memory
+from modules import memory, runtime
 from modules.commands.job import Job
-from modules.config import Config, PipelineConfig
+from modules.config import Config, Pipeline, PipelineConfig
 from modules.console import Console
+from modules.diffusion import checkpoints
 from modules.diffusion.inversion import Inversion
+from modules.diffusion.pipeline import load_pipeline
 from modules.errors import OutOfMemory
 from modules.evaluation.features import embed_images
 from modules.learning import judge
@@ -63,12 +65,13 @@ def test_every_part_is_a_function_that_there_is_and_every_setting_too():
 )
 def test_a_run_ends_with_its_code_and_one_line(target, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(target, exhausted)
+    monkeypatch.setattr(runtime, "has_amx", lambda: False)
     path = write_config(tmp_path, inversion={"class_agnostic": True}, near_ood={"recipes": "{strength: 1.0}"})
     capsys.readouterr()  # what writing the tiny pipeline said
     assert trainer.main(["run", str(path)]) == 4
     err = capsys.readouterr().err
     assert err.startswith(f"error: {said} (CUDA out of memory. Tried to allocate 20.00 GiB.); ")
-    assert len(err.splitlines()) == 1 and ("lower " in err or "set pipeline.dtype=fp16" in err)
+    assert len(err.splitlines()) == 1 and ("lower " in err or "set pipeline.dtype=bf16" in err)
 
 
 def test_the_judge_and_features_are_named(monkeypatch):
@@ -79,6 +82,27 @@ def test_the_judge_and_features_are_named(monkeypatch):
     named = r"stage probe: embedding images .* lower evaluation.batch_size \(\d+\)"
     with pytest.raises(OutOfMemory, match=named), named_memory("probe", Config()):
         embed_images(exhausted, torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tiles", "dtype", "ways"),
+    [
+        (False, False, "auto", "set pipeline.dtype=bf16; "),
+        (False, True, "auto", ""),
+        (False, False, "bf16", ""),
+        (True, False, "fp32", "set pipeline.dtype=fp16; "),
+        (True, False, "auto", ""),
+    ],
+)
+def test_half_the_memory_is_offered_only_where_it_is_not_taken_already(gpu, tiles, dtype, ways, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(runtime, "has_amx", lambda: tiles)
+    monkeypatch.setattr(checkpoints, "load", exhausted)
+    config = Config(pipeline=Pipeline(dtype=dtype))
+    with pytest.raises(OutOfMemory) as raised, named_memory("tokens", config):
+        load_pipeline(config.pipeline)
+    assert str(raised.value).endswith(f"20.00 GiB.); {ways}`check` lists what a run holds")
 
 
 def test_what_other_libraries_say_counts_and_other_errors_pass():

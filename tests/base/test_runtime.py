@@ -11,7 +11,7 @@ import torch
 
 from modules import config, runtime
 from modules.errors import ConfigError
-from modules.runtime import Choice, commit, environment, resolve_runtime, stream, stream_seed
+from modules.runtime import ONE_PIXEL_UP_TO, Choice, commit, environment, resolve_runtime, stream, stream_seed
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +44,16 @@ def test_tiles_count_only_where_they_may_be_used_and_the_library_uses_them(monke
         assert runtime.has_amx() is (permitted and bf16)
 
 
+@pytest.mark.parametrize(
+    ("limit", "tiles"), [("AVX512_CORE_BF16", False), ("avx512_core_amx", True), ("ALL", True), ("", True)]
+)
+def test_a_processor_held_to_fewer_instructions_has_no_tiles(limit, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert runtime.has_amx() is tiles
+
+
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolved().device.reason == "no CUDA GPU found"
@@ -74,6 +84,23 @@ def test_asked_for_formats():
         resolved(device="cpu", kernels="triton")
     with pytest.raises(ConfigError, match="fp16 trains on a GPU only"):
         resolved(device="cpu", precision="fp16")
+
+
+def test_tiny_images_train_in_fp32_on_a_cpu(monkeypatch):
+    """Gradients of 16-bit weights are wrong where a convolution sees one pixel (tests/learning/test_encoder.py)."""
+    monkeypatch.setattr(runtime, "has_amx", lambda: True)
+    run, pipeline = config.Run(device="cpu"), config.Pipeline()
+    found = resolve_runtime(run, pipeline, ONE_PIXEL_UP_TO)
+    assert found.precision == Choice(torch.float32, "auto: fp32 on a CPU for images of at most 16 px")
+    assert (
+        found.pipeline_dtype.value
+        == resolve_runtime(run, pipeline, ONE_PIXEL_UP_TO + 1).precision.value
+        == torch.bfloat16
+    )
+    asked = dataclasses.replace(run, precision="bf16")
+    with pytest.raises(ConfigError, match="does not train on images of 16 px on a CPU, .* a data.image_size above 16"):
+        resolve_runtime(asked, pipeline, 16)
+    assert resolve_runtime(asked, pipeline).precision.value == torch.bfloat16, "nothing is trained"
 
 
 def test_threads():
