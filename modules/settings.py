@@ -18,6 +18,8 @@ from modules.ranges import CHOICES
 from modules.rules import check_rules
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TAG = "tag:yaml.org,2002:"  # begins what YAML takes a scalar for
+NO_TEXT = {TAG + name for name in ("int", "float", "bool", "timestamp")}
 
 
 def load_config(path: str | Path, overrides: list[str] = (), schema: type = Config) -> tuple:
@@ -39,7 +41,7 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type = Conf
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the config file is not UTF-8 text ({error}); save it as UTF-8") from error
     try:
-        tree = _read_yaml(text) or {}
+        tree = _read_yaml(text, _texts(schema)) or {}
     except _GivenTwice as error:
         raise ConfigError(f"{path}: {error}; join the two") from error
     except yaml.YAMLError as error:
@@ -58,7 +60,7 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type = Conf
         if not separator:
             raise ConfigError(f"command line: {override!r} is not section.key=value")
         try:
-            value = _read_yaml(raw) if raw else ""
+            value = _read_yaml(raw, _texts(schema), name.strip()) if raw else ""
         except _GivenTwice as error:
             raise ConfigError(f"command line: {override!r}: {error}; name it once") from error
         except yaml.YAMLError as error:
@@ -115,7 +117,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         first: dict[object, int] = {}
         scalars = (key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode))
-        for key_node in scalars:
+        for key_node in (scalar for scalar in scalars if scalar.tag != TAG + "merge"):
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1  # so that .5 is 0.5
             if key in first:
                 word = "; to YAML on, yes and true are one: quote the words" if isinstance(key, bool) else ""
@@ -124,12 +126,37 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str):
+def _read_yaml(text: str, texts: set[str], name: str = ""):
+    """The value of a whole file, or of the setting `name`; what `texts` names stays as written.
+
+    To YAML 0123 is 83, 12:30 is 750 and yes is true, which is no name for a run.
+    """
     loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        pairs = [(name, node)] if name else [
+            (f"{section.value}.{key.value}", value) for section, content in _pairs(node) for key, value in _pairs(content)
+        ]  # fmt: skip
+        for setting, value in pairs:
+            if value is not None and setting in texts and value.tag in NO_TEXT:
+                value.tag = TAG + "str"
+        return None if node is None else loader.construct_document(node)
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's on a date that is none, a number without end
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
+
+
+def _pairs(node) -> list[tuple]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _texts(schema: type) -> set[str]:
+    """Every "section.key" that holds a text; those that may be `on` or `off` are read as YAML does."""
+    names = {
+        f"{s.name}.{k.name}" for s in dataclasses.fields(schema) for k in dataclasses.fields(s.type) if k.type is str
+    }
+    return {name for name in names if "on" not in CHOICES.get(name, ())}
 
 
 def _put(schema: type, values: dict, origins: dict, name: str, value, origin: str) -> None:
@@ -223,7 +250,7 @@ def _coerced(value, kind):
     if kind is str:
         if value is None:
             return ""
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) or "\0" in str(value):
             raise TypeError
         return str(value)
     raise TypeError

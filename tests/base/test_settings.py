@@ -46,6 +46,24 @@ def test_on_and_off_need_no_quotes(tmp_path, written, meant):
     assert load_config(path, [f"pipeline.compile={written}"])[0].pipeline.compile == meant
 
 
+@pytest.mark.parametrize("name", ["0123", "12:30", "1_000", "yes", "2024-02-30", "2024-01-31", "1e3"])
+def test_a_text_stays_as_it_is_written(tmp_path, name):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"run: {{name: {name}}}\n")
+    assert load_config(path)[0].run.name == name
+    assert load_config(path, [f"run.name={name}x"])[0].run.name == f"{name}x"
+    assert load_config(path, [f"data.root={name}"])[0].data.root == name
+    for nothing in ("~", "#a remark"):
+        assert load_config(path, [f"run.name={nothing}"])[0].run.name == "mine"
+
+
+def test_a_section_may_take_settings_from_a_mapping(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("learning:\n  <<: {lr: 0.1, steps: 7}\n  steps: 9\n  warmup_steps: 0\n")
+    config, _ = load_config(path)
+    assert (config.learning.lr, config.learning.steps) == (0.1, 9)
+
+
 def test_resolved_yaml_reads_back_as_the_same_config(file):
     config, origins = load_config(file, ["generation.strengths={0.25: 1, 0.5: 2}", "data.near_ood_classes=[a, b]"])
     again = yaml.safe_load(to_yaml(config, origins))
@@ -99,6 +117,10 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
             r"`evaluation.bootstrap` is 39: too few for the ends of a 0.95 interval; set it to 40",
         ),
         ("run.dir=", r"`run.dir` is empty"),
+        ('run.name="a\\0b"', r"`run.name` is 'a\\x00b'; expected a text"),
+        ("learning.steps=2024-02-30", r"'learning.steps=2024-02-30': the value is not valid YAML"),
+        (f"learning.steps={'9' * 5000}", r"the value is not valid YAML"),
+        ("learning.steps=!!bool x", r"the value is not valid YAML"),
         ("run.threads=100000", r"`run.threads` is 100000; it must lie in \[0, 1024\]"),
         ("tune.grid=[]", r"`tune.grid` is \[\]; name images a step to try"),
         ("tune.grid=[-1, 2]", r"`tune.grid` is \[-1.0, 2.0\]; name images a step to try"),
@@ -238,6 +260,8 @@ def test_yaml_cannot_run_code(tmp_path):
     bad.write_text(f"run: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'boom'}]\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(bad)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(bad, ["run.name=!!python/name:os.getcwd"])
     assert not (tmp_path / "boom").exists()
 
 
