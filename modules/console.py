@@ -23,17 +23,19 @@ from modules.phases import BESIDE, STEP_PHASES
 LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
 ACCURACY = "val.knn_accuracy"
 FILE_WIDTH = 160  # columns of a table off a terminal
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a terminal that is gone; a log whose disk is full
 OF_VIEWS = ("augment", "encode", "loss", "backward")  # phases that every view of a batch goes through
 
 
 class _Outliving(RichConsole):
-    """A console whose reader may leave (`| head`, a closed terminal): what is printed then is lost, the work is not."""
+    """A console whose reader may leave (`| head`, a closed terminal) and whose log may find the disk full: what is
+    printed then is lost, the work is not."""
 
     def _write_buffer(self) -> None:
         try:
             super()._write_buffer()
         except OSError as error:
-            if error.errno != errno.EIO:  # how a terminal that is gone answers; rich knows the broken pipe alone
+            if error.errno not in LOST:  # rich knows the broken pipe alone
                 raise
             self._buffer.clear()
             self.on_broken_pipe()

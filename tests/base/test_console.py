@@ -133,6 +133,18 @@ def test_a_reader_that_leaves_costs_what_is_printed_and_not_the_work():
     assert writer.wait() == 0 and told == "the work is done\n"
 
 
+def test_a_log_on_a_full_disk_costs_what_is_printed_and_not_the_work():
+    code = (
+        "import sys; from modules.console import Console; console = Console()\n"
+        "console.warn('the checkpoint could not be written'); console.table('t', ['a'], [['1']])\n"
+        "print('the work is done', file=sys.stderr)"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        work = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert work.returncode == 0 and work.stderr == "the work is done\n"
+
+
 def test_a_terminal_that_is_gone_costs_what_is_printed_and_not_the_work():
     """It answers every write with an input/output error, that of a live display at its end too."""
     code = (
