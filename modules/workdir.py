@@ -53,7 +53,7 @@ class Workdir:
         self._waiting: list[str] = []  # metric rows that found the disk full
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held as long as the run
+            self._lock_file = open(self.path / ".lock", "ab+", buffering=0)  # noqa: SIM115 - held as long as the run
         except OSError as error:
             raise StorageError(
                 f"{self.path}: the run directory cannot be written ({error.strerror}); set run.dir to a place that can"
@@ -62,14 +62,16 @@ class Workdir:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock_file.seek(0)
-            owner = self._lock_file.read().strip() or "unknown"
+            owner = self._lock_file.read().decode().strip() or "unknown"
             self._lock_file.close()
             raise StorageError(
                 f"{self.path}: in use by process {owner}; wait for it, or set run.name to start another run beside it"
             ) from None
-        self._lock_file.truncate(0)
-        self._lock_file.write(str(os.getpid()))
-        self._lock_file.flush()
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: the lock holds without its name, and a finished run still shows
+            self._lock_file.truncate(0)
+            self._lock_file.write(str(os.getpid()).encode())
         if replacing and changed_settings(self.path, config):
             (self.path / "config.yaml").unlink()
             shutil.rmtree(self.checkpoints, ignore_errors=True)  # half-learned tokens of other settings

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 
 import pytest
 import yaml
@@ -50,6 +51,31 @@ def test_one_process_at_a_time_and_the_other_is_named(config):
     workdir.close()
     workdir.close()
     opened(config).close()
+
+
+def _filled(config, found):
+    """A process that may make no file longer than 0 bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    workdir = opened(config)
+    found.send(workdir.results())
+    workdir.close()
+    try:
+        opened(with_settings(config, {"run.name": "new"}))
+    except StorageError as error:
+        found.send(str(error))
+
+
+def test_on_a_full_disk_a_finished_run_shows_its_result_and_another_is_refused(config):
+    workdir = opened(config)
+    workdir.write_json("results.json", {"test.accuracy": 0.5})
+    workdir.close()
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    child = fork.Process(target=_filled, args=(config, there))
+    child.start()
+    child.join(60)
+    assert here.poll(1) and here.recv() == {"test.accuracy": 0.5}
+    assert here.poll(1) and "config.yaml: could not be written" in here.recv()
 
 
 def _hold_and_die(config):
