@@ -4,6 +4,7 @@ A path in a CSV file is somebody else's word. It is normalized, refused if it le
 a symbolic link), and a zip pack is read in place: nothing is ever unpacked.
 """
 
+import lzma
 import ntpath
 import os
 import posixpath
@@ -16,6 +17,9 @@ from pathlib import Path
 from modules.errors import DataError
 
 MAX_PACK_MEMBERS = 2_000_000
+DAMAGE = (  # what zipfile raises; RuntimeError is how it says "encrypted", NotImplementedError "unknown compression"
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError,
+)  # fmt: skip
 
 
 class Files:
@@ -108,8 +112,7 @@ class Files:
                 return self._zip.read(path)
             with open(self._real_path(path), "rb") as file:
                 return file.read()
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            # RuntimeError is how zipfile says "encrypted", NotImplementedError "unknown compression"
+        except (OSError, *DAMAGE) as error:
             raise DataError(f"{self.root}: {path} cannot be read ({error})") from error
 
     def folders(self, path: str = "") -> list[str]:
@@ -158,7 +161,7 @@ class Files:
     def _open_zip(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self.root)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, *DAMAGE) as error:
             raise DataError(f"{self.root}: is no readable zip file ({error}); pack it again") from error
         members = [member for member in self._zip.infolist() if not member.is_dir()]
         if len(members) > MAX_PACK_MEMBERS:

@@ -1,5 +1,6 @@
 """The readers: what is on disk, as it is named, and nothing from outside the root."""
 
+import contextlib
 import os
 import shutil
 import zipfile
@@ -321,6 +322,18 @@ def test_a_damaged_zip_member_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"x" * 5000, b"x" * 4999 + b"y"))
     with Files(path) as files, pytest.raises(DataError, match="a.png cannot be read .*CRC"):
         files.read("a.png")
+
+
+@pytest.mark.parametrize("method", ["ZIP_STORED", "ZIP_DEFLATED", "ZIP_BZIP2", "ZIP_LZMA"])
+def test_whatever_byte_of_a_zip_is_wrong_it_is_told_and_never_a_traceback(tmp_path, method):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", getattr(zipfile, method)) as archive:
+        archive.writestr("a.png", b"abc" * 20)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(DataError), Files(path) as files:
+            files.read("a.png")
 
 
 def test_reading_is_bounded_and_stays_inside(tmp_path):
