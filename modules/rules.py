@@ -4,6 +4,7 @@ Each rule names the setting, what it was and what would do.
 """
 
 import math
+from pathlib import Path
 
 from modules.errors import ConfigError
 from modules.ranges import CHOICES, RANGES
@@ -129,8 +130,14 @@ def _check_place(run) -> None:
     name = run.name
     if not run.dir.strip():
         raise ConfigError("`run.dir` is empty; name the folder that runs stand in, such as runs")
-    if name.startswith("/") or ".." in name.split("/"):
+    if name.startswith("/") or ".." in name.split("/") or not name.strip(" ./"):
         raise ConfigError(f"`run.name` is {name!r}; it must name a directory below run.dir: set run.dir to move that")
+    place, cache = Path(run.dir, name), Path(run.cache_dir or Path(run.dir, "cache"))
+    if cache in (place, *place.parents):
+        raise ConfigError(
+            f"`run.name` is {name!r}, but {cache} holds the class tokens that runs share; set another run.name, or "
+            "run.cache_dir to another folder"
+        )
 
 
 def _check_shape(shape) -> None:

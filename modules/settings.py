@@ -7,6 +7,7 @@ every value is kept, so that a run can say where each of its settings came from.
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from modules.rules import check_rules
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 TAG = "tag:yaml.org,2002:"  # begins what YAML takes a scalar for
+PLACES = ("run.dir", "run.cache_dir", "training.out")  # written to; ~ in them is the home, as it is in what is read
 NO_TEXT = {TAG + name for name in ("int", "float", "bool", "timestamp")}
 
 
@@ -172,7 +174,8 @@ def _put(schema: type, values: dict, origins: dict, name: str, value, origin: st
         raise ConfigError(f"{origin}: unknown setting `{name}`{hint}")
     if isinstance(value, bool) and "on" in CHOICES.get(name, ()):  # YAML reads on and off as a truth value
         value = "on" if value else "off"
-    values.setdefault(section_name, {})[key] = _coerce(value, fields[key].type, name, origin)
+    value = _coerce(value, fields[key].type, name, origin)
+    values.setdefault(section_name, {})[key] = os.path.expanduser(value) if name in PLACES else value
     origins[name] = origin
 
 

@@ -44,7 +44,7 @@ def resolve_root(root: str, setting: str = "data.root") -> Path:
         if name not in known:
             raise ConfigError(f"`{setting}` is {root!r}; the embedded packs are {', '.join(known) or 'none'}")
         return EMBEDDED / f"{name}.zip"
-    path = Path(root).expanduser()
+    path = Path(os.path.expanduser(root))  # ~nosuchuser stays as it is, where pathlib raises
     if not path.exists():
         raise DataError(f"`{setting}` {root!r} does not exist; name a folder of class folders, a .csv or a .zip")
     return path

@@ -7,6 +7,7 @@ and a preset whose weights are absent are errors before anything is generated.
 import hashlib
 import inspect
 import json
+import os
 from pathlib import Path
 
 import diffusers
@@ -60,12 +61,12 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
 
         parts = read_single_file(source, dtype, cfg)
     if cfg.vae:
-        parts["vae"], vae_digest = read_vae(Path(cfg.vae).expanduser(), dtype)
+        parts["vae"], vae_digest = read_vae(Path(os.path.expanduser(cfg.vae)), dtype)
         parts["digest"] = f"{parts['digest'][:32]}{vae_digest[:32]}"
     if cfg.lora:
         from modules.diffusion.lora import fuse_lora
 
-        lora = Path(cfg.lora).expanduser()
+        lora = Path(os.path.expanduser(cfg.lora))
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
         parts["scheduler"] = _sampled_as_declared(parts, cfg)
@@ -94,7 +95,7 @@ def own_resolution(cfg) -> int:
         unet, vae = map(shapes_of("sd2" if cfg.family == "sd2" else "sd1").get, ("unet", "vae"))
     else:
         unet, vae = _configurations(locate(cfg), cfg)
-        vae = vae_config(Path(cfg.vae).expanduser()) if cfg.vae else vae
+        vae = vae_config(Path(os.path.expanduser(cfg.vae))) if cfg.vae else vae
     widths = "block_out_channels" if vae.get("_class_name") != "AutoencoderTiny" else "decoder_block_out_channels"
     kind = AutoencoderKL if widths == "block_out_channels" else AutoencoderTiny
     return _own_size(_setting(UNet2DConditionModel, unet, "sample_size")) * 2 ** (len(_setting(kind, vae, widths)) - 1)
@@ -137,7 +138,7 @@ def locate(cfg) -> Path:
     Raises:
         DataError: it does not exist, or is neither.
     """
-    source = EMBEDDED if cfg.path == "embedded" else Path(cfg.path).expanduser()
+    source = EMBEDDED if cfg.path == "embedded" else Path(os.path.expanduser(cfg.path))
     if not source.exists() and cfg.allow_download:
         return fetch(cfg.path)
     if not source.exists():

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from modules.config import Config, PipelineConfig
-from modules.errors import ConfigError
+from modules.data.sources import resolve_root
+from modules.diffusion.checkpoints import locate
+from modules.errors import ConfigError, DataError
 from modules.rules import batch_rows
 from modules.settings import flatten, load_config, to_yaml, with_settings
 
@@ -55,6 +57,20 @@ def test_a_text_stays_as_it_is_written(tmp_path, name):
     assert load_config(path, [f"data.root={name}"])[0].data.root == name
     for nothing in ("~", "#a remark"):
         assert load_config(path, [f"run.name={nothing}"])[0].run.name == "mine"
+
+
+def test_the_home_is_meant_by_a_tilde_wherever_a_place_is_named(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, _ = load_config(file, ["run.dir=~/runs", "run.cache_dir=~/cache", "data.root=~/parts"])
+    assert (config.run.dir, config.run.cache_dir) == (str(tmp_path / "runs"), str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="`data.root` '~/parts' does not exist"):
+        resolve_root(config.data.root)
+    (tmp_path / "parts").mkdir()
+    assert resolve_root(config.data.root) == tmp_path / "parts"
+    with pytest.raises(DataError, match="'~nosuchuser/parts' does not exist"):
+        resolve_root("~nosuchuser/parts")
+    with pytest.raises(DataError, match="~nosuchuser/sd does not exist"):
+        locate(with_settings(config, {"pipeline.path": "~nosuchuser/sd"}).pipeline)
 
 
 def test_a_section_may_take_settings_from_a_mapping(tmp_path):
@@ -117,6 +133,9 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
             r"`evaluation.bootstrap` is 39: too few for the ends of a 0.95 interval; set it to 40",
         ),
         ("run.dir=", r"`run.dir` is empty"),
+        ("run.name=.", r"`run.name` is '.'; it must name a directory below run.dir"),
+        ("run.name=cache", r"`run.name` is 'cache', but runs/cache holds the class tokens"),
+        ("run.name=cache/tokens", r"but runs/cache holds the class tokens"),
         ('run.name="a\\0b"', r"`run.name` is 'a\\x00b'; expected a text"),
         ("learning.steps=2024-02-30", r"'learning.steps=2024-02-30': the value is not valid YAML"),
         (f"learning.steps={'9' * 5000}", r"the value is not valid YAML"),
