@@ -50,6 +50,8 @@ class Console:
     """Prints a run; holds the live display of the current stage."""
 
     def __init__(self, stream=None):
+        if stream is None and hasattr(sys.stdout, "reconfigure"):  # a class name that a terminal of ASCII cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         self.rich = _Outliving(file=stream, highlight=False, soft_wrap=True)
         self.live = self.rich.is_terminal
         if not self.live:  # a file has no edge at which a table would have to be squeezed

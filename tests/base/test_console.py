@@ -145,6 +145,14 @@ def test_a_log_on_a_full_disk_costs_what_is_printed_and_not_the_work():
     assert work.returncode == 0 and work.stderr == "the work is done\n"
 
 
+def test_a_log_that_is_not_utf8_costs_letters_and_not_the_work():
+    code = "from modules.console import Console; Console().line('class gro\\xdf \\u7a7a \\udce9')"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    work = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, text=True)
+    assert (work.stdout, work.stderr) == ("class gro\\xdf \\u7a7a \\udce9\n", "")
+
+
 def test_a_terminal_that_is_gone_costs_what_is_printed_and_not_the_work():
     """It answers every write with an input/output error, that of a live display at its end too."""
     code = (
