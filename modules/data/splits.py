@@ -113,6 +113,8 @@ def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[
         DataError: some items have a split and others none, there is no train split, or as `draw_groups`.
     """
     declared = {item.split for item in items}
+    if not items:
+        raise DataError("there is no ID class: every one is held out or has another role; leave two or more to learn")
     if "" in declared and len(declared) > 1:
         first = next(item.path for item in items if not item.split)
         raise DataError(f"{first}: has no split while others have one; fill the `split` column everywhere or nowhere")

@@ -128,6 +128,11 @@ def test_some_items_without_a_split():
         complete_splits(images("bolt", 3, split="train") + images("nut", 3), 0, 0.2)
 
 
+def test_no_id_class_is_left():
+    with pytest.raises(DataError, match="there is no ID class: every one is held out"):
+        complete_splits([], 0, 0.2)
+
+
 def test_no_train_split():
     with pytest.raises(DataError, match="no image is in the train split, only in test, val"):
         complete_splits(images("bolt", 3, split="test") + images("bolt", 3, split="val"), 0, 0.2)
