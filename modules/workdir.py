@@ -76,6 +76,7 @@ class Workdir:
             (self.path / "config.yaml").unlink()
             shutil.rmtree(self.checkpoints, ignore_errors=True)  # half-learned tokens of other settings
         self._refuse_other_settings(config)
+        self._remove_leftovers()
         self.goes_on = _holds_work(self.path)  # there is work here that this command adds to
         self._begun = self._read_inputs() if self.goes_on else {}
         self._inputs = dict(self._begun)  # what inputs.json holds from here on
@@ -175,6 +176,15 @@ class Workdir:
     def _read_inputs(self) -> dict:
         path = self.path / "inputs.json"
         return read_record(path) if path.exists() else {}
+
+    def _remove_leftovers(self) -> None:
+        """What a killed process of this run had half written, or, once it was finished, not yet removed."""
+        for folder in ("", "export", "tokens"):
+            for path in (self.path / folder).glob(".*.[0-9]*"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        if (self.path / "results.json").exists():
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _refuse_other_settings(self, config: Config) -> None:
         if changed := changed_settings(self.path, config):

@@ -53,6 +53,20 @@ def test_one_process_at_a_time_and_the_other_is_named(config):
     opened(config).close()
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next(config):
+    path = begun(config).path
+    (path / "export").mkdir()
+    for name in (".config.yaml.123", "export/.encoder.safetensors.123"):
+        (path / name).write_text("half")
+    workdir = opened(config)
+    assert not list(path.rglob("*.123")) and any(workdir.checkpoints.rglob("manifest.json"))
+    workdir.write_json("results.json", {})  # and here it is killed
+    workdir.close()
+    workdir = opened(config)
+    assert workdir.results() == {} and not workdir.checkpoints.exists()
+    workdir.close()
+
+
 def _filled(config, found):
     """A process that may make no file longer than 0 bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
