@@ -25,6 +25,8 @@ from modules.diffusion import train_pipeline as training
 from modules.diffusion.export_pipeline import export
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
+from modules.diffusion.schedule import alphas_cumprod
+from modules.diffusion.shapes import SCHEDULER
 from modules.errors import ConfigError, DataError, NonFinite, StorageError, Terminated
 from modules.evaluation.sheets import curves_png, sheet_png
 from modules.memory import named_memory
@@ -100,7 +102,7 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
         scaling = scaling if vae_curve else start.scaling_factor
     wording = training.Captions(captions, nouns, objects, tokenizer, config.training)
     second = training.unet_stage(text, unet, config.training, wording.num_objects, config.run.seed, device)
-    alphas = training.alphas_cumprod(training.SCHEDULER).to(device)
+    alphas = alphas_cumprod(SCHEDULER).to(device)
     unet_curve = trainer.train("unet", second, lambda: training.unet_step(second, moments, scaling, wording, alphas))
 
     facts = training_facts(config, arguments, index, captions, images, tokenizer, start)
@@ -151,7 +153,7 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
             f"training.start: {start.source} is a pipeline of {start.resolution} px, shape.resolution is "
             f"{config.shape.resolution}; set shape.resolution={start.resolution}"
         )
-    if start.prediction_type != training.SCHEDULER["prediction_type"]:
+    if start.prediction_type != SCHEDULER["prediction_type"]:
         raise ConfigError(
             f"training.start: {start.source} predicts {start.prediction_type}; only epsilon is trained on"
         )

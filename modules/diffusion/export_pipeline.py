@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from modules.diffusion.files import read_json
-from modules.diffusion.train_pipeline import SCHEDULER
+from modules.diffusion.shapes import SCHEDULER
 
 PLACES = ("_name_or_path", "is_local", "local_files_only")  # where a part that was trained on had been read from
 
@@ -33,8 +33,7 @@ def export(folder: Path, vae, text, unet, tokenizer: CLIPTokenizer, scaling: flo
         kept = {key: value for key, value in read_json(folder / name).items() if key not in PLACES}
         (folder / name).write_text(json.dumps(kept, indent=2) + "\n")
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderKL"],

@@ -14,15 +14,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
     "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
 }
 FEW_STEPS = {  # how weights distilled to a few steps are sampled, in place of what their base model's scheduler says
     "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading"},

@@ -28,17 +28,6 @@ from modules.rules import NORM_GROUPS
 from modules.runtime import stream
 
 CAPTIONS_KEPT = 2**16  # texts whose token ids are kept, those seen last
-SCHEDULER = {  # Stable Diffusion 1.x
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-}
 
 
 def build_tokenizer(captions: list[str], shape: PipelineShape) -> CLIPTokenizer:
@@ -348,14 +337,3 @@ def text_with_rows(text: CLIPTextModel, ids_BT, mark: int, own_B, table: torch.T
         return text(ids_BT).last_hidden_state
     finally:
         handle.remove()
-
-
-def alphas_cumprod(scheduler: dict) -> torch.Tensor:
-    """abar_t of the scaled-linear schedule, float32 [T]."""
-    betas = torch.linspace(
-        scheduler["beta_start"] ** 0.5,
-        scheduler["beta_end"] ** 0.5,
-        scheduler["num_train_timesteps"],
-        dtype=torch.float32,
-    )
-    return torch.cumprod(1 - betas**2, 0)
