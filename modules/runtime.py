@@ -1,7 +1,8 @@
 """Device, dtype and threads, each a value with its reason; named random streams.
 
 Randomness is a pure function of identity: `stream(seed, "image", 17)` is the same generator in every run, on every
-machine, whatever was drawn before. Nothing in this project draws from torch's global generator.
+machine, whatever was drawn before. Nothing in this project draws from torch's global generator; libraries that
+initialize weights do, inside `seeded`.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +194,17 @@ def stream_seed(seed: int, name: str, *identity: int | str) -> int:
     """The 63-bit seed of a named stream: blake2b over the parts, joined unambiguously."""
     text = "\x1f".join(str(part) for part in (seed, name, *identity))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int, name: str, *identity: int | str):
+    """Inside, torch's global CPU generator stands at the beginning of a named stream; afterwards it is as it was.
+
+    For weights that a library initializes, which takes no generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream_seed(seed, name, *identity))
+        yield
 
 
 def environment() -> dict:

@@ -25,7 +25,7 @@ from modules.config import PipelineShape, PipelineTraining
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.rules import NORM_GROUPS
-from modules.runtime import stream
+from modules.runtime import seeded, stream
 
 CAPTIONS_KEPT = 2**16  # texts whose token ids are kept, those seen last
 
@@ -122,21 +122,6 @@ def copy_vae(pipeline: StableDiffusion) -> AutoencoderKL:
     vae = AutoencoderKL.from_config(pipeline.vae.config)
     vae.load_state_dict(pipeline.vae.state_dict())
     return vae.float()
-
-
-class seeded:
-    """Run a library's initialization on a named random stream and leave torch's global generator as it was."""
-
-    def __init__(self, seed: int, name: str):
-        self.seed = stream(seed, name).initial_seed()
-
-    def __enter__(self):
-        self.fork = torch.random.fork_rng(devices=[])
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error):
-        return self.fork.__exit__(*error)
 
 
 class Stage:

@@ -7,7 +7,6 @@ Legend: B images, R rows (views), F feature width, E embedding width, C classes,
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import nn
 from kernels.staging import upload
 from modules import config
 from modules.learning.backbones import RowSplit, build_backbone
-from modules.runtime import Choice, stream_seed
+from modules.runtime import Choice, seeded
 
 SMALL_UP_TO, RESNET18_UP_TO = 112, 160  # pixels a side
 
@@ -28,9 +27,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self._split = backbone, split
         self.feature_width = F_ = backbone.feature_width
-        with seeded(seed, "projection_head"):
+        with seeded(seed, "encoder", "projection_head"):
             self.projection_head = nn.Sequential(nn.Linear(F_, F_), nn.ReLU(inplace=True), nn.Linear(F_, head_dim))
-        with seeded(seed, "classifier"):
+        with seeded(seed, "encoder", "classifier"):
             self.linear = nn.Linear(F_, num_classes)
 
     def forward(
@@ -80,7 +79,7 @@ def build_encoder(settings: config.Encoder, image_size: int, num_classes: int, s
     """
     arch = choose_arch(settings.arch, image_size).value
     split = RowSplit() if settings.separate_batchnorm else None
-    with seeded(seed, "backbone"):
+    with seeded(seed, "encoder", "backbone"):
         backbone = build_backbone(arch, settings.width, split)
     encoder = Encoder(backbone, settings.head_dim, num_classes, seed, split)
     return encoder.to(memory_format=torch.channels_last) if settings.channels_last else encoder
@@ -95,14 +94,3 @@ def choose_arch(arch: str, image_size: int) -> Choice:
     if image_size <= RESNET18_UP_TO:
         return Choice("resnet18", f"auto: {image_size} px is at most {RESNET18_UP_TO}")
     return Choice("resnet50", f"auto: {image_size} px is above {RESNET18_UP_TO}")
-
-
-@contextmanager
-def seeded(seed: int, part: str):
-    """torch's global CPU generator on the stream ("encoder", part) of the seed, and back to where it was after."""
-    state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(stream_seed(seed, "encoder", part))
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
