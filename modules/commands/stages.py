@@ -340,7 +340,6 @@ def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
     return [
         *card,
         ("pipeline", config.pipeline.path, f"{job.pipeline.resolution} px, {dtype}: {runtime.pipeline_dtype.reason}"),
-        *(("pipeline note", note, "read from its files") for note in job.pipeline.notes),
         ("generation", f"{generation.images_per_step:g} images a step",
          f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times, those of the prefill apart"),
         ("preset", plan.preset, "; ".join(plan.reasons)),

@@ -9,7 +9,7 @@ grid.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -39,7 +39,6 @@ class StableDiffusion:
     digest: str  # sha256 of weights, schedule, vocabulary and padding
     source: str  # where the weights came from
     family: str = "sd1"  # sd1 | sd2 | turbo | lcm
-    notes: tuple[str, ...] = field(default=())  # choices made while loading, for the run card
 
     @property
     def vae_factor(self) -> int:
