@@ -14,7 +14,6 @@ from modules.config import Config
 from modules.console import Console
 from modules.diffusion import tokens as token_files
 from modules.diffusion.inversion import token_cache_key
-from modules.diffusion.prompts import initializer_id, trained_words
 from modules.rules import batch_rows, generates, judged
 from modules.settings import with_settings
 from modules.workdir import Workdir
@@ -69,10 +68,7 @@ def initial_tokens(job: Job) -> token_files.Tokens:
     """Class tokens as textual inversion starts them: every vector is the initializer's row."""
     pipeline, settings, classes = job.pipeline, job.config.inversion, job.sets.index.classes
     own = stages.initializers(job)
-    trained = trained_words(pipeline.source)
-    words = own or (settings.initializer,) * len(classes)
-    rows = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
-    rows_CE = pipeline.text_encoder.get_input_embeddings().weight[rows].detach().float().cpu()
+    rows_CE = token_files.initializer_rows(pipeline, own or (settings.initializer,) * len(classes)).cpu()
     return token_files.Tokens(
         classes=classes,
         vectors_CKE=rows_CE[:, None].repeat(1, settings.num_vectors, 1),

@@ -31,8 +31,8 @@ from modules.diffusion.attention import install
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.files import first_line
 from modules.diffusion.frozen import freeze_layers
-from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, initializer_id, placeholder, trained_words
-from modules.diffusion.tokens import Tokens
+from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, placeholder
+from modules.diffusion.tokens import Tokens, initializer_rows
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.memory import ran_out
 from modules.runtime import stream
@@ -139,10 +139,7 @@ class Inversion:
         install(pipeline.unet)  # kernels/attention.py, as the engine: its backward pass is fast in 16 bits on a CPU too
         self.denoising = Denoising(pipeline)
         self.initializers = tuple(initializers)
-        trained = trained_words(pipeline.source)
-        words = self.initializers or (settings.initializer,) * len(self.classes)
-        rows = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
-        rows_CE = pipeline.text_encoder.get_input_embeddings().weight[rows].detach().float()
+        rows_CE = initializer_rows(pipeline, self.initializers or (settings.initializer,) * len(self.classes))
         self.vectors_CKE = rows_CE[:, None].repeat(1, settings.num_vectors, 1)
         self.exp_avg_CKE = torch.zeros_like(self.vectors_CKE)
         self.exp_avg_sq_CKE = torch.zeros_like(self.vectors_CKE)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from modules.diffusion.denoising import Denoising
-from modules.diffusion.prompts import fill, initializer_id, trained_words
-from modules.diffusion.tokens import Tokens, vocabulary_norms
+from modules.diffusion.prompts import fill, trained_words
+from modules.diffusion.tokens import Tokens, initializer_rows, vocabulary_norms
 from modules.runtime import stream
 
 TEMPLATE = "a photo of a {}"
@@ -45,11 +45,9 @@ def token_report(
 
     `moments_D8hw` are VAE moments of images inversion was not handed (val), `labels_D` their class ids.
     """
-    trained = trained_words(pipeline.source)
-    vocabulary_norm = vocabulary_norms(pipeline, trained).median().item()
+    vocabulary_norm = vocabulary_norms(pipeline, trained_words(pipeline.source)).median().item()
     words = [tokens.initializer_of(c) for c in range(len(tokens.classes))]
-    initial = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
-    initial_CE = pipeline.text_encoder.get_input_embeddings().weight[initial].float().cpu()
+    initial_CE = initializer_rows(pipeline, words).cpu()
     own = [[row for row, label in enumerate(labels_D) if label == c] for c in range(len(tokens.classes))]
     losses = _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size)
     table = []

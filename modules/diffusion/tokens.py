@@ -12,6 +12,7 @@ import re
 import shutil
 import uuid
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernels.staging import in_use
-from modules.diffusion.prompts import KEYWORDS, fill, placeholder, refuse_untrained, trained_words, vector_names
+from modules.diffusion.prompts import (
+    KEYWORDS,
+    fill,
+    initializer_id,
+    placeholder,
+    refuse_untrained,
+    trained_words,
+    vector_names,
+)
 from modules.errors import ConfigError, DataError, StorageError
 from modules.state import safetensors_bytes, write_atomic
 
@@ -242,6 +251,16 @@ def vocabulary_norms(pipeline, trained: frozenset[str] | None = None) -> torch.T
         entries = pipeline.tokenizer.get_vocab()
         rows = rows[[entries[f"{word}</w>"] for word in sorted(trained) if f"{word}</w>" in entries]]
     return rows.float().norm(dim=1)
+
+
+def initializer_rows(pipeline, words: Sequence[str]) -> torch.Tensor:
+    """The rows [C, E] of the token embedding, float32, that class vectors start from: one a word.
+
+    Raises: ConfigError as `initializer_id`.
+    """
+    trained = trained_words(pipeline.source)
+    rows = [initializer_id(word, pipeline.tokenizer, trained) for word in words]
+    return pipeline.text_encoder.get_input_embeddings().weight[rows].detach().float()
 
 
 INITIALIZER = -1  # in place of a class: the word that tokens are learned from
