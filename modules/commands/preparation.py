@@ -13,7 +13,6 @@ from modules.commands.job import Job, State
 from modules.config import Config
 from modules.console import Console
 from modules.diffusion import tokens as token_files
-from modules.diffusion.inversion import token_cache_key
 from modules.rules import batch_rows, generates, judged
 from modules.settings import with_settings
 from modules.workdir import Workdir
@@ -57,11 +56,8 @@ def load_generation(job: Job, progress, *, learn: bool) -> str:
 
 def cached_tokens(job: Job):
     """The tokens a run with this configuration would find in the cache, or None."""
-    pipeline = job.pipeline
-    names = [item.label for item in job.sets.train.items]
-    pixels = job.sources.pixels_DHWC
-    key = token_cache_key(pipeline, pixels, names, job.config.inversion, job.config.run.seed, stages.initializers(job))
-    return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, pipeline.digest)
+    key = stages.token_key(job)
+    return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, job.pipeline.digest)
 
 
 def initial_tokens(job: Job) -> token_files.Tokens:

@@ -112,14 +112,13 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
         freeze_layers(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
     install(pipeline.unet)  # likewise
     check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
-    pixels = stored.pixels_DHWC.to(job.device)
-    pipeline.check_vae(pixels[:VAE_CHECK_IMAGES])
-    moments = _train_moments(job, pixels, _noted(progress, "VAE moments"))
+    pipeline.check_vae(stored.pixels_DHWC[:VAE_CHECK_IMAGES])
+    moments = _train_moments(job, stored.pixels_DHWC, progress)
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
     job.sources = Sources(moments, stored.pixels_DHWC, masks)  # at 512 px a thousand of them would take .8 GB of a GPU
     job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
     if learn and not config.inversion.class_agnostic:
-        job.tokens = _tokens(job, pixels, moments, progress)
+        job.tokens = _tokens(job, progress)
         job.inversion_rows = _token_report(job)
         job.workdir.write_json("tokens/report.json", job.inversion_rows)
     if config.evaluation.judge_steps:
@@ -136,13 +135,13 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
         )
 
 
-def _train_moments(job: Job, pixels, progress=None) -> torch.Tensor:
+def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress=None) -> torch.Tensor:
     """VAE moments of every train image, or of its mirror image, all finite: images are generated and learned from them.
 
     Raises:
         DataError: as `check_moments`.
     """
-    moments = job.pipeline.encode_moments(pixels, progress=progress)
+    moments = job.pipeline.encode_moments(pixels_DHWC, progress=progress)
     root = job.sets.index.root
     job.pipeline.check_moments(moments, [f"{root}/{item.path}" for item in job.sets.train.items])
     return moments
@@ -194,7 +193,14 @@ def initializers(job: Job) -> tuple[str, ...]:
     return class_initializers(job.sets.index.keywords(), job.pipeline.tokenizer, trained_words(job.pipeline.source))
 
 
-def _tokens(job: Job, pixels, moments, progress):
+def token_key(job: Job) -> str:
+    """The cache key of the class tokens that this job learns; its sources must be there."""
+    names = [item.label for item in job.sets.train.items]
+    settings, seed = job.config.inversion, job.config.run.seed
+    return token_cache_key(job.pipeline, job.sources.pixels_DHWC, names, settings, seed, initializers(job))
+
+
+def _tokens(job: Job, progress):
     """Class tokens: the run's own where it has steps behind it, else those of `_cached_or_learned`, which become its own.
 
     Its own are read and never written again: steps were taken with them, so a kill must not find them in pieces.
@@ -204,24 +210,20 @@ def _tokens(job: Job, pixels, moments, progress):
         job.console.line("  class tokens: those that this run began with")
         classes, remedy = job.sets.index.classes, "set run.name to begin another run"
         return token_files.load_tokens(own, classes, job.pipeline.digest, remedy)
-    found = _cached_or_learned(job, pixels, moments, progress)
+    found = _cached_or_learned(job, progress)
     token_files.replace_tokens(found, own)
     return found
 
 
-def _cached_or_learned(job: Job, pixels, moments, progress):
+def _cached_or_learned(job: Job, progress):
     """Class tokens from the cache, else learned now and kept there.
 
     Of several processes that want the same tokens one learns them and the others wait, so all go on with the same.
     """
-    config, sets, pipeline = job.config, job.sets, job.pipeline
-    classes = sets.index.classes
-    names = [sets.train.items[row].label for row in range(len(sets.train.items))]
-    words = initializers(job)
-    key = token_cache_key(pipeline, pixels, names, config.inversion, config.run.seed, words)
+    key = token_key(job)
 
     def cached():
-        found = token_files.cached_tokens(job.cache_dir, key, classes, pipeline.digest)
+        found = token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, job.pipeline.digest)
         if found is not None:
             job.console.line(f"  class tokens: read from the cache ({key[:16]})")
         return found
@@ -230,20 +232,28 @@ def _cached_or_learned(job: Job, pixels, moments, progress):
         return found
     with locked(Path(job.cache_dir) / "tokens" / key, lambda text: job.console.line(f"  class tokens {text}")):
         if (found := cached()) is None:
-            found = _learn(job, moments, pixels, words, progress)
+            found = _learn(job, progress)
             token_files.store_tokens(job.cache_dir, key, found)
     shutil.rmtree(job.workdir.checkpoints / "tokens", ignore_errors=True)
     return found
 
 
-def _learn(job: Job, moments, pixels, words: tuple[str, ...], progress):
+def _learn(job: Job, progress):
     """Class tokens by textual inversion; resumable."""
-    settings, seed, sets, pipeline = job.config.inversion, job.config.run.seed, job.sets, job.pipeline
-    planes = [moments] if settings.flip == 0 else [moments, _train_moments(job, pixels.flip(2))]
-    moments_FD8hw = torch.stack(planes)
-    classes = sets.index.classes
-    say = lambda text: job.console.line(f"  class tokens: {text}")  # noqa: E731 - one use, one line
-    inversion = Inversion(pipeline, moments_FD8hw, sets.labels_D, classes, settings, seed, initializers=words, say=say)
+    settings, sets = job.config.inversion, job.sets
+    planes = [job.sources.moments_D8hw]
+    if settings.flip > 0:
+        planes.append(_train_moments(job, job.sources.pixels_DHWC.flip(2)))
+    inversion = Inversion(
+        job.pipeline,
+        torch.stack(planes),
+        sets.labels_D,
+        sets.index.classes,
+        settings,
+        job.config.run.seed,
+        initializers=initializers(job),
+        say=lambda text: job.console.line(f"  class tokens: {text}"),
+    )
     folder = job.workdir.checkpoints / "tokens"
     _load(folder, inversion, job.console)
     try:
@@ -387,7 +397,3 @@ def _load(folder: Path, part, console) -> bool:
     part.load_state_dict(tree)
     console.line(f"  resumed at step {step} of {folder.name}")
     return True
-
-
-def _noted(progress, note: str):
-    return lambda done, total, *_: progress(done, total, note)
