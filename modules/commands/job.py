@@ -151,9 +151,14 @@ class State:
         """Device memory of captured graphs, which torch does not count as allocated."""
         return 0 if self.generator is None else self.generator.slots.pool_bytes
 
+    @property
+    def evaluated_encoder(self) -> torch.nn.Module:
+        """The encoder that embeds, is evaluated and exported: the averaged one where there is one."""
+        return self.encoder if self.average is None else self.average.module
+
     def embed(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of stored images by the averaged encoder where there is one, in evaluation mode."""
-        encoder = self.encoder if self.average is None else self.average.module
+        """Features [B, F] of stored images by the evaluated encoder, in evaluation mode."""
+        encoder = self.evaluated_encoder
         training = encoder.training
         encoder.eval()
         with torch.no_grad(), self.autocast():

@@ -26,10 +26,9 @@ RECIPE_SHOTS = 3  # example images of a recipe
 def export(job, state, outcome) -> None:
     """export/: encoder.safetensors, classes.json, preprocess.json, ood.safetensors; and predictions.safetensors."""
     folder = job.workdir.path / "export"
-    encoder = state.encoder if state.average is None else state.average.module
     arch = choose_arch(job.config.encoder.arch, job.config.data.image_size).value
     facts = {"arch": arch, "width": str(job.config.encoder.width)}
-    weights = checkpoints.safetensors_bytes(encoder.backbone_state(), facts)
+    weights = checkpoints.safetensors_bytes(state.evaluated_encoder.backbone_state(), facts)
     checkpoints.write_atomic(folder / "encoder.safetensors", weights)
     job.workdir.write_json("export/classes.json", list(job.sets.index.classes))
     preprocess = {"size": job.config.data.image_size, "mean": MEAN, "std": STD, "channels": "RGB",

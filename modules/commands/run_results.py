@@ -42,19 +42,12 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
                 generated[name] = embed_images(state.embed, torch.stack(images), config.evaluation.batch_size)
     classifier = None
     if config.learning.method == "cross_entropy":
-        encoder = state.encoder if state.average is None else state.average.module
-        linear = encoder.linear
+        linear = state.evaluated_encoder.linear
         classifier = Probe(
             linear.weight.detach().float().cpu().T.contiguous(), linear.bias.detach().float().cpu(), float("nan"), {}
         )
     outcome = evaluate(
-        train=features["train"],
-        val=features["val"],
-        test=features.get("test"),
-        near_ood_val=features.get("near_ood_val"),
-        near_ood_test=features.get("near_ood_test"),
-        far_ood_test=features.get("far_ood_test"),
-        **generated,
+        **{"test": None} | features | generated,
         classes=job.sets.index.classes,
         probe=config.probe,
         evaluation=config.evaluation,
