@@ -107,20 +107,20 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
 def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
     """The closing table."""
 
-    def interval(key: str, scale: float = 100.0, unit: str = " %") -> str:
+    def percent(key: str) -> str:
         if key not in results:
             return "-"
         ends = ""
         if f"{key}_low" in results:
-            ends = f"  [{scale * results[f'{key}_low']:.1f}, {scale * results[f'{key}_high']:.1f}]"
-        return f"{scale * results[key]:.1f}{unit}{ends}"
+            ends = f"  [{100 * results[f'{key}_low']:.1f}, {100 * results[f'{key}_high']:.1f}]"
+        return f"{100 * results[key]:.1f} %{ends}"
 
     score, split = results["headline.score"], "test" if "test.accuracy" in results else "val"
     rows = [
-        (f"{split} accuracy", interval(f"{split}.accuracy")),
-        (f"{split} kNN accuracy", interval(f"{split}.knn_accuracy")),
-        (f"near-OOD AUROC ({score})", interval(f"{split}.near_ood.{score}.auroc")),
-        (f"far-OOD AUROC ({score})", interval(f"{split}.far_ood.{score}.auroc")),
+        (f"{split} accuracy", percent(f"{split}.accuracy")),
+        (f"{split} kNN accuracy", percent(f"{split}.knn_accuracy")),
+        (f"near-OOD AUROC ({score})", percent(f"{split}.near_ood.{score}.auroc")),
+        (f"far-OOD AUROC ({score})", percent(f"{split}.far_ood.{score}.auroc")),
         ("images generated", f"{results['cost.images_generated']:.0f}"),
         ("time", f"{results['cost.seconds']:.0f} s, peak memory {results['run.peak_memory_gib']:.2f} GiB"),
     ]

@@ -209,7 +209,7 @@ def _size(log: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-def _last_line(log: Path, begin: int = 0) -> str:
+def _last_line(log: Path, begin: int) -> str:
     """The last line beyond byte `begin` that says something: the message of a UserError, or that of a traceback."""
     with open(log, "rb") as file:
         file.seek(max(begin, os.path.getsize(log) - 4096))

@@ -20,6 +20,7 @@ GRID = 16
 THRESHOLD = 0.985
 LEAST_CONTRAST = 1 / 255  # standard deviation below which an image is too plain to be told from another one
 CHUNK = 4096  # rows of the similarity matrix at a time
+NAMED_PAIRS = 3  # in a message
 
 
 class Pair(NamedTuple):
@@ -64,13 +65,11 @@ def near_duplicates(*sets: Images, threshold: float = THRESHOLD) -> tuple[Pair, 
     return tuple(sorted(pairs, key=lambda pair: (pair.first.path, pair.second.path)))
 
 
-def describe_duplicates(pairs: tuple[Pair, ...], named: int = 3) -> str:
+def describe_duplicates(pairs: tuple[Pair, ...]) -> str:
     """One line on the pairs found, with the first few by name."""
-    if not pairs:
-        return "near-duplicates across splits: none found"
     listed = "; ".join(
         f"{a.path} ({a.role} {a.split}) and {b.path} ({b.role} {b.split}), {similarity:.3f}"
-        for a, b, similarity in pairs[:named]
+        for a, b, similarity in pairs[:NAMED_PAIRS]
     )
     return f"near-duplicates across splits: {len(pairs)} pairs, such as {listed}"
 

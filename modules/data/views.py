@@ -47,10 +47,10 @@ def two_views(
     return x_R3HW.to(out_dtype).contiguous(memory_format=torch.channels_last)
 
 
-def plain_view(images_BHWC: torch.Tensor, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """(B, 3, H, W) normalized, channels_last, nothing else done to the uint8 images: for evaluation."""
+def plain_view(images_BHWC: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) float32, normalized, channels_last, nothing else done to the uint8 images: for evaluation."""
     x_B3HW = images_BHWC.permute(0, 3, 1, 2).float() / 255
-    return _normalize(x_B3HW).to(out_dtype).contiguous(memory_format=torch.channels_last)
+    return _normalize(x_B3HW).contiguous(memory_format=torch.channels_last)
 
 
 def _uniforms(seed: int, name: str, step: int, B: int, K: int) -> torch.Tensor:

@@ -51,6 +51,7 @@ OBJECT_TEMPLATES = (
 LINKING = frozenset(
     ["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with", "without"]
 )  # start no class vector
+FALLBACK = "object"  # initializer of a class without a keyword that could be one
 KEYWORDS = "keywords"  # as initializer or condition: each class's own words, as MVIP's meta.json describes it
 CAPTION_PREFIX = re.compile(r"^(a|an|the) (photo|picture|image|rendering) of (a|an|the) ", re.IGNORECASE)
 
@@ -132,43 +133,39 @@ def check_templates(templates: Iterable[str], setting: str) -> None:
             raise ConfigError(f"{setting}: {template!r} needs one slot {{}}, as in 'a photo of a {{}}'")
 
 
-def check_prompts(
-    templates: Iterable[str], conditions: Iterable[str], trained: frozenset[str] | None, section: str = "generation"
-) -> None:
-    """Let the templates and condition words of a section through if the pipeline can make something of them.
+def check_prompts(templates: Iterable[str], conditions: Iterable[str], trained: frozenset[str] | None) -> None:
+    """Let the templates and condition words of generation through if the pipeline can make something of them.
 
     Raises: ConfigError for a template without its slot, and for a word the text encoder was not trained on.
     """
-    check_templates(templates, f"{section}.templates")
+    check_templates(templates, "generation.templates")
     for template in templates:
-        refuse_untrained(template, trained, f"{section}.templates")
+        refuse_untrained(template, trained, "generation.templates")
     for condition in conditions:
         if condition != KEYWORDS:  # a class's words are checked where they are known
-            refuse_untrained(condition, trained, f"{section}.conditions")
+            refuse_untrained(condition, trained, "generation.conditions")
 
 
-def initializer_id(word: str, tokenizer, trained: frozenset[str] | None, setting: str = "inversion.initializer") -> int:
+def initializer_id(word: str, tokenizer, trained: frozenset[str] | None) -> int:
     """The vocabulary row of the word that starts every class vector.
 
     Raises: ConfigError for an empty or untrained word, and for one the tokenizer splits (its parts are no word's row).
     """
     if len(words_of(word)) != 1:
-        raise ConfigError(f"{setting}: {word!r} is not one word; a known noun such as 'object' would do")
-    refuse_untrained(word, trained, setting)
+        raise ConfigError(f"inversion.initializer: {word!r} is not one word; a known noun such as 'object' would do")
+    refuse_untrained(word, trained, "inversion.initializer")
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = " + ".join(tokenizer.convert_ids_to_tokens(ids))
         raise ConfigError(
-            f"{setting}: {word!r} is not one token of this pipeline's vocabulary (it splits into {pieces}), so no trained "
-            f"row could start a class vector; {_single_word_like(word, tokenizer, trained)!r} would do"
+            f"inversion.initializer: {word!r} is not one token of this pipeline's vocabulary (it splits into {pieces}), so "
+            f"no trained row could start a class vector; {_single_word_like(word, tokenizer, trained)!r} would do"
         )
     return ids[0]
 
 
-def class_initializers(
-    keywords: Sequence[Sequence[str]], tokenizer, trained: frozenset[str] | None, fallback: str = "object"
-) -> tuple[str, ...]:
-    """The word that starts each class's vectors: its first keyword that is one trained token, else `fallback`.
+def class_initializers(keywords: Sequence[Sequence[str]], tokenizer, trained: frozenset[str] | None) -> tuple[str, ...]:
+    """The word that starts each class's vectors: its first keyword that is one trained token, else "object".
 
     A keyword of several words, as where a description is prose, offers each of them, the last first: of "a round metal
     part" that is the noun.
@@ -186,11 +183,11 @@ def class_initializers(
             if word not in LINKING
         ]
         known = (word for word in (*singles, *parts) if _has_row(word, tokenizer, trained))
-        words.append(next(known, fallback))
-    if all(word == fallback for word in words):
+        words.append(next(known, FALLBACK))
+    if all(word == FALLBACK for word in words):
         raise ConfigError(
             f"inversion.initializer is {KEYWORDS!r}, but no class has a keyword that is one word of this pipeline's "
-            f"vocabulary; name a noun such as {fallback!r}"
+            f"vocabulary; name a noun such as {FALLBACK!r}"
         )
     return tuple(words)
 

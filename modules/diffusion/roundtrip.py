@@ -17,16 +17,10 @@ def decode_means(pipeline: StableDiffusion, moments_N8hw: torch.Tensor, size: in
     return pixels(pipeline.decode(mean_N4hw), size)
 
 
-def roundtrip(
-    pipeline: StableDiffusion, pixels_DHWC: torch.Tensor, size: int, batch: int, progress=None
-) -> torch.Tensor:
+def roundtrip(pipeline: StableDiffusion, pixels_DHWC: torch.Tensor, size: int, batch: int) -> torch.Tensor:
     """uint8 images [D, H, W, 3] at the pipeline's resolution -> the same after encode (mean) and decode, at `size`.
 
     They are stored at `size` by the resize of generated images. The result is on the CPU.
     """
-    stored = []
-    for part in pixels_DHWC.split(batch):
-        stored.append(decode_means(pipeline, pipeline.encode_moments(part.to(pipeline.device)), size).cpu())
-        if progress is not None:
-            progress(sum(map(len, stored)), len(pixels_DHWC), "val images through encode and decode")
-    return torch.cat(stored)
+    parts = pixels_DHWC.split(batch)
+    return torch.cat([decode_means(pipeline, pipeline.encode_moments(part), size).cpu() for part in parts])

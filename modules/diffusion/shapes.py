@@ -105,7 +105,7 @@ def write_configs(shapes: dict[str, dict], folder: Path) -> Path:
     return folder
 
 
-def random_parts(family: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict:
+def random_parts(family: str, device: torch.device, dtype: torch.dtype) -> dict:
     """tokenizer, text_encoder, unet, vae and scheduler of a family's exact shape with random weights on the device.
 
     Matrices and kernels are normal with variance 1 / fan-in, embeddings with .02, biases 0, norms the identity; drawn
@@ -118,7 +118,7 @@ def random_parts(family: str, device: torch.device, dtype: torch.dtype, seed: in
             "vae": AutoencoderKL(**shapes["vae"]),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes["text_encoder"])),
         }
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for model in models.values():
         model.to_empty(device=device).to(dtype)
         for module in model.modules():
@@ -140,13 +140,13 @@ def _fill(module: torch.nn.Module, generator: torch.Generator) -> None:
             parameter.data.normal_(0.0, spread, generator=generator)
 
 
-def letter_tokenizer(size: int = TEXT["vocab_size"]) -> CLIPTokenizer:
+def letter_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer of the usual size that knows letters only; the other entries are never used."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
     entries = [*letters, *(letter + "</w>" for letter in letters)]
-    entries += [f"<unused-{i}>" for i in range(size - 2 - len(entries))]
+    entries += [f"<unused-{i}>" for i in range(TEXT["vocab_size"] - 2 - len(entries))]
     entries += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {entry: i for i, entry in enumerate(entries)}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)

@@ -27,6 +27,7 @@ from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.rules import NORM_GROUPS
 from modules.runtime import seeded, stream
 
+MOMENTS_BATCH = 64  # images encoded at once
 CAPTIONS_KEPT = 2**16  # texts whose token ids are kept, those seen last
 
 
@@ -212,11 +213,11 @@ def to_unit_range(pixels_NHWC: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKL, pixels_NHWC: torch.Tensor, batch: int = 64) -> tuple[torch.Tensor, float]:
+def latent_statistics(vae: AutoencoderKL, pixels_NHWC: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Moments of every image and of its mirror image, [2N, 8, h, w] fp16, and the scaling factor 1 / sd(latents)."""
     moments = []
     for flipped in (False, True):
-        for rows in pixels_NHWC.split(batch):
+        for rows in pixels_NHWC.split(MOMENTS_BATCH):
             x = to_unit_range(rows.flip(2) if flipped else rows)
             posterior = vae.encode(x).latent_dist
             moments.append(torch.cat([posterior.mean, posterior.logvar], 1).half())

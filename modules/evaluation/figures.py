@@ -154,11 +154,10 @@ def intervals_plot(
     label: str,
     reference: float | None,
     name: str,
-    width: float = 5.4,
 ) -> str:
     """Points with intervals, one line a row: (row name, points of (value, low, high, stand-in color)) in percent."""
     with rc_context(STYLE):
-        drawing = Figure(figsize=(width, 0.75 + 0.31 * len(rows)), layout="constrained")
+        drawing = Figure(figsize=(5.4, 0.75 + 0.31 * len(rows)), layout="constrained")
         axes = drawing.subplots()
         for position, (_, points) in enumerate(rows):
             for order, (value, low, high, color) in enumerate(points):

@@ -78,8 +78,8 @@ def ood_metrics(id_scores_D: Tensor, ood_scores_D: Tensor) -> dict[str, float]:
         "auroc": float(roc_auc_score(is_id, scores)),
         "aupr_in": _aupr(is_id, scores),
         "aupr_out": _aupr(~is_id, -scores),
-        "fpr_ood_at_id_tpr95": _fpr_at_tpr(is_id, scores, 0.95),
-        "fpr_id_at_ood_tpr95": _fpr_at_tpr(~is_id, -scores, 0.95),
+        "fpr_ood_at_id_tpr95": _fpr_at_tpr95(is_id, scores),
+        "fpr_id_at_ood_tpr95": _fpr_at_tpr95(~is_id, -scores),
     }
 
 
@@ -128,7 +128,7 @@ def _aupr(is_positive: np.ndarray, scores: np.ndarray) -> float:
     return float(auc(recall, precision))
 
 
-def _fpr_at_tpr(is_positive: np.ndarray, scores: np.ndarray, level: float) -> float:
-    """False-positive rate at the first threshold, from the strictest down, whose true-positive rate reaches `level`."""
+def _fpr_at_tpr95(is_positive: np.ndarray, scores: np.ndarray) -> float:
+    """False-positive rate at the first threshold, from the strictest down, whose true-positive rate reaches .95."""
     fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=False)
-    return float(fpr[np.argmax(tpr >= level)])
+    return float(fpr[np.argmax(tpr >= 0.95)])

@@ -25,6 +25,7 @@ State = dict[str, Tensor]
 # Variance a dimension is given at least. Unit features have about 1 / F each (5e-4 at F = 2,048), so this only keeps
 # the distance defined where an encoder collapsed.
 VARIANCE_FLOOR = 1e-10
+ACCEPTED_SHARE = 0.95  # of the ID val images, by every threshold
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def check_score_name(name: str, with_head: bool) -> None:
         )
 
 
-def acceptance_threshold(id_scores_D: Tensor, share: float = 0.95) -> float:
-    """The largest threshold t such that at least `share` of the ID images have score >= t."""
+def acceptance_threshold(id_scores_D: Tensor) -> float:
+    """The largest threshold t such that at least 95 % of the ID images have score >= t."""
     ordered_D = id_scores_D.double().sort().values
-    rejected = int(len(ordered_D) * (1 - share) + 1e-9)
+    rejected = int(len(ordered_D) * (1 - ACCEPTED_SHARE) + 1e-9)
     return float(ordered_D[rejected])
 
 
