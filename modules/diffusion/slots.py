@@ -271,8 +271,8 @@ class Slots:
     def _pass_through(self, request: Request) -> None:
         """Make an image without denoising: permuted patches, as they are or through encode and decode."""
         generator = stream(self.seed, "jigsaw", *request.identity)
-        source_1HWC = self.sources.pixels_DHWC[request.source][None]
-        pixels_1HWC = upload(jigsaw(source_1HWC, request.jigsaw_grid, generator), self.pipeline.device)
+        shuffled_HWC = jigsaw(self.sources.pixels_DHWC[request.source], request.jigsaw_grid, generator)
+        pixels_1HWC = upload(shuffled_HWC[None], self.pipeline.device)
         if request.recipe == "jigsaw":
             self.counts["finished"] += 1
             self.finish(pixels_1HWC.permute(0, 3, 1, 2).float().div(127.5).sub(1).to(self.pipeline.dtype), [request])

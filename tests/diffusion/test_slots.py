@@ -189,10 +189,10 @@ def test_recipes_without_denoising_take_no_slot_and_cost_nothing():
 
     engine = Engine(request=request, slots=2, decode_batch=1)
     engine.make(6)
-    pixels = engine.sources.pixels_DHWC[1][None]
-    shuffled = jigsaw(pixels, 4, stream(5, "jigsaw", 1))
-    torch.testing.assert_close(engine.finished[1], shuffled[0].permute(2, 0, 1) / 255)
-    moments = engine.pipeline.encode_moments(jigsaw(engine.sources.pixels_DHWC[2][None], 4, stream(5, "jigsaw", 2)))
+    pixels = engine.sources.pixels_DHWC
+    shuffled = jigsaw(pixels[1], 4, stream(5, "jigsaw", 1))
+    torch.testing.assert_close(engine.finished[1], shuffled.permute(2, 0, 1) / 255)
+    moments = engine.pipeline.encode_moments(jigsaw(pixels[2], 4, stream(5, "jigsaw", 2))[None])
     z = engine.pipeline.sample_latents(moments, engine.noise(engine.request(2))[0][None])
     torch.testing.assert_close(engine.finished[2], (engine.pipeline.decode(z)[0] / 2 + 0.5).clamp(0, 1))
     assert engine.slots.counts["busy_rows"] == sum(r.cost for r in engine.order) > 0
