@@ -48,20 +48,6 @@ class Reservoir:
         self._step = 0  # newest step seen, for ages in statistics
         self._totals = {"put": 0, "prefilled": 0, "taken": 0, "evicted_unused": 0}
 
-    def put(
-        self,
-        pixels_HWC: torch.Tensor,
-        *,
-        label: int,
-        is_ood: bool,
-        source: int,
-        recipe: str,
-        born: int,
-        image_index: int,
-    ) -> None:
-        """Store one uint8 image, which must be on the reservoir's device, over the oldest of its ring."""
-        self.put_batch(pixels_HWC[None], [Entry(label, is_ood, source, recipe, born, image_index)])
-
     def put_batch(self, pixels_NHWC: torch.Tensor, entries: list[Entry]) -> None:
         """Store N uint8 images with one entry each, in order, over the oldest of their rings.
 
@@ -99,7 +85,7 @@ class Reservoir:
 
     def take(
         self,
-        label: int | Sequence[int] | None,
+        labels: Sequence[int] | None,
         is_ood: bool,
         step: int,
         count: int,
@@ -108,7 +94,7 @@ class Reservoir:
         worn: bool = False,
         excluding: Sequence[int] = (),
     ) -> list[int]:
-        """Up to `count` distinct rows of the class or classes `label` (None: all) and role; their uses grow by 1.
+        """Up to `count` distinct rows of the classes `labels` (None: all) and a role; their uses grow by 1.
 
         Classes are served in turn, one image each, so that they stay even; fewest uses first, ties broken by
         `generator`. Rows used `max_uses` times are left out unless `worn`; rows older than `max_age` and rows in
@@ -117,11 +103,10 @@ class Reservoir:
         self._step = max(self._step, step)
         if not count:
             return []
-        labels = range(self.num_classes) if label is None else (label,) if isinstance(label, int) else label
         tie = torch.rand(len(self._entries), generator=generator, dtype=torch.float64).tolist()
         queues = []
-        for name in labels:
-            rows = [row for row in self._usable(name, is_ood, step, worn) if row not in excluding]
+        for label in range(self.num_classes) if labels is None else labels:
+            rows = [row for row in self._usable(label, is_ood, step, worn) if row not in excluding]
             if rows:
                 queues.append(sorted(rows, key=lambda row: (self._uses[row], tie[row]), reverse=True))
         chosen: list[int] = []
@@ -146,6 +131,10 @@ class Reservoir:
             raise KeyError(f"row {row} of the reservoir is empty")
         return entry
 
+    def filled(self) -> list[int]:
+        """The filled rows of all rings, class by class, each with its ID images before its near-OOD ones."""
+        return [row for row, entry in enumerate(self._entries) if entry is not None]
+
     def held(self, label: int, is_ood: bool) -> list[int]:
         """The filled rows of the ring of (label, role)."""
         return [row for row in self._rows(label, is_ood) if self._entries[row] is not None]
@@ -160,7 +149,7 @@ class Reservoir:
         reuse = uses / images put in since the prefill, which over a run is generated rows / images_per_step where none
         is rejected; uses_per_image = uses / all images put in.
         """
-        held = [row for row, entry in enumerate(self._entries) if entry is not None]
+        held = self.filled()
         ages = [self._step - self._entries[row].born for row in held]
         return {
             "fill": len(held) / len(self._entries),
@@ -177,7 +166,7 @@ class Reservoir:
 
     def state_dict(self) -> dict:
         """All of it: the pixels of filled rows as one tensor, the rest as JSON-ready lists and numbers."""
-        held = [row for row, entry in enumerate(self._entries) if entry is not None]
+        held = self.filled()
         return {
             "pixels_NHWC": self.gather(held),
             "rows": held,

@@ -169,13 +169,9 @@ class Generator:
 
     def examples(self) -> list[tuple[torch.Tensor, Request]]:
         """Every image the reservoir holds now with its provenance, by class and role."""
-        found = []
-        for label in range(self.num_classes):
-            for is_ood in (False, True):
-                for row in self.reservoir.held(label, is_ood):
-                    request = self.provenance[self.reservoir.entry(row).image_index]
-                    found.append((self.reservoir.gather([row])[0], request))
-        return found
+        rows = self.reservoir.filled()
+        indices = [self.reservoir.entry(row).image_index for row in rows]
+        return [(self.reservoir.gather([row])[0], self.provenance[i]) for row, i in zip(rows, indices, strict=True)]
 
     def statistics(self) -> dict[str, float]:
         """Counts of the slots, the reservoir, the gate and the controller, for a metrics row."""
@@ -237,8 +233,8 @@ class Generator:
             self.provenance = self._held_provenance()
 
     def _held_provenance(self) -> dict[int, Request]:
-        rows = [row for c in range(self.num_classes) for ood in (False, True) for row in self.reservoir.held(c, ood)]
-        return {index: self.provenance[index] for index in (self.reservoir.entry(row).image_index for row in rows)}
+        indices = [self.reservoir.entry(row).image_index for row in self.reservoir.filled()]
+        return {index: self.provenance[index] for index in indices}
 
     def _unfilled(self) -> dict[tuple[int, bool], int]:
         """Images still wanted by each ring that this run feeds."""

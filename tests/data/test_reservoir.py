@@ -15,10 +15,8 @@ def make(num_classes=2, ring_size=3, size=2, max_uses=4, max_age=0) -> Reservoir
 
 def put(reservoir, image_index, label=0, is_ood=False, born=0):
     """An image whose every pixel is its image_index, so that pixels tell who they are."""
-    pixels_HWC = torch.full((2, 2, 3), image_index, dtype=torch.uint8)
-    reservoir.put(
-        pixels_HWC, label=label, is_ood=is_ood, source=7, recipe="strength", born=born, image_index=image_index
-    )
+    pixels_NHWC = torch.full((1, 2, 2, 3), image_index, dtype=torch.uint8)
+    reservoir.put_batch(pixels_NHWC, [Entry(label, is_ood, 7, "strength", born, image_index)])
 
 
 def identities(reservoir, rows):
@@ -29,7 +27,7 @@ def identities(reservoir, rows):
 
 
 def everything(reservoir, label=0, is_ood=False):
-    rows = reservoir.take(label, is_ood, 0, 100, stream(0, "all"), worn=True)
+    rows = reservoir.take((label,), is_ood, 0, 100, stream(0, "all"), worn=True)
     return sorted(identities(reservoir, rows))
 
 
@@ -66,7 +64,7 @@ def test_fewest_uses_come_first_so_uses_stay_within_one():
         put(reservoir, image_index)
     counts = dict.fromkeys(range(3), 0)
     for step in range(10):
-        for image_index in identities(reservoir, reservoir.take(0, False, step, 2, stream(0, "take", step))):
+        for image_index in identities(reservoir, reservoir.take((0,), False, step, 2, stream(0, "take", step))):
             counts[image_index] += 1
         assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -76,7 +74,7 @@ def test_ties_are_broken_by_the_generator():
         reservoir = make(ring_size=8)
         for image_index in range(8):
             put(reservoir, image_index)
-        return identities(reservoir, reservoir.take(0, False, 0, 8, stream(seed, "take")))
+        return identities(reservoir, reservoir.take((0,), False, 0, 8, stream(seed, "take")))
 
     assert first(0) == first(0)
     assert first(0) != first(1)
@@ -86,17 +84,17 @@ def test_ties_are_broken_by_the_generator():
 def test_max_uses_bounds_use_and_a_shortfall_is_a_shorter_list():
     reservoir = make(max_uses=2)
     put(reservoir, 0)
-    taken = [len(reservoir.take(0, False, step, 1, stream(0, "take", step))) for step in range(4)]
+    taken = [len(reservoir.take((0,), False, step, 1, stream(0, "take", step))) for step in range(4)]
     assert taken == [1, 1, 0, 0]
-    assert len(reservoir.take(0, False, 4, 1, stream(0, "take", 4), worn=True)) == 1
+    assert len(reservoir.take((0,), False, 4, 1, stream(0, "take", 4), worn=True)) == 1
 
 
 def test_max_age_bounds_age_even_for_worn_rows():
     reservoir = make(max_uses=1, max_age=5)
     put(reservoir, 0, born=10)
-    assert len(reservoir.take(0, False, 15, 1, stream(0, "a"))) == 1
-    assert len(reservoir.take(0, False, 15, 1, stream(0, "b"), worn=True)) == 1
-    assert reservoir.take(0, False, 16, 1, stream(0, "c"), worn=True) == []
+    assert len(reservoir.take((0,), False, 15, 1, stream(0, "a"))) == 1
+    assert len(reservoir.take((0,), False, 15, 1, stream(0, "b"), worn=True)) == 1
+    assert reservoir.take((0,), False, 16, 1, stream(0, "c"), worn=True) == []
 
 
 def test_any_class_is_served_evenly():
@@ -116,7 +114,7 @@ def test_the_class_of_the_least_used_image_comes_first():
     put(reservoir, 10, label=1)
     put(reservoir, 11, label=1)
     for label in (0, 0, 1, 1):  # 0 twice, 10 and 11 once
-        reservoir.take(label, False, 0, 1, stream(0, "take"))
+        reservoir.take((label,), False, 0, 1, stream(0, "take"))
     put(reservoir, 1, label=0)
     assert identities(reservoir, reservoir.take((0, 1), False, 0, 1, stream(0, "take"))) == [1]
 
@@ -132,8 +130,8 @@ def test_excluded_rows_are_not_taken_again():
     reservoir = make(ring_size=2)
     put(reservoir, 0)
     put(reservoir, 1)
-    first = reservoir.take(0, False, 0, 1, stream(0, "a"))
-    second = reservoir.take(0, False, 0, 2, stream(0, "b"), worn=True, excluding=first)
+    first = reservoir.take((0,), False, 0, 1, stream(0, "a"))
+    second = reservoir.take((0,), False, 0, 2, stream(0, "b"), worn=True, excluding=first)
     assert len(second) == 1 and second != first
 
 
@@ -141,8 +139,8 @@ def test_statistics_by_hand():
     reservoir = make(num_classes=1, ring_size=2)  # 4 rows in all
     put(reservoir, 0, born=2)
     put(reservoir, 1, born=6)
-    reservoir.take(0, False, 10, 2, stream(0, "a"))
-    reservoir.take(0, False, 10, 1, stream(0, "b"))
+    reservoir.take((0,), False, 10, 2, stream(0, "a"))
+    reservoir.take((0,), False, 10, 1, stream(0, "b"))
     put(reservoir, 2, born=10)  # evicts image 0
     statistics = reservoir.statistics()
     assert statistics["fill"] == 0.5
@@ -158,7 +156,7 @@ def test_ages_count_to_the_newest_step_of_an_image_or_a_batch():
     assert reservoir.statistics()["age_max"] == 0
     put(reservoir, 1, born=6)
     assert reservoir.statistics()["age_max"] == 6
-    reservoir.take(0, False, 10, 0, stream(0, "a"))
+    reservoir.take((0,), False, 10, 0, stream(0, "a"))
     assert reservoir.statistics()["age_max"] == 10
 
 
@@ -167,7 +165,7 @@ def test_reuse_is_of_the_images_made_after_the_prefill_and_survives_a_checkpoint
     put(reservoir, 0)
     put(reservoir, 1)
     reservoir.end_prefill()
-    reservoir.take(0, False, 0, 2, stream(0, "a"))
+    reservoir.take((0,), False, 0, 2, stream(0, "a"))
     put(reservoir, 2)
     again = make(num_classes=1, ring_size=2)
     again.load_state_dict(reservoir.state_dict())

@@ -127,7 +127,7 @@ def test_every_image_held_has_its_provenance_and_no_other_is_kept():
     generator = build(generation__prefill=0.0)
     for step in range(60):
         generator.advance(step)
-    rows = [row for c in range(CLASSES) for ood in (False, True) for row in generator.reservoir.held(c, ood)]
+    rows = generator.reservoir.filled()
     examples = generator.examples()
     assert len(examples) == len(rows)
     for row, (pixels, request) in zip(rows, examples, strict=True):
