@@ -75,11 +75,6 @@ def placeholder(label: str) -> str:
     return f"<{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:8]}>"
 
 
-def vector_names(token: str, num_vectors: int) -> list[str]:
-    """The vocabulary entries of a class token of n vectors: <t>, <t>_1, <t>_2, as diffusers names them."""
-    return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
-
-
 def words_of(text: str) -> list[str]:
     """The words of a prompt in lower case, slots and punctuation aside: "a close-up of the {}" -> a, close, up, of, the."""
     return re.findall(r"[^\W_]+", text.lower())

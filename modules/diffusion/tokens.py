@@ -11,7 +11,7 @@ import hashlib
 import re
 import shutil
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernels.staging import in_use
-from modules.diffusion.prompts import (
-    KEYWORDS,
-    fill,
-    initializer_id,
-    placeholder,
-    refuse_untrained,
-    trained_words,
-    vector_names,
-)
+from modules.diffusion.prompts import KEYWORDS, fill, initializer_id, placeholder, refuse_untrained, trained_words
 from modules.errors import ConfigError, DataError, StorageError
 from modules.state import safetensors_bytes, write_atomic
 
@@ -213,35 +205,6 @@ def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return entry
-
-
-def add_tokens(tokens: Tokens, tokenizer, text_encoder) -> list[str]:
-    """Add every placeholder and its vectors to a tokenizer and a text encoder, in place; returns the entries added.
-
-    For proofs and for export: the engine itself never changes the encoder (see `PromptBank`). The other rows stay as
-    they are to the bit, and torch's global generator is left alone (resizing draws rows of its own).
-
-    Raises: DataError if an entry exists already, two classes have the same, or the width is another one.
-    """
-    for name, count in Counter(tokens.placeholders).items():
-        if count > 1:
-            same = [repr(label) for label in tokens.classes if placeholder(label) == name]
-            raise DataError(f"the classes {', '.join(same)} have the same placeholder {name}; rename one of them")
-    entries = [n for name in tokens.placeholders for n in vector_names(name, tokens.vectors_CKE.shape[1])]
-    taken = tokenizer.get_vocab().keys() & set(entries)
-    width = text_encoder.get_input_embeddings().embedding_dim
-    if taken:
-        raise DataError(f"the vocabulary holds {', '.join(sorted(taken))} already")
-    if tokens.vectors_CKE.shape[2] != width:
-        raise DataError(f"class vectors of width {tokens.vectors_CKE.shape[2]} for a text encoder of width {width}")
-    tokenizer.add_tokens(entries)
-    devices = [text_encoder.device] if text_encoder.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = text_encoder.get_input_embeddings().weight
-    with torch.no_grad():
-        rows[tokenizer.convert_tokens_to_ids(entries)] = tokens.vectors_CKE.flatten(0, 1).to(rows)
-    return entries
 
 
 def vocabulary_norms(pipeline, trained: frozenset[str] | None = None) -> torch.Tensor:

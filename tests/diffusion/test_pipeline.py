@@ -14,8 +14,6 @@ from benchmarks import inputs
 from modules import config
 from modules.diffusion import pipeline as pipelines
 from modules.diffusion.checkpoints import EMBEDDED
-from modules.diffusion.prompts import placeholder, vector_names
-from modules.diffusion.tokens import Tokens, add_tokens
 from modules.errors import ConfigError, DataError
 from tests.tiny import pipeline_folder
 
@@ -115,9 +113,12 @@ def test_vectors_in_the_slot_equal_new_vocabulary_entries():
     vectors = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(4))
     prompts = ["a photo of a *, on a table", "rusty * in a bottle"]
     ours = tiny.embed_vectors(prompts, vectors)
-    names = [placeholder("gear"), placeholder("nut")]
-    add_tokens(Tokens(("gear", "nut"), vectors, tiny.digest, "object", 0, 0), tiny.tokenizer, tiny.text_encoder)
-    texts = [p.replace("*", " ".join(vector_names(n, 3))) for p, n in zip(prompts, names, strict=True)]
+    names = [[f"<gear>_{i}" for i in range(3)], [f"<nut>_{i}" for i in range(3)]]
+    tiny.tokenizer.add_tokens(sum(names, []))
+    tiny.text_encoder.resize_token_embeddings(len(tiny.tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        tiny.text_encoder.get_input_embeddings().weight[-6:] = vectors.flatten(0, 1)
+    texts = [p.replace("*", " ".join(n)) for p, n in zip(prompts, names, strict=True)]
     assert torch.equal(tiny.prompt_ids(texts)[0, 1:5], tiny.prompt_ids(["a photo of a"])[0, 1:5])
     torch.testing.assert_close(ours, tiny.embed(texts), atol=0, rtol=0)
     torch.testing.assert_close(ours, tiny.embed(texts))

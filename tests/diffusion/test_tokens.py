@@ -18,7 +18,6 @@ from modules.diffusion.tokens import (
     FILE,
     PromptBank,
     Tokens,
-    add_tokens,
     cached_tokens,
     load_tokens,
     replace_tokens,
@@ -150,39 +149,6 @@ def test_diffusers_loads_a_saved_token_and_embeds_the_same_prompt(pipeline, tmp_
         assert torch.allclose(bank.empty(), empty[0], atol=1e-6)
     other = bank.fixed(TEMPLATE, "rusty", 1)
     assert (other - expected[0]).abs().max() > 1e-3, "the test cannot tell tokens apart"
-
-
-def test_adding_tokens_keeps_every_other_row_and_the_global_generator(pipeline):
-    tokenizer, text_encoder = copy.deepcopy(pipeline.tokenizer), copy.deepcopy(pipeline.text_encoder)
-    tokens, before = make_tokens(pipeline, 2), text_encoder.get_input_embeddings().weight.detach().clone()
-    generator = torch.get_rng_state()
-    entries = add_tokens(tokens, tokenizer, text_encoder)
-    assert torch.equal(torch.get_rng_state(), generator)
-    rows = text_encoder.get_input_embeddings().weight
-    assert len(entries) == 6 and len(rows) == len(before) + 6
-    assert torch.equal(rows[: len(before)], before)
-    assert torch.equal(rows[tokenizer.convert_tokens_to_ids(entries)], tokens.vectors_CKE.flatten(0, 1))
-    prompt = fill(TEMPLATE, f"{entries[2]} {entries[3]}")
-    ids = tokenizer(prompt, padding="max_length", return_tensors="pt")["input_ids"]
-    theirs = text_encoder(ids).last_hidden_state[0]
-    assert torch.allclose(PromptBank(pipeline, tokens).fixed(TEMPLATE, "", 1), theirs, atol=1e-6)
-    with pytest.raises(DataError, match="already"):
-        add_tokens(tokens, tokenizer, text_encoder)
-
-
-def test_classes_of_one_placeholder_are_not_added(pipeline, monkeypatch):
-    tokenizer, text_encoder = copy.deepcopy(pipeline.tokenizer), copy.deepcopy(pipeline.text_encoder)
-    monkeypatch.setattr("modules.diffusion.tokens.placeholder", lambda label: "<hex>" if label != "nut" else "<nut>")
-    tokens = make_tokens(pipeline, 2, classes=("bolt", "nut", "ring"))
-    with pytest.raises(DataError, match="the classes 'bolt', 'ring' have the same placeholder <hex>; rename one"):
-        add_tokens(tokens, tokenizer, text_encoder)
-    assert len(tokenizer) == len(pipeline.tokenizer)
-
-
-def test_vectors_of_another_width_are_refused(pipeline):
-    tokens = Tokens(("nut",), torch.zeros(1, 1, 8), pipeline.digest, "object", 1, 0)
-    with pytest.raises(DataError, match="width 8 .* width 32"):
-        add_tokens(tokens, copy.deepcopy(pipeline.tokenizer), pipeline.text_encoder)
 
 
 def test_the_bank_encodes_a_fixed_prompt_once_and_forgets_the_longest_unused(pipeline):
