@@ -26,6 +26,7 @@ from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
 from modules.commands.job import Job
 from modules.commands.preparation import load_generation, opened
 from modules.diffusion.conditioning import Conditioning
+from modules.diffusion.pipeline import to_vae_range
 from modules.diffusion.recipes import POSITIVE, near_ood_strength
 from modules.diffusion.remake import make
 from modules.diffusion.requests import Request
@@ -239,8 +240,8 @@ def _exposed(config) -> dict[str, object]:
 
 def _shown_source(job: Job, row: int) -> torch.Tensor:
     """A source at the size of a sheet, through the same resize as generated images."""
-    x_HWC = upload(job.sources.pixels_DHWC[row], job.device).float() / 127.5 - 1
-    return pixels(x_HWC.permute(2, 0, 1)[None], _shown(job.pipeline.resolution))[0].cpu()
+    x_13HW = to_vae_range(upload(job.sources.pixels_DHWC[row][None], job.device))
+    return pixels(x_13HW, _shown(job.pipeline.resolution))[0].cpu()
 
 
 def _shown(resolution: int) -> int:

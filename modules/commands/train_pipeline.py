@@ -23,7 +23,7 @@ from modules.data.images import load_images
 from modules.data.index import Index, read_raw
 from modules.diffusion import train_pipeline as training
 from modules.diffusion.export_pipeline import export
-from modules.diffusion.pipeline import StableDiffusion, load_pipeline
+from modules.diffusion.pipeline import StableDiffusion, load_pipeline, to_vae_range
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.shapes import SCHEDULER
@@ -317,7 +317,7 @@ def sheets(folder: Path, pixels_NHWC, captions: list[str], seed: int) -> dict[st
     pipe.to(pixels_NHWC.device).set_progress_bar_config(disable=True)
     draw = torch.randperm(len(pixels_NHWC), generator=stream(seed, "sheets"))[: SHEET_ROWS * SHEET_COLUMNS]
     chosen = pixels_NHWC[draw]
-    x = training.to_unit_range(chosen)
+    x = to_vae_range(chosen)
     decoded = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
     decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     reconstruction = [list(rows) for pair in zip(chosen.cpu().split(8), decoded.split(8), strict=True) for rows in pair]

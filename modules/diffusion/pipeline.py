@@ -86,7 +86,7 @@ class StableDiffusion:
         """
         moments = []
         for rows_NHWC in pixels_DHWC.split(batch):
-            x_N3HW = rows_NHWC.to(self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).to(self.dtype)
+            x_N3HW = to_vae_range(rows_NHWC.to(self.device)).to(self.dtype)
             encoded = self.vae.encode(x_N3HW)
             if hasattr(encoded, "latents"):
                 mean, logvar = encoded.latents, torch.full_like(encoded.latents, NO_VARIANCE)
@@ -218,6 +218,11 @@ class StableDiffusion:
             raise ConfigError(
                 f"prompt {text!r} takes {taken} tokens, the text encoder reads {self.num_tokens - 2}; {remedy}"
             )
+
+
+def to_vae_range(pixels_NHWC: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1], channels last: what the VAE reads and what it decodes to."""
+    return pixels_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _around_slot(text: str) -> list[str]:

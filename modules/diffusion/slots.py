@@ -24,7 +24,7 @@ from modules.data.masks import latent_edit_mask
 from modules.data.synthetic import jigsaw
 from modules.diffusion.attention import KeyValueCache
 from modules.diffusion.pace import Pace
-from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.pipeline import StableDiffusion, to_vae_range
 from modules.diffusion.requests import Request
 from modules.diffusion.schedule import Grid, StepTable
 from modules.diffusion.tick import Tick
@@ -275,7 +275,7 @@ class Slots:
         pixels_1HWC = upload(shuffled_HWC[None], self.pipeline.device)
         if request.recipe == "jigsaw":
             self.counts["finished"] += 1
-            self.finish(pixels_1HWC.permute(0, 3, 1, 2).float().div(127.5).sub(1).to(self.pipeline.dtype), [request])
+            self.finish(to_vae_range(pixels_1HWC).to(self.pipeline.dtype), [request])
             return
         noise = upload(self._noise(request)[0][None], self.pipeline.device)
         self._queue(self.pipeline.sample_latents(self.pipeline.encode_moments(pixels_1HWC), noise), [request])

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from modules.config import PipelineShape, PipelineTraining
-from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.pipeline import StableDiffusion, to_vae_range
 from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
 from modules.rules import NORM_GROUPS
 from modules.runtime import seeded, stream
@@ -190,7 +190,7 @@ def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:
     recipe, vae = stage.recipe, stage.modules["vae"]
     draw = stream(stage.seed, "vae step", stage.step)
     rows = torch.randint(len(pixels_NHWC), (recipe.vae_batch,), generator=draw)
-    x = to_unit_range(flip_rows(pixels_NHWC[rows], draw))
+    x = to_vae_range(flip_rows(pixels_NHWC[rows], draw))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draw).to(x)
@@ -207,18 +207,13 @@ def flip_rows(pixels_NHWC: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     return torch.where(flip[:, None, None, None].to(pixels_NHWC.device), pixels_NHWC.flip(2), pixels_NHWC)
 
 
-def to_unit_range(pixels_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1], channels last."""
-    return pixels_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, pixels_NHWC: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Moments of every image and of its mirror image, [2N, 8, h, w] fp16, and the scaling factor 1 / sd(latents)."""
     moments = []
     for flipped in (False, True):
         for rows in pixels_NHWC.split(MOMENTS_BATCH):
-            x = to_unit_range(rows.flip(2) if flipped else rows)
+            x = to_vae_range(rows.flip(2) if flipped else rows)
             posterior = vae.encode(x).latent_dist
             moments.append(torch.cat([posterior.mean, posterior.logvar], 1).half())
     moments = torch.cat(moments)
