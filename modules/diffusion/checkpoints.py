@@ -27,6 +27,7 @@ from modules.diffusion.files import (
     weight_files,
 )
 from modules.diffusion.pipeline import StableDiffusion
+from modules.diffusion.shapes import FEW_STEPS, random_parts, shapes_of
 from modules.errors import ConfigError, DataError
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "pipeline"
@@ -43,8 +44,6 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if cfg.weights == "random":
-        from modules.diffusion.shapes import random_parts
-
         for name in ("vae", "lora"):
             if getattr(cfg, name):
                 raise ConfigError(
@@ -69,16 +68,9 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         lora = Path(os.path.expanduser(cfg.lora))
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
-        parts["scheduler"] = _sampled_as_declared(parts, cfg)
+        # that the LoRA makes it an LCM or a Turbo only pipeline.family says, no file does
+        parts["scheduler"] = dict(parts["scheduler"]) | FEW_STEPS.get(cfg.family, {})
     return assemble(parts, cfg, device, dtype, str(source))
-
-
-def _sampled_as_declared(parts: dict, cfg) -> dict:
-    """The scheduler config of a pipeline with a LoRA in it: an LCM's or a Turbo's where pipeline.family says that the
-    LoRA makes it one, which no file does."""
-    from modules.diffusion.shapes import FEW_STEPS
-
-    return dict(parts["scheduler"]) | FEW_STEPS.get(cfg.family, {})
 
 
 def own_resolution(cfg) -> int:
@@ -90,8 +82,6 @@ def own_resolution(cfg) -> int:
     if cfg.resolution:
         return cfg.resolution
     if cfg.weights == "random":
-        from modules.diffusion.shapes import shapes_of
-
         unet, vae = map(shapes_of("sd2" if cfg.family == "sd2" else "sd1").get, ("unet", "vae"))
     else:
         unet, vae = _configurations(locate(cfg), cfg)
