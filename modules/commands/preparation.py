@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from modules.commands import stages
 from modules.commands.job import Job, State
+from modules.commands.run_card import run_card
 from modules.config import Config
 from modules.console import Console
 from modules.diffusion import tokens as token_files
-from modules.rules import batch_rows, generates, judged
+from modules.rules import generates, judged
 from modules.settings import with_settings
 from modules.workdir import Workdir
 
@@ -78,7 +79,7 @@ def initial_tokens(job: Job) -> token_files.Tokens:
 
 def print_card(job: Job) -> None:
     """The run card of a job, as `run` prints it: every choice with its reason."""
-    job.console.card(str(job.workdir.path), stages.run_card(job, batch_rows(job.config)))
+    job.console.card(str(job.workdir.path), run_card(job))
 
 
 def thrown_away(job: Job, progress) -> State:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from kernels import backend
 from modules import state as checkpoints
 from modules.commands.job import Job, State
 from modules.commands.machine import build_generator
+from modules.commands.run_card import run_card
 from modules.data.cache import digest_tensor, locked
 from modules.data.duplicates import describe_duplicates, near_duplicates
 from modules.data.mixer import Mixer, check_balance
@@ -34,13 +34,13 @@ from modules.ema import build_average
 from modules.errors import Terminated
 from modules.evaluation.intervals import check_groups
 from modules.evaluation.ood import check_score_name, head_source
-from modules.learning.encoder import build_encoder, choose_arch
+from modules.learning.encoder import build_encoder
 from modules.learning.geometry import CollapseAlarm
 from modules.learning.judge import load_judge
 from modules.learning.objectives import build_objective
 from modules.optim import Optimizer
 from modules.records import read_record
-from modules.rules import batch_rows, generated_rows, generates, idle_settings, needs_masks
+from modules.rules import batch_rows, generates, idle_settings, needs_masks
 from modules.termination import termination
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
@@ -278,7 +278,6 @@ def build(job: Job, progress) -> State:
     generation, learning = config.generation, config.learning
     precision = job.runtime.precision.value
     encoder = build_encoder(config.encoder, config.data.image_size, num_classes, config.run.seed).to(device)
-    rows = batch_rows(config)
     train = sets.train.pixels_DHWC.to(device)
     reservoir = Reservoir(
         num_classes, generation.ring_size, config.data.image_size, device, generation.max_uses, generation.max_age
@@ -294,7 +293,7 @@ def build(job: Job, progress) -> State:
         mixer=Mixer(train, sets.labels_D, reservoir, generation, learning, config.run.seed, roundtrip),
         encoder=encoder,
         objective=build_objective(learning),
-        optimizer=Optimizer(encoder, learning, rows, loss_scaling=precision == torch.float16),
+        optimizer=Optimizer(encoder, learning, batch_rows(config), loss_scaling=precision == torch.float16),
         average=build_average(encoder, learning.ema_decay),
         alarm=CollapseAlarm(learning.warmup_steps),
         overlap=Overlap("sequential", device),
@@ -304,7 +303,7 @@ def build(job: Job, progress) -> State:
     if job.pipeline is not None:
         state.generator = build_generator(job, state, train, reservoir)
         state.meter.restart_peak()  # a capture counted its pool; from here on it is added
-    job.card = run_card(job, rows)
+    job.card = run_card(job)
     job.console.card(f"run {job.workdir.path}", job.card)
     encoder.train()
     if not _load(job.workdir.checkpoints / "contrastive", state, job.console) and state.generator is not None:
@@ -317,73 +316,6 @@ def roundtrip_images(job: Job) -> torch.Tensor:
     """The train images after encode and decode, stored like generated ones."""
     parts = job.sources.moments_D8hw.split(job.config.generation.decode_batch)
     return torch.cat([decode_means(job.pipeline, part, job.config.data.image_size) for part in parts])
-
-
-def _kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
-    """One row for each reason by which an implementation was chosen, naming the ops it holds for."""
-    by_choice: dict = {}
-    for op, choice in backend.explain(device).items():
-        by_choice.setdefault(choice, []).append(op)
-    return [("kernels", f"{choice.name}: {', '.join(ops)}", choice.reason) for choice, ops in by_choice.items()]
-
-
-def run_card(job: Job, rows: float) -> list[tuple[str, str, str]]:
-    """(what, value, reason) of each choice."""
-    config, runtime = job.config, job.runtime
-    generation, learning = config.generation, config.learning
-    counts = {name: len(images.items) for name, images in job.sets.images.items()}
-    arch = choose_arch(config.encoder.arch, config.data.image_size)
-    card = [
-        ("data", config.data.root, ", ".join(f"{count} {name}" for name, count in counts.items())),
-        ("device", str(runtime.device.value), runtime.device.reason),
-        ("precision", str(runtime.precision.value).removeprefix("torch."), runtime.precision.reason),
-        ("threads", str(runtime.threads.value), runtime.threads.reason),
-        *_kernel_rows(job.device),
-        ("encoder", str(arch.value), arch.reason),
-        ("method", learning.method, f"{learning.steps} steps, {rows:.4g} rows a batch, two views each"),
-    ]
-    if job.pipeline is None:
-        return [*card, ("generation", "off", "generation.synthetic_fraction is 0")]
-    needed, plan, choices = generated_rows(config), job.plan, job.choices
-    reuse = needed / generation.images_per_step if generation.images_per_step else 0
-    dtype = str(runtime.pipeline_dtype.value).removeprefix("torch.")
-    return [
-        *card,
-        ("pipeline", config.pipeline.path, f"{job.pipeline.resolution} px, {dtype}: {runtime.pipeline_dtype.reason}"),
-        ("generation", f"{generation.images_per_step:g} images a step",
-         f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times, those of the prefill apart"),
-        ("preset", plan.preset, "; ".join(plan.reasons)),
-        ("solver", f"{plan.solver}, {plan.num_inference_steps} steps", f"guidance {plan.guidance_scale:g}"),
-        *((name.replace("_", " "), str(choice.value), choice.reason) for name, choice in choices.items()),
-        ("positives", _shares(generation.strengths, "strength "), "shares of the positives"),
-        ("near-OOD", _shares(config.near_ood.recipes),
-         f"{100 * generation.near_ood_fraction:.0f} % of generated images, strength {config.near_ood.strength:g}"),
-        *_noise_rows(job),
-    ]  # fmt: skip
-
-
-def _noise_rows(job: Job) -> list[tuple[str, str, str]]:
-    """What near_ood.noise means in numbers, where a recipe uses it: literature gives sigma, not a share of the length."""
-    near_ood = job.config.near_ood
-    if job.tokens is None or not near_ood.recipes.get("token_noise", 0) > 0:
-        return []
-    vectors_CKE = job.tokens.vectors_CKE
-    sigma = near_ood.noise * vectors_CKE.norm(dim=-1).mean().item() / vectors_CKE.shape[-1] ** 0.5
-    return [
-        (
-            "token noise",
-            f"sigma {sigma:.3g}",
-            f"of each number of a vector; near_ood.noise is {near_ood.noise:g} of its length",
-        )
-    ]
-
-
-def _shares(weights: dict, prefix: str = "") -> str:
-    """Weights in words: "strength 0.2", or "strength 50 %, token_mix 50 %"."""
-    used = {key: weight for key, weight in weights.items() if weight > 0}
-    if len(used) == 1:
-        return f"{prefix}{next(iter(used))}"
-    return ", ".join(f"{prefix}{key} {100 * weight / sum(used.values()):.0f} %" for key, weight in used.items())
 
 
 def _load(folder: Path, part, console) -> bool:
