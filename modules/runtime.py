@@ -228,14 +228,16 @@ def commit() -> str:
     """
     if told := os.environ.get("SOURCE_COMMIT"):
         return told
-    root = Path(__file__).resolve().parents[1]
     try:
-        run = lambda *words: subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-        return run("git", "rev-parse", "--short=10", "HEAD") + (
-            "+" if run("git", "status", "--porcelain", "-uno") else ""
-        )
+        changed = "+" if _git("status", "--porcelain", "-uno") else ""
+        return _git("rev-parse", "--short=10", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _git(*words: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _version(name: str) -> str | None:

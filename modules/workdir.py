@@ -103,7 +103,7 @@ class Workdir:
         self._write_config()
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 
-    def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] = str) -> None:
+    def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] | None = None) -> None:
         """Keep in inputs.json that the files which `setting` names have this sha256.
 
         Args:
@@ -113,7 +113,7 @@ class Workdir:
             DataError: work stands here that began with other files; nothing of it was changed.
         """
         if self._begun.get(setting, digest) != digest:
-            which = f" ({told})" if (told := changes()) else ""
+            which = f" ({told})" if changes is not None and (told := changes()) else ""
             raise DataError(
                 f"{setting} {value}: these files are not those that this run began with{which}; restore them, or set "
                 "run.name to begin another run"

@@ -64,7 +64,7 @@ class Job:
         """Where tokens and judge are kept, shared by runs."""
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
 
-    def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] = str) -> None:
+    def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] | None = None) -> None:
         """These files, and no others, are what this run is made from; DataError if it was begun with others.
 
         Where work goes on, environment.json is written once all of them agree: a refused command made nothing here, so
@@ -78,8 +78,8 @@ class Job:
             return
         if self.workdir.goes_on:
             self._write_environment()
-        if changes := self.workdir.computes_with(self._computes_with()):
-            told = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in changes.items())
+        if otherwise := self.workdir.computes_with(self._computes_with()):
+            told = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in otherwise.items())
             self.console.warn(
                 f"this run goes on with other rounding than before ({told}): its results may differ in the last digits, "
                 "under another precision by more, from those of a run left as it was; to avoid that, go on with it on a "

@@ -47,10 +47,12 @@ class MemoryPlan:
     @property
     def working(self) -> int:
         """The largest working memory, or where they add up the largest of generation plus the largest of training."""
-        of = lambda training: max(  # noqa: E731 - two uses, one line
-            (p.bytes for p in self.parts if p.kind == WORKING and p.name.startswith("encoder") == training), default=0
-        )
-        return of(True) + of(False) if self.overlapped else max(of(True), of(False))
+        largest = {"training": 0, "generation": 0}
+        for part in self.parts:
+            if part.kind == WORKING:
+                side = "training" if part.name.startswith("encoder") else "generation"
+                largest[side] = max(largest[side], part.bytes)
+        return sum(largest.values()) if self.overlapped else max(largest.values())
 
     @property
     def peak(self) -> int:

@@ -61,7 +61,10 @@ def load_data(job: Job, progress) -> None:
         config.data, config.run.seed, masks=needs_masks(config), generation_size=size, progress=progress
     )
     before = job.workdir.path / "data.json"
-    changes = lambda: job.sets.changes(read_record(before)) if before.exists() else ""  # noqa: E731 - handed on
+
+    def changes() -> str:
+        return job.sets.changes(read_record(before)) if before.exists() else ""
+
     job.hold_to("data.root", config.data.root, job.sets.digest, changes)
     if job.sets.train.masks_DHW is not None:
         job.hold_to("masks of data.root", config.data.root, digest_tensor(job.sets.train.masks_DHW))

@@ -28,7 +28,7 @@ class Overlap:
         self,
         mode: str,
         device: torch.device,
-        timed: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+        timed: Callable[[str], AbstractContextManager] = nullcontext,
     ):
         """mode: sequential, or stream on a CUDA device (see `choose_mode`). timed: attributes what a side stream does."""
         self.mode, self.timed = mode, timed
