@@ -103,10 +103,14 @@ def to_yaml(config: Config, origins: dict[str, str]) -> str:
         lines.append(f"{section.name}:")
         for key in dataclasses.fields(section.type):
             value = getattr(getattr(config, section.name), key.name)
-            value = list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
-            lines.append(f"  {key.name}: {text}  # {origins.get(f'{section.name}.{key.name}', 'default')}")
+            lines.append(f"  {key.name}: {as_yaml(value)}  # {origins.get(f'{section.name}.{key.name}', 'default')}")
     return "\n".join(lines) + "\n"
+
+
+def as_yaml(value) -> str:
+    """The value of one setting as YAML in one line, as it can stand behind `section.key=`."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
 
 
 class _GivenTwice(yaml.YAMLError):
@@ -165,7 +169,7 @@ def _put(schema: type, values: dict, origins: dict, name: str, value, origin: st
     section_name, _, key = name.partition(".")
     sections = {s.name: s.type for s in dataclasses.fields(schema)}
     if section_name not in sections:
-        hint = _did_you_mean(section_name, sections) or _full_names(name, schema)
+        hint = _did_you_mean(section_name, list(sections)) or _full_names(name, schema)
         raise ConfigError(f"{origin}: unknown section `{section_name}`{hint}")
     fields = {f.name: f for f in dataclasses.fields(sections[section_name])}
     if key not in fields:
@@ -191,13 +195,12 @@ def _full_names(key: str, schema: type) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def _did_you_mean(word: str, known) -> str:
+def _did_you_mean(word: str, known: list[str] | dict[str, str]) -> str:
     """A suggestion for a mistyped word; `known` lists words or maps them to their full names."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     if not close:
         return ""
-    full = known[close[0]] if isinstance(known, dict) and isinstance(known[close[0]], str) else close[0]
-    return f"; did you mean `{full}`?"
+    return f"; did you mean `{known[close[0]] if isinstance(known, dict) else close[0]}`?"
 
 
 def _coerce(value, kind, name: str, origin: str):
@@ -224,7 +227,7 @@ def _coerced(value, kind):
     origin = typing.get_origin(kind)
     if origin is tuple:
         inner = typing.get_args(kind)
-        if isinstance(value, str) or not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple):
             raise TypeError
         if inner[-1] is Ellipsis:
             return tuple(_coerced(v, inner[0]) for v in value)

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from modules.commands.arms import arm_settings
 from modules.config import Config
 from modules.errors import ConfigError, StorageError, Terminated
 from modules.records import read_record
-from modules.settings import load_config
+from modules.settings import as_yaml, load_config
 
 TRAINER = Path(__file__).resolve().parents[2] / "trainer.py"
 CRASHED = 1  # exit code of a traceback
@@ -60,7 +58,7 @@ def plan(
         for arm in arms:
             settings = {"run.name": f"{base.run.name}/{arm}-s{seed}", "run.seed": seed}
             settings |= arm_settings(arm, base, long_steps)
-            own = shared + [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
+            own = shared + [f"{name}={as_yaml(value)}" for name, value in settings.items()]
             try:
                 config, _ = load_config(path, own)
             except ConfigError as error:
@@ -193,11 +191,6 @@ def headline(results: dict) -> str:
     if (key := f"{split}.near_ood.{score}.auroc") in results:
         text += f"  near-OOD AUROC {100 * results[key]:5.1f} % ({score})"
     return text
-
-
-def _as_yaml(value) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
-    return text.removesuffix("...").strip()
 
 
 def _results(trial: Planned) -> dict | None:
