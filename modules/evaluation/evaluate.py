@@ -107,12 +107,10 @@ def evaluate(
         )
     report = progress or (lambda done, total, note: None)
     ood_tests = {"near_ood": near_ood_test, "far_ood": far_ood_test}
-    ood_tests = {
-        name: given for name, given in ood_tests.items() if test is not None and given is not None and len(given)
-    }
+    ood_tests = {name: given for name, given in ood_tests.items() if test is not None and given}
     tests = ({"test": test} if test is not None else {}) | {f"test {name}": given for name, given in ood_tests.items()}
     check_groups({name: given.groups for name, given in tests.items()}, evaluation.bootstrap)
-    near_ood_val = near_ood_val if near_ood_val is not None and len(near_ood_val) else None
+    near_ood_val = near_ood_val or None  # without images there is none
     source = head_source(
         0 if generated_near_ood_DF is None else len(generated_near_ood_DF),
         () if near_ood_val is None else near_ood_val.groups,
@@ -144,39 +142,25 @@ def evaluate(
     head = _binary_head(source, train, val, near_ood_val, generated_near_ood_DF, generated_id_DF, probe, seed)
     results["binary_head.trained_on"] = source
     states = fit_scores(Fitting(train.features_DF, train.labels_D, head))
-    judge = _Judge(train, readout, states, len(classes))
-    val_logits_DC, val_scores = judge.read(val)
+    reader = _Reader(train, readout, states, len(classes))
+    val_logits_DC, val_scores = reader.read(val)
     thresholds = {name: acceptance_threshold(values_D) for name, values_D in val_scores.items()}
     results |= {f"threshold.{name}": value for name, value in thresholds.items()}
-    results |= _prefixed("val.", judge.classification(val, val_logits_DC))
+    results |= _prefixed("val.", reader.classification(val, val_logits_DC))
     if near_ood_val is not None:
-        near_scores = judge.read(near_ood_val)[1]
+        near_scores = reader.read(near_ood_val)[1]
         # half of these images trained the head: its figures on them would flatter
         flattered = {"binary"} if source == "near_ood_val" else set()
         results |= _ood_results("val.near_ood.", val_scores, near_scores, flattered)
         results |= {"val.near_ood.images": len(near_ood_val), "val.near_ood.groups": len(set(near_ood_val.groups))}
     detector = Detector(classes, readout, states, thresholds, evaluation.score)
     if test is None:
-        predicted_D = val_logits_DC.argmax(dim=1)
-        rows = metrics.class_table(val.labels_D, predicted_D, val.groups, classes)
-        return Outcome(
-            _plain(results), detector, None, rows, metrics.confusion(val.labels_D, predicted_D, len(classes))
-        )
+        return _outcome(results, detector, None, val, val_logits_DC)
 
     report(2, 4, "test")
-    logits_DC, scores = judge.read(test)
-    results |= _prefixed("test.", judge.classification(test, logits_DC))
-    parts = [(test, logits_DC, scores, "id")]
-    for name, given in ood_tests.items():
-        ood_logits_DC, ood_scores = judge.read(given)
-        parts.append((given, ood_logits_DC, ood_scores, name))
-        results |= _ood_results(f"test.{name}.", scores, ood_scores, set())
-        results |= {
-            f"test.{name}.images": len(given),
-            f"test.{name}.groups": len(set(given.groups)),
-            f"test.{name}.mean_max_softmax": metrics.mean_max_softmax(ood_logits_DC),
-        }
-    predictions = _predictions(classes, parts, judge)
+    found, parts = _read_tests(reader, test, ood_tests)
+    results |= found
+    predictions = _predictions(classes, parts, reader)
 
     report(3, 4, "intervals")
     if evaluation.bootstrap > 0:
@@ -185,15 +169,11 @@ def evaluate(
         if f"test.near_ood.mean_max_softmax{end}" in results:
             results[f"test.mean_max_softmax_ood{end}"] = results[f"test.near_ood.mean_max_softmax{end}"]
     report(4, 4, "done")
-    predicted_D = logits_DC.argmax(dim=1)
-    rows = metrics.class_table(test.labels_D, predicted_D, test.groups, classes)
-    return Outcome(
-        _plain(results), detector, predictions, rows, metrics.confusion(test.labels_D, predicted_D, len(classes))
-    )
+    return _outcome(results, detector, predictions, test, parts[0][1])
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Reader:
     """Reads a set of features through the settled readout and scores."""
 
     train: FeatureSet
@@ -218,6 +198,33 @@ class _Judge:
             "images": len(given),
             "groups": len(set(given.groups)),
         }
+
+
+def _read_tests(reader: _Reader, test: FeatureSet, ood_tests: dict[str, FeatureSet]) -> tuple[dict, list[tuple]]:
+    """Results of the test sets, and (set, logits, scores, role) of each, the ID set first."""
+    logits_DC, scores = reader.read(test)
+    found = _prefixed("test.", reader.classification(test, logits_DC))
+    parts = [(test, logits_DC, scores, "id")]
+    for name, given in ood_tests.items():
+        ood_logits_DC, ood_scores = reader.read(given)
+        parts.append((given, ood_logits_DC, ood_scores, name))
+        found |= _ood_results(f"test.{name}.", scores, ood_scores, set())
+        found |= {
+            f"test.{name}.images": len(given),
+            f"test.{name}.groups": len(set(given.groups)),
+            f"test.{name}.mean_max_softmax": metrics.mean_max_softmax(ood_logits_DC),
+        }
+    return found, parts
+
+
+def _outcome(
+    results: dict, detector: Detector, predictions: Predictions | None, shown: FeatureSet, logits_DC: Tensor
+) -> Outcome:
+    """What was found, with the table and the confusion of the classes of one set: test, or val without it."""
+    predicted_D = logits_DC.argmax(dim=1)
+    rows = metrics.class_table(shown.labels_D, predicted_D, shown.groups, detector.classes)
+    confusion_CC = metrics.confusion(shown.labels_D, predicted_D, len(detector.classes))
+    return Outcome(_plain(results), detector, predictions, rows, confusion_CC)
 
 
 def _binary_head(
@@ -266,7 +273,7 @@ def _ood_results(
     }
 
 
-def _predictions(classes: tuple[str, ...], parts: list[tuple], judge: _Judge) -> Predictions:
+def _predictions(classes: tuple[str, ...], parts: list[tuple], reader: _Reader) -> Predictions:
     return Predictions(
         classes=classes,
         paths=tuple(path for given, _, _, _ in parts for path in given.paths),
@@ -278,7 +285,7 @@ def _predictions(classes: tuple[str, ...], parts: list[tuple], judge: _Judge) ->
             [given.labels_D if role == "id" else torch.full((len(given),), -1) for given, _, _, role in parts]
         ),
         logits_DC=torch.cat([logits_DC for _, logits_DC, _, _ in parts]),
-        knn_D=torch.cat([judge.neighbors(given) for given, _, _, _ in parts]),
+        knn_D=torch.cat([reader.neighbors(given) for given, _, _, _ in parts]),
         scores={name: torch.cat([scores[name] for _, _, scores, _ in parts]) for name in parts[0][2]},
     )
 
