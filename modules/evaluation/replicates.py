@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from modules.evaluation.metrics import OOD_METRICS
+
 RESAMPLE_BLOCK = 128  # resamples whose curves are held at once: 128 x 10,000 float64 is 10 MB an array
 
 
@@ -55,7 +57,7 @@ def ood_replicates(
         ood_curve = (ood_qD.flip(1).cumsum(dim=1)[:, starts_T], id_qD.flip(1).cumsum(dim=1)[:, starts_T])
         blocks.append(
             torch.stack(
-                [
+                [  # in the order of OOD_METRICS
                     _area(*id_curve),
                     _precision_area(*id_curve),
                     _precision_area(*ood_curve),
@@ -64,8 +66,7 @@ def ood_replicates(
                 ]
             )
         )
-    names = ("auroc", "aupr_in", "aupr_out", "fpr_ood_at_id_tpr95", "fpr_id_at_ood_tpr95")
-    return dict(zip(names, torch.cat(blocks, dim=1), strict=True))
+    return dict(zip(OOD_METRICS, torch.cat(blocks, dim=1), strict=True))
 
 
 def _tie_ends(sorted_D: Tensor) -> Tensor:
