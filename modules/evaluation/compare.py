@@ -242,14 +242,6 @@ def _minus(first: dict, second: dict) -> dict:
     return {key: value - second[key] for key, value in first.items() if key in second}
 
 
-def _arm(one: Finished) -> str:
-    return one.trial.arm
-
-
-def _seed(one: Finished) -> int:
-    return one.trial.seed
-
-
 def fair_seconds(one: Finished, finished: Iterable[Finished]) -> float:
     """Seconds of a trial, those of its class tokens included wherever they were learned, if it uses any."""
     if not one.results.get("cost.images_generated") or one.settings.get("inversion.class_agnostic"):
@@ -287,12 +279,14 @@ def _check_comparable(finished: Sequence[Finished]) -> None:
                 f"{one.trial.path} has the headline score {one.results.get('headline.score')}, {first.trial.path} has "
                 f"{first.results.get('headline.score')}: evaluation.score must be one and fixed before the runs"
             )
-    heads, seeds = ({key(one): one for one in reversed(finished)} for key in (_arm, _seed))
+    first_of_arm = {one.trial.arm: one for one in reversed(finished)}
+    first_of_seed = {one.trial.seed: one for one in reversed(finished)}
     pipelines: dict[tuple, Finished] = {}  # by settings, of the trials that read one
     for one in finished:
-        if one.results.get("sha256.data.root") != seeds[one.trial.seed].results.get("sha256.data.root"):
+        twin = first_of_seed[one.trial.seed]
+        if one.results.get("sha256.data.root") != twin.results.get("sha256.data.root"):
             raise DataError(
-                f"{one.trial.path} read other images than {seeds[one.trial.seed].trial.path}, which has the same seed: "
+                f"{one.trial.path} read other images than {twin.trial.path}, which has the same seed: "
                 "arms must share their images; data.json of both says which"
             )
         if (digest := one.results.get(PIPELINE)) is not None:
@@ -303,7 +297,7 @@ def _check_comparable(finished: Sequence[Finished]) -> None:
                     f"{one.trial.path} and {other.trial.path} read pipeline.path {one.settings['pipeline.path']!r} with other "
                     "weights in it: move one of them away and run it again"
                 )
-        head = heads[one.trial.arm]
+        head = first_of_arm[one.trial.arm]
         for name in one.settings.keys() | head.settings.keys():
             if not name.startswith("run.") and one.settings.get(name) != head.settings.get(name):
                 raise DataError(
