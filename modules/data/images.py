@@ -8,7 +8,6 @@ Shapes: D images, H W C pixels.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,7 +103,7 @@ def load_at_sizes(
                 if progress is not None:
                     progress(len(results), len(items), "")
     kept, skipped = _sort_out(index, items, results, data, learning)
-    notes = _notes(results, kept, skipped, next(iter(sizes)), index.root)
+    notes = _notes(results, kept, skipped, next(iter(sizes)))
     found = []
     for place, pixels, mask in zip(job.places, job.pixels, job.masks, strict=True):
         here = [i for i in kept if i in place]
@@ -261,18 +260,15 @@ def _sort_out(index: Index, items, results: list[_Result], data: Data, learning:
     return kept, tuple((items[i].path, results[i].reason) for i in bad)
 
 
-def _notes(results: list[_Result], kept: list[int], skipped, largest: int, root: str) -> tuple[str, ...]:
+def _notes(results: list[_Result], kept: list[int], skipped, size: int) -> tuple[str, ...]:
     notes = []
     if skipped:
         notes.append(f"{len(skipped)} of {len(results)} images left out, the first {skipped[0][0]}: {skipped[0][1]}")
-    counts = Counter(cut=sum(results[i].was_cut for i in kept), small=sum(results[i].side < largest for i in kept))
-    if counts["small"]:
+    if small := sum(results[i].side < size for i in kept):
         smallest = min(results[i].side for i in kept)
-        notes.append(
-            f"{counts['small']} images are smaller than {largest} px and were enlarged, the smallest {smallest}"
-        )
-    if counts["cut"]:
-        notes.append(f"{counts['cut']} images are not square; their central square is used")
+        notes.append(f"{small} images are smaller than {size} px and were enlarged, the smallest {smallest}")
+    if cut_square := sum(results[i].was_cut for i in kept):
+        notes.append(f"{cut_square} images are not square; their central square is used")
     if no_object := sum(results[i].no_object for i in kept):
         notes.append(f"{no_object} images have no object in their mask: learned from, not edited within")
     return tuple(notes)
