@@ -46,19 +46,19 @@ def write_run_report(job, state, features, outcome, results: dict) -> None:
     recipe_rows = _suitability(job, examples)
     if recipe_rows:
         job.workdir.write_json("recipes.json", recipe_rows)
-    counts = {} if state.generator is None else state.generator.gate.counts
-    gate_rows = verdict_rows(counts, sets.index.classes)
+    verdicts = {} if state.generator is None else state.generator.gate.counts
+    gate_rows = verdict_rows(verdicts, sets.index.classes)
     if gate_rows:
         job.workdir.write_json("gate.json", gate_rows)
     split = "test" if "test" in features else "val"
     shown = [features[name] for name in (split, f"near_ood_{split}") if name in features]
     points = torch.cat([given.features_DF for given in shown])
     labels = torch.cat([given.labels_D for given in shown])
-    counts = f"{len(sets.train.items)} train images of {len(sets.index.classes)} classes"
+    images = f"{len(sets.train.items)} train images of {len(sets.index.classes)} classes"
     report = Report(
         title=job.workdir.path.name,
         outcome=outcome,
-        lead=f"{counts}; {config.learning.method}, {state.step} steps; seed {config.run.seed}.",
+        lead=f"{images}; {config.learning.method}, {state.step} steps; seed {config.run.seed}.",
         notes=_notes(job, results),
         card=tuple(job.card),
         sheet=_sheet(job, examples),

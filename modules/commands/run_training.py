@@ -72,7 +72,7 @@ def _or_warn(console, write, *what) -> None:
         console.warn(str(error))
 
 
-def _metric_row(job: Job, state: State, begun: tuple[int, int]) -> dict:
+def _metric_row(job: Job, state: State, begun: tuple[int, int, int]) -> dict:
     """One row of metrics.jsonl: losses, geometry, mixture, reservoir, times.
 
     Args:

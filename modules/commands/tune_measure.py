@@ -57,7 +57,7 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
     total, done = len(presets) * len(grid) * rounds, 0
     plain = _plain(job, quality)
     baselines = [plain.window(step, job.config.tune.steps, quality)]
-    figures = _judge(plain) if quality else None
+    figures = _val_figures(plain) if quality else None
     rows: list[Row] = []
     for preset in presets:
         candidates, refused = _candidates(job, step, preset, grid, quality)
@@ -70,7 +70,7 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
                     try:
                         with named_memory("tune", candidate.config):
                             windows[rate].append(candidate.window(step, job.config.tune.steps, quality))
-                            judged[rate] = _judge(candidate) if quality else None
+                            judged[rate] = _val_figures(candidate) if quality else None
                     except REFUSALS as error:  # a row with its reason, not the end
                         refused[rate] = str(error)
                 done += 1
@@ -189,7 +189,7 @@ def _row(job: Job, preset: str, rate: float, timing: Timing, figures: dict | Non
     )
 
 
-def _judge(candidate: Candidate) -> dict[str, float]:
+def _val_figures(candidate: Candidate) -> dict[str, float]:
     """kNN accuracy on val and, where classes are kept for it, near-OOD AUROC on val; never test."""
     sets, size = candidate.job.sets, candidate.config.evaluation.batch_size
     found = {

@@ -111,7 +111,8 @@ def _have_directions(unit_DF: Tensor) -> bool:
 def uniformity(features_DF: Tensor) -> float:
     """log of the mean Gaussian potential of unit features over all pairs of different images, in [-8, 0].
 
-    nan where a feature is all zero, and so has no direction. log mean over i != j of exp(-2 ||z_i - z_j||^2), in float64; lower is more uniform. nan for a single image.
+    log mean over i != j of exp(-2 ||z_i - z_j||^2), in float64; lower is more uniform. nan for a single image, and where
+    a feature is all zero, which has no direction.
 
     Source: Wang and Isola 2020 (2005.10242), eq. 3 with t = 2.
     """

@@ -2,8 +2,9 @@
 
 Photographs of one object, or renders of one model, are not independent: resampling images would give intervals that
 are too narrow by the square root of the images a group holds. So whole groups are drawn with replacement, and in a
-comparison the error of a mean over few seeds, as Student's t has it, joins every resample. Two arms are compared on the same draws (paired), which removes what the
-test groups have in common from the difference. Both numbers, groups and seeds, belong beside every interval.
+comparison the error of a mean over few seeds, as Student's t has it, joins every resample. Two arms are compared on the
+same draws (paired), which removes what the test groups have in common from the difference. Both numbers, groups and
+seeds, belong beside every interval.
 
 Shapes: Q resamples, D images, K seeds.
 """
