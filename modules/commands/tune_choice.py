@@ -1,6 +1,7 @@
 """From measured ratios to one recommendation, by a rule that is printed with it."""
 
 from dataclasses import dataclass, replace
+from statistics import linear_regression
 
 from modules.config import Tune
 from modules.console import duration
@@ -80,11 +81,8 @@ def recommend(rows: list[Row], bounds: Tune, preset: str) -> list[str]:
 
 def cost_of_an_image(rows: list[Row]) -> tuple[float, float]:
     """(ms of a step without images, ms an image a step adds): the least-squares line through rows of one preset."""
-    count = len(rows)
-    x, y = [row.images_per_step for row in rows], [row.step_ms for row in rows]
-    mean_x, mean_y = sum(x) / count, sum(y) / count
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-    return mean_y - slope * mean_x, slope
+    slope, base = linear_regression([row.images_per_step for row in rows], [row.step_ms for row in rows])
+    return base, slope
 
 
 def _figures(row: Row) -> str:
