@@ -180,6 +180,11 @@ def _slow(precision: str, device: torch.device) -> str:
     return "; slow, for this device has no bf16" if precision == "bf16" and not has_bf16(device) else ""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16: the name of a number format without torch's prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
 def stream(seed: int, name: str, *identity: int | str) -> torch.Generator:
     """A CPU generator that depends on (seed, name, identity) and on nothing else.
 

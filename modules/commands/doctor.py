@@ -5,15 +5,13 @@ Needs no config. Every accelerator is asked by the call that training would make
     --device=cpu|cuda      the device to ask (cuda where there is one)
 """
 
-import torch
-
 from kernels import backend
 from modules.commands.flags import FLAGS, split_flags
 from modules.commands.timing import measure_ceilings
 from modules.config import Pipeline, Run
 from modules.errors import ConfigError
 from modules.probes import Probe, accelerators, hardware
-from modules.runtime import environment, resolve_runtime
+from modules.runtime import dtype_name, environment, resolve_runtime
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -64,8 +62,4 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
 
 def _defaults(runtime) -> str:
     parts = {"precision": runtime.precision, "pipeline": runtime.pipeline_dtype}
-    return "; ".join(f"{name} {_dtype(choice.value)} ({choice.reason})" for name, choice in parts.items())
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "; ".join(f"{name} {dtype_name(choice.value)} ({choice.reason})" for name, choice in parts.items())

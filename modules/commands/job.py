@@ -23,7 +23,7 @@ from modules.memory import named_memory
 from modules.meter import Meter
 from modules.optim import Optimizer
 from modules.rules import generates
-from modules.runtime import Choice, environment, resolve_runtime
+from modules.runtime import Choice, dtype_name, environment, resolve_runtime
 from modules.termination import termination
 from modules.workdir import Workdir
 
@@ -95,7 +95,7 @@ class Job:
         names = {"precision": self.runtime.precision}
         if generates(self.config):
             names["pipeline dtype"] = self.runtime.pipeline_dtype
-        dtypes = {name: str(choice.value).removeprefix("torch.") for name, choice in names.items()}
+        dtypes = {name: dtype_name(choice.value) for name, choice in names.items()}
         triton = [op for op, choice in backend.explain(self.device).items() if choice.name == "triton"]
         kernels = f"triton for {', '.join(triton)}" if triton else "torch"
         return {"device": self.device_name} | dtypes | {"threads": self.runtime.threads.value, "kernels": kernels}

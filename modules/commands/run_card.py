@@ -6,6 +6,7 @@ from kernels import backend
 from modules.commands.job import Job
 from modules.learning.encoder import choose_arch
 from modules.rules import batch_rows, generated_rows
+from modules.runtime import dtype_name
 
 
 def run_card(job: Job) -> list[tuple[str, str, str]]:
@@ -17,7 +18,7 @@ def run_card(job: Job) -> list[tuple[str, str, str]]:
     card = [
         ("data", config.data.root, ", ".join(f"{count} {name}" for name, count in counts.items())),
         ("device", str(runtime.device.value), runtime.device.reason),
-        ("precision", str(runtime.precision.value).removeprefix("torch."), runtime.precision.reason),
+        ("precision", dtype_name(runtime.precision.value), runtime.precision.reason),
         ("threads", str(runtime.threads.value), runtime.threads.reason),
         *_kernel_rows(job.device),
         ("encoder", str(arch.value), arch.reason),
@@ -27,7 +28,7 @@ def run_card(job: Job) -> list[tuple[str, str, str]]:
         return [*card, ("generation", "off", "generation.synthetic_fraction is 0")]
     needed, plan, choices = generated_rows(config), job.plan, job.choices
     reuse = needed / generation.images_per_step if generation.images_per_step else 0
-    dtype = str(runtime.pipeline_dtype.value).removeprefix("torch.")
+    dtype = dtype_name(runtime.pipeline_dtype.value)
     return [
         *card,
         ("pipeline", config.pipeline.path, f"{job.pipeline.resolution} px, {dtype}: {runtime.pipeline_dtype.reason}"),

@@ -15,7 +15,7 @@ from kernels import backend
 from kernels.linear import frozen_linear
 from modules.commands.job import State
 from modules.meter import timer
-from modules.runtime import stream
+from modules.runtime import dtype_name, stream
 
 WARMUP_STEPS = 2
 PARTS = {"unet": "UNet", "vae": "VAE decode", "text": "text encoder"}
@@ -128,9 +128,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     times = {whose: measure(work, repeats=5) for whose, work in products.items()}
     whose, matmul_ms = min(times.items(), key=lambda item: item[1])
     copy_ms = measure(lambda: target.copy_(source), repeats=5)
-    name = str(dtype).removeprefix("torch.")
     return Ceilings(
-        2 * n**3 / matmul_ms / 1e9, 2 * mib / 1024 / copy_ms * 1e3, f"{whose}{name} product of {n}, copy of {mib} MiB"
+        2 * n**3 / matmul_ms / 1e9,
+        2 * mib / 1024 / copy_ms * 1e3,
+        f"{whose}{dtype_name(dtype)} product of {n}, copy of {mib} MiB",
     )
 
 

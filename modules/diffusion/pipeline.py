@@ -15,6 +15,7 @@ import torch
 
 from kernels.staging import upload
 from modules.errors import ConfigError, DataError
+from modules.runtime import dtype_name
 
 NO_VARIANCE = -1e4  # log-variance of an encoder that has none: exp(-5000) is exactly 0
 SLOT = "*"  # stands for the class token in a prompt
@@ -136,7 +137,7 @@ class StableDiffusion:
     def _overflow(self, where: str = "") -> str:
         wider = {torch.float16: "pipeline.dtype to bf16 or fp32, or ", torch.bfloat16: "pipeline.dtype to fp32, or "}
         return (
-            f"{self.source}: the VAE gives non-finite values{where} in {str(self.dtype).removeprefix('torch.')}; set "
+            f"{self.source}: the VAE gives non-finite values{where} in {dtype_name(self.dtype)}; set "
             f"{wider.get(self.dtype, '')}pipeline.vae to another VAE"
         )
 
