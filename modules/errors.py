@@ -50,3 +50,8 @@ class Terminated(UserError):
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         super().__init__(f"{name}: {text}")
         self.signum, self.code = signum, 128 + signum
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from modules.errors import OutOfMemory
+from modules.errors import OutOfMemory, first_line
 from modules.runtime import choose_device, choose_pipeline_dtype
 from modules.settings import flatten
 
@@ -93,11 +93,10 @@ def _explained(error: BaseException, stage: str, config) -> str:
     where = f"stage {stage}: {what}" if what else f"stage {stage}"
     if HALF in knobs:
         knobs = [_half(config) if knob == HALF else knob for knob in knobs]
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     lower = [f"{name} ({values[name]})" if values.get(name) else name for name in knobs if name and "=" not in name]
     ways = [f"lower {', '.join(lower)}"] * bool(lower) + [f"set {knob}" for knob in knobs if "=" in knob]
     return "; ".join(
-        [f"{where} does not fit ({reason})", *[", or ".join(ways)] * bool(ways), "`check` lists what a run holds"]
+        [f"{where} does not fit ({first_line(error)})", *[", or ".join(ways)] * bool(ways), "`check` lists what a run holds"]
     )
 
 

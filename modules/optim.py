@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modules.config import Learning
-from modules.errors import ConfigError, NonFinite
+from modules.errors import ConfigError, NonFinite, first_line
 
 REFERENCE_ROWS = 256  # batch at which learning.lr is meant
 SCALE_START, SCALE_GROWTH_STEPS = 2.0**14, 500  # fp16 loss scaling: first scale, good steps until it doubles
@@ -61,7 +61,7 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise ConfigError(
             f"learning.optimizer is {learning.optimizer!r}, but bitsandbytes does not work here "
-            f"({str(error).strip().splitlines()[0]}); install a build for this machine, or use sgd or adamw"
+            f"({first_line(error)}); install a build for this machine, or use sgd or adamw"
         ) from error
     for parameter in parameters:  # its first step would do so, and a resumed run would then round as a new one does
         parameter.data = parameter.data.contiguous()

@@ -16,10 +16,9 @@ from collections.abc import Callable
 import torch
 
 from modules.diffusion.attention import install, unfuse
-from modules.diffusion.files import first_line
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.slots import Slots
-from modules.errors import ConfigError
+from modules.errors import ConfigError, first_line
 from modules.memory import ran_out
 from modules.runtime import Choice
 from modules.termination import termination

@@ -20,7 +20,6 @@ from modules.diffusion.files import (
     CONVERT,
     PICKLED,
     digest,
-    first_line,
     read_json,
     read_model,
     read_tokenizer,
@@ -28,7 +27,7 @@ from modules.diffusion.files import (
 )
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.shapes import FEW_STEPS, random_parts, shapes_of
-from modules.errors import ConfigError, DataError
+from modules.errors import ConfigError, DataError, first_line
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "pipeline"
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")

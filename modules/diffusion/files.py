@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from modules.errors import DataError
+from modules.errors import DataError, first_line
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
@@ -104,8 +104,3 @@ def digest(files: list[Path], root: Path) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(root)} {content}\n".encode())
     return total.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

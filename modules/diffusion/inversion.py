@@ -29,11 +29,10 @@ from modules.config import Inversion as Settings
 from modules.data.cache import digest_tensor
 from modules.diffusion.attention import install
 from modules.diffusion.denoising import Denoising, stratified
-from modules.diffusion.files import first_line
 from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, placeholder
 from modules.diffusion.tokens import Tokens, initializer_rows
-from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
+from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory, first_line
 from modules.memory import ran_out
 from modules.runtime import stream
 

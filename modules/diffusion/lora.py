@@ -16,8 +16,8 @@ from diffusers.utils import (
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
-from modules.diffusion.files import CONVERT, first_line
-from modules.errors import DataError
+from modules.diffusion.files import CONVERT
+from modules.errors import DataError, first_line
 
 ADAPTER = "lora"
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from modules.diffusion import shapes
-from modules.diffusion.files import digest, first_line, read_json, read_tokenizer
-from modules.errors import ConfigError, DataError
+from modules.diffusion.files import digest, read_json, read_tokenizer
+from modules.errors import ConfigError, DataError, first_line
 
 CLIP = "openai/clip-vit-large-patch14"  # the vocabulary of every Stable Diffusion 1.x and 2.x
 PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}  # what prompts are filled up with; the vocabulary is the same

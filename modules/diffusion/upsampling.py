@@ -11,8 +11,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 
 from kernels.upsample import FORMS, fold, upsample_conv
-from modules.diffusion.files import first_line
 from modules.diffusion.timings import Timing, by_shape, chosen, name_of, told
+from modules.errors import first_line
 
 OWN = "torch"  # what diffusers computes
 
