@@ -93,6 +93,12 @@ def hardware(device: torch.device) -> list[tuple[str, str]]:
     return rows
 
 
+def xformers_reasons(error: Exception) -> str:
+    """Why each of xformers' operators refuses, which its message tells after it has repeated the shapes; else ""."""
+    _, _, refusals = str(error).partition("is not supported because:")
+    return "; ".join(dict.fromkeys(line.strip() for line in refusals.splitlines() if line.startswith("    ")))
+
+
 def _normal(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     draw = stream(0, "probe")
     return [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
@@ -136,10 +142,8 @@ def _xformers(device: torch.device, dtype: torch.dtype) -> str:
     q, k, v = _normal(device, dtype, HEADS_SHAPE, HEADS_SHAPE, HEADS_SHAPE)
     try:
         found = memory_efficient_attention(q, k, v)
-    except NotImplementedError as error:  # its first lines repeat the shapes; why each operator refuses comes after
-        _, _, refusals = str(error).partition("is not supported because:")
-        reasons = dict.fromkeys(line.strip() for line in refusals.splitlines() if line.startswith("    "))
-        raise Wrong(f"no operator takes these tensors: {'; '.join(reasons) or error}") from error
+    except NotImplementedError as error:
+        raise Wrong(f"no operator takes these tensors: {xformers_reasons(error) or error}") from error
     return _compare(found.transpose(1, 2), _attention_truth(*(x.transpose(1, 2) for x in (q, k, v))), dtype)
 
 

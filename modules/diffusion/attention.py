@@ -17,19 +17,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from kernels.attention import attention, attention_reference
 from kernels.staging import in_use
 from modules.diffusion import timings as ways
 from modules.diffusion.timings import Timing, name_of
-from modules.errors import ConfigError
+from modules.errors import ConfigError, first_line
+from modules.probes import ATTENTION, xformers_reasons
 
-SDPA = {
-    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+SDPA = {f"sdpa_{name}": backend for name, backend in ATTENTION.items()}
 BACKENDS = ("sdpa", *SDPA, "xformers")
 OWN = "sdpa"  # torch's own choice
 PLAIN = ("spatial_norm", "group_norm", "norm_q", "norm_k")  # absent in every Stable Diffusion UNet
@@ -252,13 +249,9 @@ def _time(shape, backend: str, qkv, timer) -> Timing:
 
 
 def _refusal(error: Exception, said: list[str]) -> str:
-    """Why a backend refused, in one line: xformers repeats the shapes first, its operators' reasons come after; torch
-    warns of its reasons, among those of the backends that were switched off."""
-    text = str(error).strip()
-    _, found, refusals = text.partition("is not supported because:")
-    reasons = dict.fromkeys(line.strip() for line in refusals.splitlines() if line.startswith("    "))
-    if found and reasons:
-        return "no operator takes these tensors: " + "; ".join(reasons)
+    """Why a backend refused, in one line; torch warns of its reasons, among those of the backends that were switched off."""
+    if reasons := xformers_reasons(error):
+        return f"no operator takes these tensors: {reasons}"
     told = [warning.partition("(Triggered")[0].strip() for warning in said]
     told = [line for line in told if line and "disabled" not in line and "not used because" not in line]
-    return (told or text.splitlines() or [type(error).__name__])[0]
+    return told[0] if told else first_line(error)
