@@ -177,7 +177,7 @@ def _check_recipes(config) -> None:
     if not 0 < low <= high < 1:
         raise ConfigError(f"`near_ood.mix` is [{low}, {high}]; it must be a rising pair inside (0, 1)")
     for template in config.generation.templates:
-        if template.count("{}") != 1:
+        if template.count("{}") != 1 or any(brace in template.replace("{}", "") for brace in "{}"):
             raise ConfigError(f"`generation.templates` holds {template!r}; each template needs exactly one {{}}")
     if not config.generation.templates:
         raise ConfigError("`generation.templates` is empty; name at least one, such as 'a photo of a {}'")

@@ -115,25 +115,11 @@ def refuse_untrained(text: str, trained: frozenset[str] | None, setting: str) ->
             )
 
 
-def check_templates(templates: Iterable[str], setting: str) -> None:
-    """Let templates through that hold one slot {} each.
-
-    Raises: ConfigError naming the setting and the template.
-    """
-    templates = tuple(templates)
-    if not templates:
-        raise ConfigError(f"{setting}: no template; 'a photo of a {{}}' would do")
-    for template in templates:
-        if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "")):
-            raise ConfigError(f"{setting}: {template!r} needs one slot {{}}, as in 'a photo of a {{}}'")
-
-
 def check_prompts(templates: Iterable[str], conditions: Iterable[str], trained: frozenset[str] | None) -> None:
-    """Let the templates and condition words of generation through if the pipeline can make something of them.
+    """Let the templates and condition words of generation through if the text encoder was trained on every word of them.
 
-    Raises: ConfigError for a template without its slot, and for a word the text encoder was not trained on.
+    Raises: ConfigError naming the setting, the word and the closest trained words.
     """
-    check_templates(templates, "generation.templates")
     for template in templates:
         refuse_untrained(template, trained, "generation.templates")
     for condition in conditions:
@@ -227,8 +213,8 @@ def check_generation(pipeline, generation: Generation, inversion: Inversion, key
     Args:
         keywords: of each class.
 
-    Raises: ConfigError for a template without its slot, a word the text encoder was not trained on, and a prompt that is
-    longer than it reads: one of generation, or one that class tokens are learned in.
+    Raises: ConfigError for a word the text encoder was not trained on, and a prompt that is longer than it reads: one of
+    generation, or one that class tokens are learned in.
     """
     trained = trained_words(pipeline.source)
     check_prompts(generation.templates, generation.conditions, trained)

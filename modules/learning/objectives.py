@@ -16,25 +16,15 @@ import torch.nn.functional as F
 from kernels.supcon import supcon
 from modules.config import Learning
 from modules.data.views import VIEWS
-from modules.errors import ConfigError
 from modules.learning.geometry import describe_embeddings
 
 Logs = dict[str, torch.Tensor]
 
 
 def build_objective(learning: Learning) -> "Contrastive | CrossEntropy":
-    """The objective that `learning.method` names.
-
-    Raises:
-        ConfigError: simclr, which knows no classes, with near-OOD columns chosen by class.
-    """
+    """The objective that `learning.method` names."""
     if learning.method == "cross_entropy":
         return CrossEntropy(learning.outlier_exposure)
-    if learning.method == "simclr" and learning.ood_columns in ("own_class", "foreign_class"):
-        raise ConfigError(
-            f"learning.ood_columns is {learning.ood_columns!r}, but learning.method simclr knows no classes; "
-            "use none or global"
-        )
     return Contrastive(
         by_class=learning.method == "supcon",
         temperature=learning.temperature,

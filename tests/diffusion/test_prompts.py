@@ -65,17 +65,6 @@ def test_a_foreign_checkpoint_knows_every_word():
     prompts.check_prompts(["a hologram of a {}"], ["iridescent"], None)
 
 
-@pytest.mark.parametrize("template", ["a photo", "a {} of a {}", "a {name}", "a {0}", "a {} {"])
-def test_a_template_without_its_one_slot_is_refused(template):
-    with pytest.raises(ConfigError, match=r"generation\.templates"):
-        prompts.check_prompts([template], [""], None)
-
-
-def test_no_template_at_all_is_refused():
-    with pytest.raises(ConfigError, match="no template"):
-        prompts.check_templates([], "generation.templates")
-
-
 def test_every_prompt_of_a_run_is_measured_before_one_is_used():
     pipeline = load_pipeline(Pipeline(path="embedded"))
     assert pipeline.num_tokens - 2 == 30

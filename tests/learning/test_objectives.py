@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from modules.config import Learning
-from modules.errors import ConfigError
 from modules.learning.objectives import build_objective, prototype_push
 from modules.runtime import stream
 
@@ -105,11 +104,6 @@ def test_simclr_is_supcon_with_a_class_an_image():
     assert loss.item() == pytest.approx(by_hand(embeddings(), torch.arange(6), NO_OOD_B))
     shuffled, _ = objective(embeddings(), LABELS_B.flip(0), NO_OOD_B)
     assert shuffled == loss
-
-
-def test_simclr_refuses_columns_chosen_by_class():
-    with pytest.raises(ConfigError, match="own_class"):
-        build_objective(dataclasses.replace(BASE, method="simclr", ood_columns="own_class"))
 
 
 def test_prototype_push_value_and_gradient_by_hand():
