@@ -17,7 +17,7 @@ from modules.commands import costs, stages
 from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
 from modules.commands.flags import FLAGS, number, split_flags
 from modules.commands.job import Job
-from modules.commands.memory_plan import memory_plan
+from modules.commands.memory_plan import MemoryPlan, memory_plan
 from modules.commands.preparation import load_generation, opened, print_card, thrown_away
 from modules.commands.profile_trace import Trace, find_syncs, trace_steps
 from modules.commands.timing import Ceilings, Timing, measure_ceilings, time_steps, window
@@ -42,6 +42,21 @@ class PartRow:
     of_ceiling: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """All that was found out about a step."""
+
+    timing: Timing
+    trace: Trace
+    parts: list[PartRow]  # that compute
+    bandwidth: list[PartRow]  # that move bytes
+    ceilings: dict[str, Ceilings]  # learner, generator
+    plan: MemoryPlan
+    facts: Facts
+    syncs: list[str] | None  # None on a CPU
+    advices: list[Advice]
+
+
 def command(path: str, overrides: list[str], console, run, step) -> dict:
     """Time, trace, compare with ceilings, advise; returns what profile.json holds."""
     flags, overrides = split_flags(overrides, FLAGS["profile"])
@@ -54,37 +69,46 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
             console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
         print_card(job)
         with job.stage("profile") as progress:
-            state = thrown_away(job, progress)
-            timing = time_steps(state, step, window(state, least))
-            progress(1, 4, "timed")
-            trace = trace_steps(state, step, _traced_steps(state), job.workdir.path / "trace.json")
-            progress(2, 4, "traced")
-            syncs = find_syncs(state, step, _traced_steps(state))
-            ceilings = _ceilings(job)
-            progress(3, 4, "ceilings measured")
-            parts, bandwidth = _part_rows(job, state, timing, ceilings), _bandwidth_rows(job, state, timing, ceilings)
-            plan = memory_plan(job)
-            progress(4, 4, "memory counted")
-        facts = _facts(job, state, timing, trace, parts, syncs)
-        advices = advise(facts)
-        _print(console, job, timing, trace, parts, bandwidth, ceilings, plan, facts, syncs, advices)
-        report = {
-            "timing": dataclasses.asdict(timing),
-            "parts": [dataclasses.asdict(row) for row in parts],
-            "bandwidth": [dataclasses.asdict(row) for row in bandwidth],
-            "ceilings": {name: dataclasses.asdict(found) for name, found in ceilings.items()},
-            "operations": [dataclasses.asdict(operation) for operation in trace.operations[:50]],
-            "launches_per_step": trace.launches,
-            "device_busy_share": facts.busy if state.meter.on_gpu else None,
-            "syncs": syncs,
-            "memory": [dataclasses.asdict(part) for part in plan.parts] + [{"name": "peak", "bytes": plan.peak}],
-            "advice": [dataclasses.asdict(advice) for advice in advices],
-            "environment": environment(),
-        }
+            found = _measure(job, thrown_away(job, progress), step, least, progress)
+        _print(console, found)
+        report = _report(found)
         job.workdir.write_json("profile.json", report)
         console.line(f"written: {job.workdir.path / 'profile.json'}")
         console.line(f"         {job.workdir.path / 'trace.json'} (open in ui.perfetto.dev or chrome://tracing)")
     return report
+
+
+def _measure(job: Job, state, step, least: int, progress) -> Profile:
+    timing = time_steps(state, step, window(state, least))
+    progress(1, 4, "timed")
+    trace = trace_steps(state, step, _traced_steps(state), job.workdir.path / "trace.json")
+    progress(2, 4, "traced")
+    syncs = find_syncs(state, step, _traced_steps(state))
+    ceilings = _ceilings(job)
+    progress(3, 4, "ceilings measured")
+    parts, bandwidth = _part_rows(job, state, timing, ceilings), _bandwidth_rows(job, state, timing, ceilings)
+    plan = memory_plan(job)
+    progress(4, 4, "memory counted")
+    facts = _facts(job, state, timing, trace, parts, syncs)
+    return Profile(timing, trace, parts, bandwidth, ceilings, plan, facts, syncs, advise(facts))
+
+
+def _report(found: Profile) -> dict:
+    """What profile.json holds."""
+    plan = found.plan
+    return {
+        "timing": dataclasses.asdict(found.timing),
+        "parts": [dataclasses.asdict(row) for row in found.parts],
+        "bandwidth": [dataclasses.asdict(row) for row in found.bandwidth],
+        "ceilings": {name: dataclasses.asdict(ceiling) for name, ceiling in found.ceilings.items()},
+        "operations": [dataclasses.asdict(operation) for operation in found.trace.operations[:50]],
+        "launches_per_step": found.trace.launches,
+        "device_busy_share": found.facts.busy if found.facts.on_gpu else None,
+        "syncs": found.syncs,
+        "memory": [dataclasses.asdict(part) for part in plan.parts] + [{"name": "peak", "bytes": plan.peak}],
+        "advice": [dataclasses.asdict(advice) for advice in found.advices],
+        "environment": environment(),
+    }
 
 
 def _traced_steps(state) -> int:
@@ -179,7 +203,9 @@ def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], 
     )
 
 
-def _print(console, job, timing, trace, parts, bandwidth, ceilings, plan, facts, syncs, advices: list[Advice]) -> None:
+def _print(console, found: Profile) -> None:
+    timing, trace, facts = found.timing, found.trace, found.facts
+
     def share(ms: float) -> str:
         return f"{100 * ms / timing.step_ms:.0f} %"
 
@@ -189,34 +215,34 @@ def _print(console, job, timing, trace, parts, bandwidth, ceilings, plan, facts,
     rows = [
         [row.name, f"{row.ms:.1f}", share(row.ms)]
         + ([f"{row.rate:.3g}", f"{100 * row.of_ceiling:.0f} %"] if row.rate else ["", ""])
-        for row in parts
+        for row in found.parts
     ]
     console.table("parts that compute", ["part", "ms", "share", "TFLOP/s", "of ceiling"], rows)
-    rows = [[row.name, f"{row.ms:.1f}", f"{row.rate:.3g}", f"{100 * row.of_ceiling:.0f} %"] for row in bandwidth]
+    rows = [[row.name, f"{row.ms:.1f}", f"{row.rate:.3g}", f"{100 * row.of_ceiling:.0f} %"] for row in found.bandwidth]
     console.table("parts that move bytes", ["phase", "ms", "GiB/s", "of ceiling"], rows)
-    for name, found in ceilings.items():
+    for name, best in found.ceilings.items():
         console.line(
-            f"  ceilings, {name}: {found.tflop_per_s:.3g} TFLOP/s, {found.gib_per_s:.3g} GiB/s ({found.what}, this run)"
+            f"  ceilings, {name}: {best.tflop_per_s:.3g} TFLOP/s, {best.gib_per_s:.3g} GiB/s ({best.what}, this run)"
         )
     kind = "kernels" if facts.on_gpu else "operators"
     rows = [[op.name, f"{op.ms:.2f}", f"{100 * op.ms / trace.busy_ms:.0f} %", f"{op.calls:.0f}"]
             for op in trace.operations[:TOP]]  # fmt: skip
     console.table(f"top {kind} under the profiler ({trace.launches:.0f} a step)", [kind, "ms", "share", "calls"], rows)
-    rows = [[part.name, part.kind, _mib(part.bytes)] for part in plan.parts]
-    console.table("memory by part", ["part", "", "MiB"], [*rows, ["needed at once", "", _mib(plan.peak)]])
+    rows = [[part.name, part.kind, _mib(part.bytes)] for part in found.plan.parts]
+    console.table("memory by part", ["part", "", "MiB"], [*rows, ["needed at once", "", _mib(found.plan.peak)]])
     console.line(
         f"  measured peak: {timing.peak_gib:.2f} GiB of {'tensors and captured graphs' if facts.on_gpu else 'the whole process'}"
     )
-    console.line(f"  launch-bound: {_launch_line(facts, trace, timing)}")
-    waits = "does not apply: a CPU has nothing to wait for" if syncs is None else ", ".join(syncs) or "none"
+    console.line(f"  launch-bound: {_launch_line(facts, trace)}")
+    waits = "does not apply: a CPU has nothing to wait for" if found.syncs is None else ", ".join(found.syncs) or "none"
     console.line(f"  waits for the device in a step: {waits}")
     console.line("the changes most likely to help:")
-    for place, advice in enumerate(advices, 1):
+    for place, advice in enumerate(found.advices, 1):
         saves = f"about {advice.saves_ms:.0f} ms ({share(advice.saves_ms)}) a step"
         console.line(f"  {place}. {advice.change}: {saves}; {advice.reason}")
 
 
-def _launch_line(facts: Facts, trace: Trace, timing: Timing) -> str:
+def _launch_line(facts: Facts, trace: Trace) -> str:
     if not facts.on_gpu:
         return "does not apply: operators run as they are called"
     idle = f"the GPU has work in {100 * facts.busy:.0f} % of a step, {trace.launches:.0f} kernels of "
