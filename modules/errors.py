@@ -5,6 +5,9 @@ one line and exits with `code`; every other exception is a bug and stays a trace
 """
 
 import signal
+from collections.abc import Sequence
+
+NAMED = 10  # files, folders or classes that a message names
 
 
 class UserError(Exception):
@@ -55,3 +58,9 @@ class Terminated(UserError):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def first_of(names: Sequence[str], separator: str = ", ") -> str:
+    """The first ten of some names and how many more there are: "a, b", or "a, ..., j and 3 more"."""
+    beyond = len(names) - NAMED
+    return separator.join(names[:NAMED]) + (f" and {beyond} more" if beyond > 0 else "")

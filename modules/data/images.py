@@ -21,10 +21,9 @@ from modules.data.decode import GRAY, BadImage, NoObject, decode_image, decode_m
 from modules.data.files import Files
 from modules.data.items import Index, Item
 from modules.data.masks import Square, center_square, gray_background, object_square, shrink
-from modules.errors import ConfigError, DataError
+from modules.errors import ConfigError, DataError, first_of
 
 THREADS = 4  # Pillow decodes and resizes without the interpreter lock
-NAMED_BAD_FILES = 10  # bad files that an error message names
 
 
 @dataclass(frozen=True)
@@ -243,10 +242,9 @@ def _sort_out(index: Index, items, results: list[_Result], data: Data, learning:
     bad = [i for i, result in enumerate(results) if result.reason]
     fatal = [i for i in bad if not results[i].may_skip] if data.on_bad_image == "fail" else []
     if fatal:
-        named = "; ".join(f"{items[i].path}: {results[i].reason}" for i in fatal[:NAMED_BAD_FILES])
-        more = f"; and {len(fatal) - NAMED_BAD_FILES} more" if len(fatal) > NAMED_BAD_FILES else ""
+        named = first_of([f"{items[i].path}: {results[i].reason}" for i in fatal], "; ")
         raise DataError(
-            f"{index.root}: {len(fatal)} of {len(items)} images cannot be used: {named}{more}. Mend or remove them, or "
+            f"{index.root}: {len(fatal)} of {len(items)} images cannot be used: {named}. Mend or remove them, or "
             "set data.on_bad_image=skip"
         )
     kept = [i for i, result in enumerate(results) if not result.reason]

@@ -13,9 +13,8 @@ from modules.data.cache import digest_of
 from modules.data.images import Images, load_at_sizes
 from modules.data.index import Index, read_far_ood, read_index
 from modules.data.items import Item
-from modules.errors import DataError
+from modules.errors import DataError, first_of
 
-NAMED_FILES = 10  # in a message
 SPLITS = (  # name -> (role, split)
     ("train", "id", "train"),
     ("val", "id", "val"),
@@ -78,11 +77,10 @@ class ImageSets:
         train, size = self.at_generation["train"], self.generation_size
         small = [(side, item.path) for side, item in zip(train.sides, train.items, strict=True) if side < size]
         if small:
-            named = ", ".join(f"{path} ({side} px)" for side, path in sorted(small)[:NAMED_FILES])
-            more = f" and {len(small) - NAMED_FILES} more" if len(small) > NAMED_FILES else ""
+            named = first_of([f"{path} ({side} px)" for side, path in sorted(small)])
             raise DataError(
                 f"{self.index.root}: {len(small)} of {len(train.items)} train images are smaller than the {size} px at "
-                f"which the pipeline generates: {named}{more}; remove them (data.on_bad_image=skip leaves out broken files "
+                f"which the pipeline generates: {named}; remove them (data.on_bad_image=skip leaves out broken files "
                 "only), or set pipeline.resolution or pipeline.path to a smaller one"
             )
         return train
@@ -100,11 +98,7 @@ class ImageSets:
             "gone": sorted(then.keys() - now.keys()),
             "changed": sorted(path for path in now.keys() & then.keys() if now[path] != then[path]),
         }
-        told = []
-        for what, paths in found.items():
-            more = f" and {len(paths) - NAMED_FILES} more" if len(paths) > NAMED_FILES else ""
-            told += [f"{what}: {', '.join(paths[:NAMED_FILES])}{more}"] if paths else []
-        return "; ".join(told)
+        return "; ".join(f"{what}: {first_of(paths)}" for what, paths in found.items() if paths)
 
     def summary(self) -> dict:
         """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""

@@ -16,7 +16,7 @@ from modules.config import Data
 from modules.data.files import Files
 from modules.data.items import ROLES, SPLITS, Index, Item
 from modules.data.mvip import is_mvip, read_mvip
-from modules.errors import ConfigError, DataError
+from modules.errors import ConfigError, DataError, first_of
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -24,7 +24,6 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 SPLIT_LIKE = re.compile(r"(train|test|val|valid|validation|eval|dev)(ing|ation)?([ _-]?(set|data|images|split))?")
 UNREAD = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 PACK_INDEX = "index.csv"
-NAMED_FOLDERS = 10  # empty class folders that a note names
 KNOWN = ("path", "label", "role", "split", "mask", "group", "model", "caption", "noun", "keywords")
 COLUMNS = "path,label[,role][,split][,mask][,group|model][,caption][,noun][,keywords]"
 
@@ -182,10 +181,7 @@ def read_folder(files: Files) -> Index:
             "folder of its class"
         )
     if empty:
-        more = f" and {len(empty) - NAMED_FOLDERS} more" if len(empty) > NAMED_FOLDERS else ""
-        notes.append(
-            f"{len(empty)} class folders left out because they hold no image: {', '.join(empty[:NAMED_FOLDERS])}{more}"
-        )
+        notes.append(f"{len(empty)} class folders left out because they hold no image: {first_of(empty)}")
     return Index(str(root), "folder", tuple(sorted(items, key=lambda item: item.path)), (), tuple(notes))
 
 
@@ -234,8 +230,7 @@ def _refuse_missing(files: Files, items: list[Item], where: str) -> None:
     paths = [path for item in items for path in (item.path, item.mask) if path]
     bad = [f"{path} {reason}" for path in paths if (reason := files.obstacle(path))]
     if bad:
-        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
-        raise DataError(f"{where}: {'; '.join(bad[:3])}{more}; correct the rows or bring the files")
+        raise DataError(f"{where}: {first_of(bad, '; ')}; correct the rows or bring the files")
 
 
 def _class_items(files: Files, top: str, label: str, split: str, ignored: Counter) -> list[Item]:

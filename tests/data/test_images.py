@@ -164,7 +164,7 @@ def test_every_bad_file_is_named_with_its_reason(tmp_path):
 
 def test_many_bad_files_make_a_message_of_bounded_length(tmp_path):
     index = one_set(tmp_path, {f"{i:02d}.png": b"x" for i in range(25)})
-    with pytest.raises(DataError, match="25 of 25 .*; and 15 more"):
+    with pytest.raises(DataError, match="25 of 25 .* and 15 more"):
         loaded(index)
 
 

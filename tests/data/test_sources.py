@@ -250,8 +250,8 @@ def test_a_link_inside_the_root_is_an_image_like_others(tmp_path):
 
 
 def test_csv_file_missing(tmp_path):
-    put(tmp_path / "index.csv", rows_text([{"path": f"{i}.png", "label": "a"} for i in range(5)]))
-    refused(r"0.png is missing; 1.png is missing; 2.png is missing \(and 2 more\)", tmp_path)
+    put(tmp_path / "index.csv", rows_text([{"path": f"{i}.png", "label": "a"} for i in range(12)]))
+    refused(r"0.png is missing; 1.png is missing; .*; 9.png is missing and 2 more; correct", tmp_path)
 
 
 def test_csv_path_twice_even_if_spelled_otherwise(tmp_path):
