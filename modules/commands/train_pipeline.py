@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from modules import state
 from modules.config import Pipeline, PipelineConfig
 from modules.data.images import load_images
-from modules.data.index import Index, read_raw
+from modules.data.index import read_raw
+from modules.data.items import Index
 from modules.diffusion import train_pipeline as training
 from modules.diffusion.export_pipeline import export
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline, to_vae_range

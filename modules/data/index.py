@@ -19,8 +19,6 @@ from modules.data.items import ROLES, SPLITS, Index, Item
 from modules.data.sources import identity, read_source
 from modules.errors import ConfigError, DataError
 
-__all__ = ["Index", "Item", "read_far_ood", "read_index", "read_raw"]
-
 
 def read_raw(root: str) -> Index:
     """The image set below `root` as declared: role and split may be "", labels too; for captioned packs.

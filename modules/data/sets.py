@@ -11,8 +11,8 @@ import torch
 from modules.config import Data
 from modules.data.cache import digest_of
 from modules.data.images import Images, load_at_sizes
-from modules.data.index import Index, read_far_ood, read_index
-from modules.data.items import Item
+from modules.data.index import read_far_ood, read_index
+from modules.data.items import Index, Item
 from modules.errors import DataError, first_of
 
 SPLITS = (  # name -> (role, split)
