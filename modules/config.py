@@ -110,9 +110,7 @@ class NearOOD:
     recipes: dict = field(default_factory=lambda: {"strength": 1.0, "token_mix": 1.0})  # recipe -> weight
     strength: float = 0.75  # of every diffusion recipe but mask_split, which destroys the object: 1
     mix: tuple[float, float] = (0.35, 0.65)  # token_mix: range of the partner's weight
-    noise: float = (
-        1.0  # token_noise: length of the noise as a share of the token's; sigma a number is that / sqrt(width)
-    )
+    noise: float = 1.0  # token_noise: length of the noise / that of the token; sigma a number: this / sqrt(width)
     negative_guidance: float = -1.0  # negative_guidance: w <= 0
     jigsaw_grid: int = 4  # jigsaw: patches a side
     outlier_quantile: float = 0.02  # embedding_outlier: density quantile below which a token is drawn
@@ -130,9 +128,7 @@ class Gate:
     start_step: int = 50  # optimizer step from which images are judged, for the gate and for the controller
     refresh_every: int = 25  # steps between refreshes of the class statistics
     quantile: float = 0.05  # leave-one-out similarity quantile of the class that a positive must reach, (0, 1)
-    near_ood_quantile: float = (
-        0.5  # the one a near-OOD image must stay below; at .05 not even real ones pass a young learner
-    )
+    near_ood_quantile: float = 0.5  # that a near-OOD image must stay below; at .05 not even real ones do so early on
     far_floor: float = -0.2  # [-1, 1]: cosine to the nearest class below which a near-OOD image is too far
     retries: int = 2  # draws again before falling back
 

@@ -15,7 +15,7 @@ from modules.data.index import read_far_ood, read_index
 from modules.data.items import Index, Item
 from modules.errors import DataError, first_of
 
-SPLITS = (  # name -> (role, split)
+SETS = (  # (name, role, split)
     ("train", "id", "train"),
     ("val", "id", "val"),
     ("test", "id", "test"),
@@ -24,10 +24,7 @@ SPLITS = (  # name -> (role, split)
     ("far_ood_test", "far_ood", "test"),  # the set's own, as an MVIP tree's other super classes
 )
 
-
-JUDGED_IMAGES = (
-    256  # val images kept at the size of generation, about; the token report and the warning light read them
-)
+JUDGED_IMAGES = 256  # val images, about, kept at the size of generation for the token report and the warning light
 JUDGED_PER_CLASS = 8  # at least, where a class has them
 
 
@@ -132,7 +129,7 @@ def load_sets(data: Data, seed: int, *, masks: bool, generation_size: int | None
     """
     index = read_index(data, seed)
     far_index = read_far_ood(data)
-    chosen = {name: index.select(role, split) for name, role, split in SPLITS}
+    chosen = {name: index.select(role, split) for name, role, split in SETS}
     for name in ("train", "val", "test"):
         if not chosen[name]:
             raise DataError(
