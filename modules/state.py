@@ -69,16 +69,16 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
 
 def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
     """The newest valid state below `folder` as (step, tree, complaints about newer invalid ones); None without any."""
-    complaints = []
+    invalid = []
     for path in sorted(Path(folder).glob(f"{PREFIX}*"), reverse=True):
         tree, reason = _read(path)
         if tree is not None:
+            complaints = [f"{found}; an older checkpoint is used" for found in invalid]
             return int(path.name.removeprefix(PREFIX)), tree, complaints
-        complaints.append(f"{path}: {reason}; an older checkpoint is used")
-    if complaints:
+        invalid.append(f"{path}: {reason}")
+    if invalid:
         raise StorageError(
-            "; ".join(c.replace("; an older checkpoint is used", "") for c in complaints)
-            + "; no valid checkpoint is left: delete the checkpoints folder to start from the beginning"
+            f"{'; '.join(invalid)}; no valid checkpoint is left: delete the checkpoints folder to start from the beginning"
         )
     return None
 
