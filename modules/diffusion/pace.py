@@ -32,8 +32,7 @@ class Pace:
         self.pending += images
         for _ in range(int(self.pending)):
             self.pending -= 1
-            if self.costs:
-                self.costs.popleft()
+            self.costs.popleft()
 
     def settle(self) -> None:
         """Owe nothing: what was made until here was made as needed."""

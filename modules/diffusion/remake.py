@@ -40,8 +40,7 @@ def make(
                 f"is {pipeline.digest[:16]} at {pipeline.resolution} px; set pipeline.path and pipeline.resolution as "
                 "they were"
             )
-    wanted = {(r.solver, r.num_inference_steps, r.guided_steps) for r in requests if r.denoises}
-    grids = [time_grid(pipeline.scheduler, *key) for key in sorted(wanted)]
+    grids = [time_grid(pipeline.scheduler, *key) for key in sorted({r.grid for r in requests if r.denoises})]
     made: dict[Request, torch.Tensor] = {}
 
     def keep(pixels_N3HW: torch.Tensor, finished: list[Request]) -> None:
