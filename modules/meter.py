@@ -1,4 +1,4 @@
-"""Time of each phase of a step, without a host sync; the only room that reads clocks.
+"""Time of each phase of a step, without a host sync; the only module that reads clocks.
 
 On a CPU a phase is timed by the wall clock. On a GPU a pair of events brackets it, and events are read when they have
 happened, by polling: the step never waits for its own measurement.

@@ -1,6 +1,6 @@
 """Arms of a comparison: each is a word for a handful of settings laid over one config.
 
-They are fair (method.md 6): whatever the arm, a batch holds the same P x K real rows under the same views, and every arm
+They are fair: whatever the arm, a batch holds the same P x K real rows under the same views, and every arm
 takes the same number of optimizer steps. Arms with generated rows add them, up to B rows; arms without them fill the
 same B with further real rows, so that neither batch size nor learning rate (which follows the batch) explains a
 difference. `<arm>_small_batch` runs at B_real = P x K rows, `<arm>_long` for more steps, as many as equal wall time

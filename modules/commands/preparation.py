@@ -95,5 +95,5 @@ def thrown_away(job: Job, progress) -> State:
 
 
 def variant(job: Job, settings: dict[str, object]) -> Job:
-    """The same job under changed settings and without a voice: nothing of its run card is printed again."""
+    """The same job under changed settings, printing nothing: its run card has been shown."""
     return replace(job, config=with_settings(job.config, settings), console=Console(io.StringIO()))

@@ -2,7 +2,7 @@
 
 Broken images (non-finite, constant, black, a copy of the source) are always rejected. On request the learner judges too:
 a positive must look like its class, a near-OOD image like none, against statistics of the real train images. The judge is
-handed in as features; this room knows no encoder. A rejected image is drawn again a few times, then given up; the mixer
+handed in as features; this module knows no encoder. A rejected image is drawn again a few times, then given up; the mixer
 fills its row otherwise and counts the shortfall.
 
 Features of a backbone that ends in ReLU and a mean are never negative: their cosines lie between .7 and 1 whatever the

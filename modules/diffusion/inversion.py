@@ -9,7 +9,7 @@ about ROWS_PER_VISIT images each, under one template, so that the text encoder r
 a batch does not visit keeps its vectors and its Adam state to the bit. Within a visit the timesteps are stratified
 (2107.00630, app. I.1): the marginal stays uniform, the gradient's variance falls.
 
-The ancestors' learning rate, 5e-4 scaled by a batch of 4, is `inversion.lr` = 2e-3 at 4 rows of a class; other row
+The published learning rate, 5e-4 scaled by a batch of 4, is `inversion.lr` = 2e-3 at 4 rows of a class; other row
 counts scale it by the square root, the rule for Adam (2205.10287).
 
 Shapes: F flips (the image, its mirror image), D images, B rows, C classes, P classes of a batch, K vectors a token,
@@ -37,7 +37,7 @@ from modules.memory import ran_out
 from modules.runtime import stream
 
 ALGORITHM = 3  # part of the cache key; raised when the same settings would learn other vectors
-ROWS_PER_VISIT = 4  # images of a class in a batch, the ancestors' batch
+ROWS_PER_VISIT = 4  # images of a class in a batch: the batch of the published code
 WARMUP_VISITS = 5  # visits of a class over which its learning rate rises
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 HALF_PRECISION_SCALE = 256.0  # of the loss, so that gradients of a mean over 16,384 latents survive fp16

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page and one figure, and all its dresses written at once.
+"""A comparison as one self-contained HTML page and one figure; all its forms are written at once.
 
 Every number stands beside what it rests on; a difference is colored where its interval excludes zero.
 """

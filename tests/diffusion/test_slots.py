@@ -166,7 +166,7 @@ def test_a_masked_edit_keeps_the_source_outside_to_the_bit(edit, solver):
 
 @torch.no_grad()
 def by_hand(engine, request, z0, eps, mask):
-    """method.md 3, masked edit, on one image: the solver's step, then the noised source outside the mask."""
+    """A masked edit on one image: the solver's step, then the noised source outside the mask."""
     grid, text = engine.grid, engine.contexts[[int(request.prompt.template), 3]]
     abar = alphas_cumprod(engine.pipeline.scheduler)
     levels = [abar[int(t)].sqrt() for t in grid.timesteps] + [torch.tensor(1.0)]

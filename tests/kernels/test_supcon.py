@@ -22,7 +22,7 @@ def batch(images=9, width=6, classes=3, ood=(1, 4), views=2, seed=0):
 
 
 def by_hand(z, labels, is_ood, views, columns, ood_weight, beta, ood_anchors=False):
-    """method.md section 5, one term at a time."""
+    """The formula of kernels/supcon.py, one term at a time."""
     R = len(z)
     images, s = R // views, (z @ z.T / TAU).tolist()
     y, o = labels.tolist(), is_ood.tolist()

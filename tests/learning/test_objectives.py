@@ -24,7 +24,7 @@ def embeddings(rows=12, width=5, seed=0):
 
 
 def by_hand(z_RE, labels, is_ood, *, columns="global", weight=1.0, ood_anchors=False):
-    """The formula of method.md 5, anchor by anchor, with two views of len(labels) images."""
+    """The formula of kernels/supcon.py, anchor by anchor, with two views of len(labels) images."""
     B, R = len(labels), 2 * len(labels)
     labels, is_ood = labels.tolist() * 2, is_ood.tolist() * 2
     similarity = (z_RE @ z_RE.T / TAU).tolist()
