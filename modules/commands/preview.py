@@ -185,7 +185,7 @@ def _make_again(job: Job, asked: list[Request]) -> list[Path]:
 
 
 def _check_sources(job: Job, asked: list[Request]) -> None:
-    """Let requests through whose source, and the mask that they edit within, are in the train split as it was read."""
+    """Refuse requests whose source, or the mask that they edit within, is not in the train split as it was read."""
     train = job.sets.train
     for request in asked:
         if not 0 <= request.source < len(train.items):

@@ -250,7 +250,7 @@ class Inversion:
         return upload(values, self.pipeline.device)
 
     def check_finite(self) -> None:
-        """Wait for the device and let finite vectors through.
+        """Wait for the device and refuse vectors that are not finite.
 
         Raises: NonFinite if a loss or gradient was not finite in any step so far.
         """

@@ -51,7 +51,7 @@ def fuse_lora(parts: dict, path: Path) -> None:
 
 
 def _check_whole(carrier: diffusers.StableDiffusionPipeline, path: Path) -> None:
-    """Let a LoRA through of which every key was loaded, and which fills every place that was made for it.
+    """Refuse a LoRA of which a key was not loaded, or which leaves a place empty that was made for it.
 
     Raises:
         DataError: a key of the file went nowhere, or a product lacks one of its factors.

@@ -109,7 +109,7 @@ class StableDiffusion:
         return self.vae.decode((z_N4hw / self.scaling_factor + self.shift_factor).to(self.dtype)).sample
 
     def check_vae(self, pixels_DHWC: torch.Tensor) -> None:
-        """Let a VAE through whose latents and pixels of these uint8 images are finite.
+        """Refuse a VAE whose latents or pixels of these uint8 images are not finite.
 
         Raises:
             DataError: they are not; some VAEs overflow in fp16.
@@ -120,13 +120,13 @@ class StableDiffusion:
             raise DataError(self._overflow())
 
     def check_moments(self, moments_D8hw: torch.Tensor, files: Sequence[str]) -> None:
-        """Let VAE moments through that are finite; waits for the device once.
+        """Refuse VAE moments that are not finite; waits for the device once.
 
         Args:
             files: what each image was read from.
 
         Raises:
-            DataError: they are not, and of which file first: a VAE may overflow on some images only.
+            DataError: they are not; it names the first file, as a VAE may overflow on some images only.
         """
         low_D, high_D = moments_D8hw.flatten(1).aminmax(dim=1)  # NaN where one is; isfinite would copy the whole bank
         bad = (~(low_D.isfinite() & high_D.isfinite())).nonzero().flatten().tolist()
@@ -150,11 +150,11 @@ class StableDiffusion:
         return upload([self._pad(self._ids(text), text) for text in prompts], self.device)
 
     def check_lengths(self, prompts: Sequence[str], num_vectors: int = 0, remedy: str = SHORTEN) -> None:
-        """Let prompts through that the text encoder reads whole; where K = `num_vectors` > 0, `*` takes K tokens.
+        """Refuse prompts longer than the text encoder reads; where K = `num_vectors` > 0, `*` takes K tokens.
 
         Raises:
-            ConfigError: what `embed`, or with vectors `embed_vectors`, would refuse one of them for; of several that are
-                too long the longest is named. It ends with `remedy`.
+            ConfigError: as `embed`, or with vectors `embed_vectors`, would raise it; of several prompts that are too long
+                the longest is named. It ends with `remedy`.
         """
         parts = {text: _around_slot(text) if num_vectors else [text] for text in prompts}
         distinct = list(dict.fromkeys(part for found in parts.values() for part in found))

@@ -100,7 +100,7 @@ def trained_words(folder: str | Path) -> frozenset[str] | None:
 
 
 def refuse_untrained(text: str, trained: frozenset[str] | None, setting: str) -> None:
-    """Let a prompt, condition or word through if every word of it was trained; `trained` None knows them all.
+    """Refuse a prompt, condition or word that holds an untrained word; with `trained` None every word counts as trained.
 
     Raises: ConfigError naming the setting, the word and the closest trained words.
     """
@@ -116,7 +116,7 @@ def refuse_untrained(text: str, trained: frozenset[str] | None, setting: str) ->
 
 
 def check_prompts(templates: Iterable[str], conditions: Iterable[str], trained: frozenset[str] | None) -> None:
-    """Let the templates and condition words of generation through if the text encoder was trained on every word of them.
+    """Refuse templates and condition words of generation with a word that the text encoder was not trained on.
 
     Raises: ConfigError naming the setting, the word and the closest trained words.
     """
@@ -182,7 +182,7 @@ def _has_row(word: str, tokenizer, trained: frozenset[str] | None) -> bool:
 
 
 def check_keywords(keywords: Sequence[Sequence[str]], trained: frozenset[str] | None) -> None:
-    """Let class keywords through that can serve as condition words.
+    """Refuse class keywords that cannot serve as condition words.
 
     Raises: ConfigError where no class has any, or one holds a word the text encoder was not trained on.
     """
@@ -208,7 +208,7 @@ def drawn_prompts(
 
 
 def check_generation(pipeline, generation: Generation, inversion: Inversion, keywords: Sequence[Sequence[str]]) -> None:
-    """Let the settings of a run through if its pipeline can read each prompt they may make, however rare.
+    """Refuse settings that may make a prompt, however rare, that the pipeline cannot read.
 
     Args:
         keywords: of each class.

@@ -84,7 +84,7 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
 
 
 def replace_tokens(tokens: Tokens, directory: str | Path) -> None:
-    """`save_tokens` in place of what stands at `directory`, which a kill leaves with every class or leaves missing.
+    """`save_tokens` in place of the tokens at `directory`; a kill leaves a whole set of classes there, or no directory.
 
     Raises: StorageError if the files cannot be written or put there.
     """
