@@ -236,7 +236,7 @@ def _refuse_missing(files: Files, items: list[Item], where: str) -> None:
 def _class_items(files: Files, top: str, label: str, split: str, ignored: Counter) -> list[Item]:
     start = f"{top}/{label}" if split else top
     items = []
-    for folder, path in _walk(files, start):
+    for folder, path in walk(files, start):
         extension = os.path.splitext(path)[1].lower()
         if extension not in EXTENSIONS:
             ignored[extension] += 1
@@ -254,9 +254,10 @@ def _images_in(files: Files, folder: str) -> list[str]:
     return [inside + name for name in files.names(folder) if name.lower().endswith(EXTENSIONS)]
 
 
-def _walk(files: Files, folder: str):
-    """(folder, path) of every visible file below `folder`, sorted."""
+def walk(files: Files, folder: str):
+    """(folder, path) of every visible file below `folder` ("": the root), sorted."""
+    inside = f"{folder}/" if folder else ""
     for name in files.names(folder):
-        yield folder, f"{folder}/{name}"
+        yield folder, inside + name
     for name in files.folders(folder):
-        yield from _walk(files, f"{folder}/{name}")
+        yield from walk(files, inside + name)

@@ -6,7 +6,7 @@ from modules.data.files import Files
 from modules.data.index import read_raw
 from modules.data.items import Index, Item
 from modules.data.mvip import is_mvip
-from modules.data.sources import EXTENSIONS, PACK_INDEX, resolve_root
+from modules.data.sources import EXTENSIONS, PACK_INDEX, resolve_root, walk
 from modules.errors import DataError
 
 
@@ -25,7 +25,7 @@ def read_images(root: str, classes: tuple[str, ...]) -> Index:
     with Files(path) as files:
         if is_mvip(files):
             return read_raw(root)
-        found = list(_walk(files, ""))
+        found = [path for _, path in walk(files, "") if path.lower().endswith(EXTENSIONS)]
         for name in found:
             if reason := files.obstacle(name):
                 raise DataError(f"{path}: {name} {reason}; copy the file into the folder")
@@ -33,14 +33,6 @@ def read_images(root: str, classes: tuple[str, ...]) -> Index:
         raise DataError(f"{path}: holds no image; the endings read are {', '.join(EXTENSIONS)}")
     items = tuple(Item(path=name, label=_label(name, classes)) for name in sorted(found))
     return Index(str(path), "folder", items, tuple(sorted({item.label for item in items} - {""})))
-
-
-def _walk(files: Files, folder: str):
-    """The path of every visible image below `folder`."""
-    inside = f"{folder}/" if folder else ""
-    yield from (inside + name for name in files.names(folder) if name.lower().endswith(EXTENSIONS))
-    for name in files.folders(folder):
-        yield from _walk(files, inside + name)
 
 
 def _label(path: str, classes: tuple[str, ...]) -> str:

@@ -1,9 +1,9 @@
 """What to generate: the request of any image index, as a pure function of (seed, index) and the controller's state.
 
 Positives show a train image's class again at a mild strength; near-OOD negatives break something on purpose: noise
-level, token, guidance, object or layout. Shares are met by counting, not by luck: roles by exact
-fractions, classes and sources in shuffled rounds, strengths and recipes by golden-ratio sequences of each class, so that
-a short run is as balanced as a long one. Only templates, conditions and mixing weights are drawn independently.
+level, token, guidance, object or layout. Shares are met by counting, not by luck: roles by exact fractions, classes and
+sources in shuffled rounds, strengths and recipes by golden-ratio sequences of each class, so that a short run is as
+balanced as a long one. Only templates, conditions and mixing weights are drawn independently.
 """
 
 import math
