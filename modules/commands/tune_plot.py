@@ -8,24 +8,11 @@ from matplotlib.figure import Figure
 
 from modules.commands.tune_choice import Row, within
 from modules.config import Tune
-from modules.evaluation.figures import PAPER, STYLE
+from modules.evaluation.figures import PAPER, STAND_INS, STYLE
 
-INK, MUTED, LINE, GENERATE, TRAIN, OUTSIDE = (
-    PAPER[f"var(--{name})"] for name in ("ink", "muted", "line", "id", "positive", "near")
-)
-PAPER_STYLE = STYLE | {
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.edgecolor": LINE,
-    "grid.color": LINE,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "axes.facecolor": "white",
-    "figure.facecolor": "white",
-}
+INK, MUTED, GENERATE, TRAIN, OUTSIDE = (PAPER[f"var(--{name})"] for name in ("ink", "muted", "id", "positive", "near"))
+PAPER_STYLE = {key: PAPER[STAND_INS[value]] if value in STAND_INS else value for key, value in STYLE.items()}
+PAPER_STYLE |= {"axes.facecolor": "white", "figure.facecolor": "white"}
 
 
 def tune_png(rows: list[Row], bounds: Tune, quality_steps: int) -> bytes:
