@@ -11,9 +11,8 @@ from modules.commands.timing import measure_ceilings
 from modules.config import Pipeline, Run
 from modules.errors import ConfigError
 from modules.probes import Probe, accelerators, hardware
+from modules.ranges import CHOICES
 from modules.runtime import dtype_name, environment, resolve_runtime
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
@@ -26,8 +25,8 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
     if rest:
         raise ConfigError(f"doctor takes no CONFIG and no settings, found {rest[0]!r}; leave it out")
     name = flags.get("device", "auto")
-    if name not in DEVICES:
-        raise ConfigError(f"command line: --device is {name!r}; choose one of {', '.join(DEVICES)}")
+    if name not in CHOICES["run.device"]:
+        raise ConfigError(f"command line: --device is {name!r}; choose one of {', '.join(CHOICES['run.device'])}")
     runtime = resolve_runtime(Run(device=name), Pipeline())
     device = runtime.device.value
     found = environment()

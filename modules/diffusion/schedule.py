@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from modules.errors import ConfigError, DataError
+from modules.ranges import CHOICES
 from modules.rules import lowest_strength
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d", "alpha_next", "sigma_next")
 IDLE = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-SOLVERS = ("ddim", "euler", "dpmpp_2m", "lcm")
+SOLVERS = CHOICES["generation.solver"]
 
 
 @dataclass(frozen=True)
