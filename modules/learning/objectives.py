@@ -25,19 +25,12 @@ def build_objective(learning: Learning) -> "Contrastive | CrossEntropy":
     """The objective that `learning.method` names."""
     if learning.method == "cross_entropy":
         return CrossEntropy(learning.outlier_exposure)
-    return Contrastive(
-        by_class=learning.method == "supcon",
-        temperature=learning.temperature,
-        ood_columns=learning.ood_columns,
-        ood_variant=learning.ood_variant,
-        ood_weight=learning.ood_weight,
-        hardness=learning.hardness,
-    )
+    return Contrastive(learning)
 
 
 @dataclass(frozen=True)
 class Contrastive:
-    """SupCon (`by_class`) or SimCLR on embeddings, with near-OOD rows in the denominator.
+    """SupCon or SimCLR on embeddings, with near-OOD rows in the denominator.
 
         supcon              kernels.supcon; positives are class-mates and the other view
         simclr              the same with every image its own class: the one positive is the other view
@@ -49,12 +42,7 @@ class Contrastive:
     Source: Khosla et al. 2020 (2004.11362) eq. 2; Chen et al. 2020 (2002.05709) eq. 1.
     """
 
-    by_class: bool
-    temperature: float
-    ood_columns: str
-    ood_variant: str
-    ood_weight: float
-    hardness: float
+    learning: Learning
 
     output = "embeddings"  # what the encoder is asked for
 
@@ -66,7 +54,7 @@ class Contrastive:
         Figures: loss, reference_level (the loss if all embeddings coincided: chance), prototype_push where it is on, and
         those of `describe_embeddings`.
         """
-        if not self.by_class:
+        if self.learning.method == "simclr":
             labels_B = torch.arange(len(labels_B), device=labels_B.device)
         labels_R, is_ood_R = labels_B.repeat(VIEWS), is_ood_B.repeat(VIEWS)
         loss = self._contrast(z_RE, labels_R, is_ood_R)
@@ -75,19 +63,19 @@ class Contrastive:
             with torch.no_grad():
                 same_R1 = torch.ones_like(z_RE[:, :1])
                 logs["reference_level"] = self._contrast(same_R1, labels_R, is_ood_R)
-                if self.ood_variant == "prototype_push":  # 1 / temperature + log C, or 0
-                    logs["reference_level"] += prototype_push(same_R1, labels_R, is_ood_R, self.temperature)
+                if self.learning.ood_variant == "prototype_push":  # 1 / temperature + log C, or 0
+                    logs["reference_level"] += prototype_push(same_R1, labels_R, is_ood_R, self.learning.temperature)
             logs |= describe_embeddings(
                 z_RE,
                 labels_R,
                 is_ood_R,
                 num_views=VIEWS,
-                temperature=self.temperature,
-                ood_columns=self.ood_columns,
-                ood_weight=self.ood_weight,
+                temperature=self.learning.temperature,
+                ood_columns=self.learning.ood_columns,
+                ood_weight=self.learning.ood_weight,
             )
-        if self.ood_variant == "prototype_push":
-            push = prototype_push(z_RE, labels_R, is_ood_R, self.temperature)
+        if self.learning.ood_variant == "prototype_push":
+            push = prototype_push(z_RE, labels_R, is_ood_R, self.learning.temperature)
             logs["prototype_push"] = push.detach()
             loss = loss + push
         return loss, {"loss": loss.detach(), **logs}
@@ -98,11 +86,11 @@ class Contrastive:
             labels_R,
             is_ood_R,
             num_views=VIEWS,
-            temperature=self.temperature,
-            ood_columns=self.ood_columns,
-            ood_weight=self.ood_weight,
-            hardness=self.hardness,
-            ood_anchors=self.ood_variant == "ood_instance",
+            temperature=self.learning.temperature,
+            ood_columns=self.learning.ood_columns,
+            ood_weight=self.learning.ood_weight,
+            hardness=self.learning.hardness,
+            ood_anchors=self.learning.ood_variant == "ood_instance",
             check_values=False,
         )
 
