@@ -74,17 +74,24 @@ def load_data(job: Job, progress) -> None:
     ]
     for note in (*job.sets.index.notes, *job.sets.train.notes, *others):
         job.console.line(f"  {note}")
-    tests = {name: images.items for name, images in job.sets.images.items() if name.endswith("test")}
-    groups = {name: tuple(item.group_id for item in items) for name, items in tests.items()}
-    check_groups(groups, config.evaluation.bootstrap)
-    negatives = generates(config) and config.generation.near_ood_fraction > 0  # some will be there for the binary head
-    near_ood_val = job.sets.images["near_ood_val"].items if "near_ood_val" in job.sets.images else ()
-    source = head_source(2 if negatives else 0, [item.group_id for item in near_ood_val])
-    check_score_name(config.evaluation.score, source != "none")
+    _check_evaluation(job)
     check_balance(config.learning, job.sets.labels_D.bincount(minlength=len(job.sets.index.classes)).tolist())
-    tested = [images for name, images in job.sets.images.items() if name != "far_ood_test"]
-    if pairs := near_duplicates(*tested):
+    own = [images for name, images in job.sets.images.items() if name != "far_ood_test"]
+    if pairs := near_duplicates(*own):
         job.console.warn(describe_duplicates(pairs))
+
+
+def _check_evaluation(job: Job) -> None:
+    """Refuse before training what the evaluation at its end would refuse.
+
+    Raises:
+        DataError, ConfigError: as `check_groups` and `check_score_name`.
+    """
+    config, images = job.config, job.sets.images
+    groups = {name: [item.group_id for item in found.items] for name, found in images.items()}
+    check_groups({name: of for name, of in groups.items() if name.endswith("test")}, config.evaluation.bootstrap)
+    negatives = 2 if generates(config) and config.generation.near_ood_fraction > 0 else 0  # at least, by then
+    check_score_name(config.evaluation.score, head_source(negatives, groups.get("near_ood_val", ())) != "none")
 
 
 def generation_size(config) -> int:
