@@ -10,7 +10,7 @@ Shapes: D images, H W C pixels.
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -94,24 +94,26 @@ def load_at_sizes(
     _check_masks(items, needs_masks, data, index.root)
     reads_masks = needs_masks or (masks is None and all(item.mask for item in items))
     with Files(index.root) as files:
-        job = _Job(files, index.kind, data, sizes, reads_masks, needs_masks, min_size)
+        stored = [_Stored(size, positions, reads_masks) for size, positions in sizes.items()]
+        decoder = _Decoder(files, index.kind, data, stored, reads_masks, needs_masks, min_size)
         with ThreadPoolExecutor(THREADS) as pool:
             results = []
-            for result in pool.map(job.load, range(len(items)), items):
+            for result in pool.map(decoder.load, range(len(items)), items):
                 results.append(result)
                 if progress is not None:
                     progress(len(results), len(items), "")
     kept, skipped = _sort_out(index, items, results, data, learning)
     notes = _notes(results, kept, skipped, next(iter(sizes)))
     found = []
-    for place, pixels, mask in zip(job.places, job.pixels, job.masks, strict=True):
-        here = [i for i in kept if i in place]
-        rows = slice(None) if len(here) == len(place) else torch.tensor([place[i] for i in here], dtype=torch.int64)
+    for at in stored:
+        here = [i for i in kept if i in at.row_of]
+        whole = len(here) == len(at.row_of)
+        rows = slice(None) if whole else torch.tensor([at.row_of[i] for i in here], dtype=torch.int64)
         found.append(
             Images(
                 items=tuple(items[i] for i in here),
-                pixels_DHWC=pixels[rows],
-                masks_DHW=mask[rows] if reads_masks else None,
+                pixels_DHWC=at.pixels_DHWC[rows],
+                masks_DHW=at.masks_DHW[rows] if reads_masks else None,
                 skipped=skipped,
                 forgiven=tuple((items[i].path, results[i].forgiven) for i in kept if results[i].forgiven),
                 digests=tuple(results[i].digest for i in here),
@@ -135,26 +137,28 @@ class _Result:
     forgiven: str = ""  # why on_bad_image fail would have refused what was kept
 
 
+class _Stored:
+    """Preallocated rows at one size for the items at some positions."""
+
+    def __init__(self, size: int, positions: Sequence[int], with_masks: bool):
+        self.size = size
+        self.row_of = {position: row for row, position in enumerate(positions)}
+        count = len(self.row_of)
+        self.pixels_DHWC = torch.empty(count, size, size, 3, dtype=torch.uint8)
+        self.masks_DHW = torch.empty(count if with_masks else 0, size, size, dtype=torch.uint8)
+
+
 @dataclass
-class _Job:
-    """Decode items into preallocated rows, at each size those it keeps; threads share it, each writes its own rows."""
+class _Decoder:
+    """Decodes items into the rows of every size that keeps them; threads share it, each writes its own rows."""
 
     files: Files
     kind: str
     data: Data
-    sizes: dict[int, Sequence[int]]
+    stored: list[_Stored]
     reads_masks: bool
     needs_masks: bool
     min_size: int
-    places: list[dict[int, int]] = field(init=False)  # of each size: position in the items -> row
-    pixels: list[torch.Tensor] = field(init=False)
-    masks: list[torch.Tensor] = field(init=False)
-
-    def __post_init__(self):
-        self.places = [{position: row for row, position in enumerate(kept)} for kept in self.sizes.values()]
-        counts = {size: len(kept) for size, kept in self.sizes.items()}
-        self.pixels = [torch.empty(n, s, s, 3, dtype=torch.uint8) for s, n in counts.items()]
-        self.masks = [torch.empty(n if self.reads_masks else 0, s, s, dtype=torch.uint8) for s, n in counts.items()]
 
     def load(self, position: int, item: Item) -> _Result:
         result = _Result()
@@ -183,13 +187,12 @@ class _Job:
             raise BadImage(f"is {square.side} px a side after cropping, less than the {self.min_size} px wanted")
         image = cut(image, square, (GRAY, GRAY, GRAY))
         mask = None if mask_HW is None else cut(Image.fromarray(mask_HW.astype(np.uint8) * 255), square, 0)
-        for size, place, pixels, masks in zip(self.sizes, self.places, self.pixels, self.masks, strict=True):
-            if position not in place:
+        for at in self.stored:
+            if (row := at.row_of.get(position)) is None:
                 continue
-            row = place[position]
-            pixels[row] = torch.from_numpy(resize(image, size))
+            at.pixels_DHWC[row] = torch.from_numpy(resize(image, at.size))
             if mask is not None:
-                masks[row] = torch.from_numpy(shrink(np.asarray(mask), size, resize(mask, size)))
+                at.masks_DHW[row] = torch.from_numpy(shrink(np.asarray(mask), at.size, resize(mask, at.size)))
 
     def _mask(self, item: Item, image: Image.Image, orientation: int, max_bytes: int, result: _Result) -> np.ndarray:
         mask_HW = np.zeros((image.height, image.width), dtype=bool)
