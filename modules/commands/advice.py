@@ -50,7 +50,7 @@ class Advice:
 
 
 def advise(facts: Facts, count: int = 3) -> list[Advice]:
-    """The `count` changes of the largest likely saving, the first the largest."""
+    """The `count` changes of the largest likely saving, that one first."""
     rules = (_ratio, _solver, _guidance, _decoder, _launches, _slots, _overlap, _waits, _precision, _pipeline_dtype,
              _channels_last, _augmentation, _optimizer, _threads, _smaller_encoder, _smaller_images)  # fmt: skip
     found = [advice for rule in rules if (advice := rule(facts)) is not None and advice.saves_ms > 0]

@@ -18,7 +18,6 @@ import yaml
 from torch import Tensor
 
 from modules.errors import DataError
-from modules.evaluation.features import Progress
 from modules.evaluation.intervals import (
     check_groups,
     metric_replicates,
@@ -142,7 +141,6 @@ def compare(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Comparison:
     """Comparison of finished trials; `arms` gives their order, `baseline` the arm that stands in the tables.
 
@@ -166,14 +164,12 @@ def compare(
     weights = role_weights(finished[0].predictions, resamples, seed=seed)
     values: dict[tuple[str, int], dict[str, float]] = {}
     replicates: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for index, one in enumerate(finished):
+    for one in finished:
         key = (one.trial.arm, one.trial.seed)
         replicates[key] = metric_replicates(one.predictions, weights)
         compared = [*replicates[key], *WITHOUT_INTERVAL]
         values[key] = {metric: one.results[metric] for metric in compared if metric in one.results}
         values[key]["cost.seconds"] = fair_seconds(one, finished)
-        if progress is not None:
-            progress(index + 1, len(finished), "bootstrap")
 
     summaries = {
         arm: _summarize([values[arm, s] for s in given], [replicates[arm, s] for s in given], confidence, seed, (0, 1))
