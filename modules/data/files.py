@@ -130,8 +130,8 @@ class Files:
                 )
         return self._utf8(path, [entry.name for entry in found])
 
-    def names(self, path: str = "") -> list[str]:
-        """Sorted names of the visible files in the folder `path`, links to files among them.
+    def names(self, path: str) -> list[str]:
+        """Sorted names of the visible files in the folder `path` ("": the root), links to files among them.
 
         Raises:
             DataError: a name is not UTF-8, as one from an old archive or a Latin-1 share may be, or the folder cannot be

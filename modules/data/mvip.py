@@ -42,7 +42,7 @@ def is_mvip(files: Files) -> bool:
     return any(SPLIT_FOLDERS.keys() & files.folders(name) for name in files.folders())
 
 
-def read_mvip(files: Files, data: Data | None = None) -> Index:
+def read_mvip(files: Files, data: Data | None) -> Index:
     """The items of an MVIP tree; with `data` (config.Data) each has a role, without it all classes are read, role "".
 
     Far-OOD classes give their test samples only, and `splits.hold_out` takes the valid or the test samples of a near-OOD

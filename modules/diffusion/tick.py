@@ -46,8 +46,8 @@ class Tick:
         slots: int,
         *,
         unconditional_rows: int,
-        empty_TE: torch.Tensor | None = None,
-        masked: bool = False,
+        empty_TE: torch.Tensor | None,
+        masked: bool,
     ):
         """Idle slots.
 

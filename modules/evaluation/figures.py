@@ -179,7 +179,7 @@ def arms_plot(
     arms: Sequence[str],
     panels: Sequence[tuple[str, Sequence[tuple[float, float | None, float | None, Sequence[float]] | None]]],
     baseline: str,
-    colors: dict[str, str] | None = None,
+    colors: dict[str, str] | None,
 ) -> str:
     """Arms down, one panel a metric: mean with interval as a bar, each seed as a ring, the baseline's mean dashed.
 

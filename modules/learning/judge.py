@@ -75,7 +75,7 @@ def train_judge(
     steps: int,
     seed: int,
     learning: config.Learning,
-    progress=None,
+    progress,
 ) -> None:
     """Fit an encoder's classifier to real images by cross-entropy over both random views; AdamW, warm-up, cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
