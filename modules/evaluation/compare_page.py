@@ -74,8 +74,8 @@ def as_html(comparison: Comparison, *, title: str, notes: tuple[str, ...] = ()) 
         found = sorted({of(one) for one in comparison.finished})
         if len(found) > 1:
             notes.append(f"The trials ran on different {name}: {', '.join(found)}.")
-    body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(conditions(comparison))}</p>']
-    body += [f'<p class="note">{escape(note)}</p>' for note in notes]
+    head = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(conditions(comparison))}</p>']
+    head += [f'<p class="note">{escape(note)}</p>' for note in notes]
     sections = [
         ("arms", "Arms", _arms_section(comparison)),
         ("differences", "Differences", _differences_section(comparison)),
@@ -84,9 +84,7 @@ def as_html(comparison: Comparison, *, title: str, notes: tuple[str, ...] = ()) 
         ("settings", "Settings", _settings_section(comparison)),
         ("seeds", "Seeds", _seeds_section(comparison)),
     ]
-    sections = [entry for entry in sections if entry[2]]
-    body.append(page.navigation([(anchor, short) for anchor, short, _ in sections]))
-    return page.page(title, body + [markup for _, _, markup in sections])
+    return page.page(title, head, sections)
 
 
 def _arms_section(comparison: Comparison) -> str:

@@ -29,8 +29,15 @@ class Cell:
     kind: str = ""  # further CSS class
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML document."""
+def page(title: str, head: Iterable[str], sections: Iterable[tuple[str, str, str]]) -> str:
+    """A whole HTML document: `head`, links to the sections that have content, and these.
+
+    Args:
+        sections: (anchor, short title, markup) each; empty markup: the section is left out.
+    """
+    shown = [entry for entry in sections if entry[2]]
+    links = "".join(f'<a href="#{anchor}">{escape(short)}</a>' for anchor, short, _ in shown)
+    body = [*head, f"<nav>{links}</nav>", *(markup for _, _, markup in shown)]
     return Template(TEMPLATE.read_text()).substitute(title=escape(title), body="\n".join(body))
 
 
@@ -38,11 +45,6 @@ def section(anchor: str, title: str, about: str, *parts: str) -> str:
     """A titled card; `about` is one plain sentence on how to read it."""
     lead = f'<p class="about">{escape(about)}</p>' if about else ""
     return f'<section id="{anchor}"><h2>{escape(title)}</h2>{lead}{"".join(parts)}</section>'
-
-
-def navigation(anchors: Sequence[tuple[str, str]]) -> str:
-    """Links to sections: (anchor, title)."""
-    return "<nav>" + "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in anchors) + "</nav>"
 
 
 def tiles(entries: Iterable[tuple[str, str, str]]) -> str:

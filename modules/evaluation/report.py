@@ -115,14 +115,11 @@ def render_report(report: Report) -> str:
         ("time", "Time", _time(report)),
         ("run", "Run", _run(report)),
     ]
-    sections = [entry for entry in sections if entry[2]]
     head = [f"<h1>{escape(report.title)}</h1>"]
     if report.lead:
         head.append(f'<p class="lead">{escape(report.lead)}</p>')
     head += [f'<p class="note">{escape(note)}</p>' for note in report.notes]
-    head.append(_tiles(report))
-    head.append(page.navigation([(anchor, short) for anchor, short, _ in sections]))
-    return page.page(report.title, head + [markup for _, _, markup in sections])
+    return page.page(report.title, [*head, _tiles(report)], sections)
 
 
 def _tiles(report: Report) -> str:
