@@ -61,8 +61,9 @@ def step(state) -> None:
 def run(config, origins: dict[str, str], console) -> dict:
     """A whole run, from wherever its directory stands; returns its results."""
     from modules.commands import stages
-    from modules.commands.run_results import embed_sets, evaluate_features, show, write_results
+    from modules.commands.run_results import evaluate_features, show, write_results
     from modules.commands.run_training import train
+    from modules.evaluation.evaluate import embed_sets
     from modules.workdir import Workdir
 
     workdir = Workdir(config, origins)
@@ -79,7 +80,7 @@ def run(config, origins: dict[str, str], console) -> dict:
             state = stages.build(job, progress)
             train(job, state, step, progress)
         with job.stage("probe") as progress:
-            features = embed_sets(job, state, progress)
+            features = embed_sets(job.sets, state.embed, config.evaluation, progress)
         with job.stage("evaluate") as progress:
             outcome = evaluate_features(job, state, features, progress)
         with job.stage("report") as progress:

@@ -20,8 +20,7 @@ from modules.config import Config
 from modules.data.sets import ImageSets, load_sets
 from modules.data.views import plain_view
 from modules.errors import ConfigError, DataError
-from modules.evaluation.evaluate import Outcome, evaluate, feature_set
-from modules.evaluation.features import embed_images
+from modules.evaluation.evaluate import Outcome, embed_sets, evaluate
 from modules.evaluation.stored import Detector, load_detector, save_detector, save_predictions
 from modules.learning.encoder import build_encoder
 from modules.memory import named_memory
@@ -124,14 +123,7 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
         sets = load_sets(config.data, config.run.seed, masks=needs_masks(config), progress=progress)
     _warn_of_other_images(folder, sets, console)
     with named_memory("probe", config), console.stage("probe") as progress:
-        features = {
-            name: feature_set(
-                images.items,
-                embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress),
-                sets.index.classes if name in ("train", "val", "test") else (),
-            )
-            for name, images in sets.scored(config.evaluation.test).items()
-        }
+        features = embed_sets(sets, embed, config.evaluation, progress)
     with named_memory("evaluate", config), console.stage("evaluate") as progress:
         outcome = evaluate(
             **{"test": None} | features,

@@ -1,4 +1,4 @@
-"""Stages probe, evaluate and report of a run: features, readout, scores, what is kept of them and what is shown."""
+"""Stages evaluate and report of a run: readout, scores, what is kept of them and what is shown."""
 
 import dataclasses
 import shutil
@@ -9,7 +9,7 @@ from modules.commands.job import Job, State
 from modules.commands.run_report import export, write_run_report
 from modules.diffusion.roundtrip import roundtrip
 from modules.evaluation.artifact import artifact_doubt, artifact_light, artifact_warning
-from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate, feature_set
+from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate
 from modules.evaluation.features import embed_images
 from modules.evaluation.probe import Probe
 from modules.workdir import Workdir
@@ -17,22 +17,8 @@ from modules.workdir import Workdir
 LIGHT_IMAGES = 256  # val images, at most, that the warning light of the artifact shortcut is read from
 
 
-def embed_sets(job: Job, state: State, progress) -> dict[str, FeatureSet]:
-    """Stage probe, first half: frozen features of every image set; of test sets only where evaluation.test says so."""
-    features, classes = {}, job.sets.index.classes
-    chosen = job.sets.scored(job.config.evaluation.test)
-    total, done = sum(len(images.items) for images in chosen.values()), 0
-    for name, images in chosen.items():
-        found = embed_images(state.embed, images.pixels_DHWC, job.config.evaluation.batch_size)
-        known = classes if name in ("train", "val", "test") else ()
-        features[name] = feature_set(images.items, found, known)
-        done += len(images.items)
-        progress(done, total, name)
-    return features
-
-
 def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], progress) -> Outcome:
-    """Stages probe and evaluate: readout and thresholds on train and val, then test, once."""
+    """Stage evaluate: readout and thresholds on train and val, then test, once."""
     config = job.config
     generated = {}
     if state.generator is not None:

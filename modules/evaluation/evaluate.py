@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from modules import config
+from modules.data.sets import ImageSets
 from modules.errors import DataError
 from modules.evaluation import metrics
-from modules.evaluation.features import Progress, alignment, knn_predict, uniformity
+from modules.evaluation.features import Embed, Progress, alignment, embed_images, knn_predict, uniformity
 from modules.evaluation.intervals import bootstrap_intervals, check_groups
 from modules.evaluation.ood import (
     Fitting,
@@ -69,6 +70,21 @@ def feature_set(items: Sequence, features_DF: Tensor, classes: tuple[str, ...]) 
     return FeatureSet(
         features_DF, labels_D, tuple(item.path for item in items), tuple(item.group or item.path for item in items)
     )
+
+
+def embed_sets(
+    sets: ImageSets, embed: Embed, evaluation: config.Evaluation, progress: Progress
+) -> dict[str, FeatureSet]:
+    """Frozen features of every image set by its name; of test sets only where evaluation.test says so."""
+    features, chosen = {}, sets.scored(evaluation.test)
+    total, done = sum(len(images.items) for images in chosen.values()), 0
+    for name, images in chosen.items():
+        found = embed_images(embed, images.pixels_DHWC, evaluation.batch_size)
+        known = sets.index.classes if name in ("train", "val", "test") else ()
+        features[name] = feature_set(images.items, found, known)
+        done += len(images.items)
+        progress(done, total, name)
+    return features
 
 
 def evaluate(
