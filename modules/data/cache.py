@@ -21,11 +21,6 @@ from modules.errors import StorageError
 from modules.state import write_atomic
 
 
-def digest_bytes(content: bytes) -> str:
-    """sha256 of some bytes, hex."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def digest_tensor(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's dtype, shape and values, hex; the same on every device and for every layout."""
     hasher = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -40,7 +35,7 @@ def digest_of(key: dict) -> str:
     Raises:
         TypeError: the key holds something else, whose text might not tell two values apart.
     """
-    return digest_bytes(_canonical(key).encode())
+    return hashlib.sha256(_canonical(key).encode()).hexdigest()
 
 
 def cached_tensors(

@@ -47,12 +47,6 @@ class Tokens:
     def placeholders(self) -> tuple[str, ...]:
         return tuple(placeholder(label) for label in self.classes)
 
-    @property
-    def digest(self) -> str:
-        """sha256 of base model, classes and vectors: what the provenance of a generated image names."""
-        parts = "\x1f".join((self.base_model, *self.classes)).encode()
-        return hashlib.sha256(parts + self.vectors_CKE.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-
 
 def safe_name(label: str) -> str:
     """A directory name for a class label: slug plus hash, the same on every file system, never a path of its own."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.data.cache import cached_tensors, digest_bytes, digest_of, digest_tensor
+from modules.data.cache import cached_tensors, digest_of, digest_tensor
 from modules.errors import StorageError
 
 KEY = {"pixels": "abc", "size": 64, "margin": 0.1, "dtype": None, "sizes": (1, 2)}
@@ -63,10 +63,6 @@ def test_a_tensors_digest_sees_values_shape_and_type_and_not_the_layout():
     assert len({digest_tensor(t) for t in [x, *different]}) == 5
     assert digest_tensor(torch.ones(3, dtype=torch.bfloat16)) != digest_tensor(torch.zeros(3, dtype=torch.bfloat16))
     assert digest_tensor(torch.tensor(1.0)) != digest_tensor(torch.tensor(2.0))
-
-
-def test_digest_of_bytes_is_sha256():
-    assert digest_bytes(b"abc").startswith("ba7816bf8f01cfea")
 
 
 @pytest.mark.parametrize(

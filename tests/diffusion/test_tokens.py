@@ -1,7 +1,6 @@
 """Class tokens: files diffusers reads, foreign and missing ones refused, a bank that encodes a fixed prompt once."""
 
 import copy
-import dataclasses
 import shutil
 from unittest import mock
 
@@ -75,15 +74,6 @@ def test_saved_tokens_come_back_bit_for_bit_in_the_order_asked_for(pipeline, tmp
     again = load_tokens(tmp_path, CLASSES[::-1], pipeline.digest)
     assert torch.equal(again.vectors_CKE, tokens.vectors_CKE.flip(0))
     assert (again.initializer, again.images_seen, again.seed) == ("object", 200, 3)
-
-
-def test_the_digest_names_vectors_classes_and_base_model(pipeline):
-    tokens = make_tokens(pipeline)
-    moved = dataclasses.replace(tokens, vectors_CKE=tokens.vectors_CKE * (1 + 2**-20))
-    renamed = dataclasses.replace(tokens, classes=(*CLASSES[:2], "nut"))
-    foreign = make_tokens(pipeline, base_model="f" * 64)
-    assert tokens.digest == make_tokens(pipeline).digest
-    assert len({t.digest for t in (tokens, moved, renamed, foreign)}) == 4
 
 
 def test_a_missing_token_is_an_error(pipeline, tmp_path):
@@ -216,13 +206,13 @@ def test_tokens_take_the_place_of_others_whole(pipeline, tmp_path, monkeypatch):
     replace_tokens(first, folder)
     (folder / "report.json").write_text("[]")
     replace_tokens(second, folder)
-    assert load_tokens(folder, CLASSES, pipeline.digest).digest == second.digest
+    assert torch.equal(load_tokens(folder, CLASSES, pipeline.digest).vectors_CKE, second.vectors_CKE)
     assert not (folder / "report.json").exists(), "it told of other tokens"
     with monkeypatch.context() as patch:
         patch.setattr("modules.diffusion.tokens.safetensors_bytes", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             replace_tokens(first, folder)
-    assert load_tokens(folder, CLASSES, pipeline.digest).digest == second.digest
+    assert torch.equal(load_tokens(folder, CLASSES, pipeline.digest).vectors_CKE, second.vectors_CKE)
     monkeypatch.setattr("pathlib.Path.rename", mock.Mock(side_effect=OSError(30, "Read-only file system")))
     with pytest.raises(StorageError, match=f"{folder}: .*Read-only file system.*set run.dir"):
         replace_tokens(first, folder)
@@ -247,7 +237,8 @@ def test_a_cache_entry_that_cannot_be_used_says_what_to_delete(pipeline, tmp_pat
     shutil.rmtree(entry)
     assert cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest) is None, "so the tokens are learned again"
     store_tokens(tmp_path, "k" * 64, make_tokens(pipeline))
-    assert cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest).digest == make_tokens(pipeline).digest
+    found = cached_tokens(tmp_path, "k" * 64, CLASSES, pipeline.digest)
+    assert torch.equal(found.vectors_CKE, make_tokens(pipeline).vectors_CKE)
 
 
 @pytest.mark.parametrize("step", ["write", "rename"])
