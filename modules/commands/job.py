@@ -10,6 +10,7 @@ import torch
 
 from kernels import backend
 from modules.config import Config
+from modules.console import Console
 from modules.data.mixer import Mixer
 from modules.data.sets import ImageSets
 from modules.data.views import plain_view
@@ -18,7 +19,12 @@ from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.presets import Plan
 from modules.diffusion.slots import Sources
+from modules.diffusion.suitability import Judge
+from modules.diffusion.tokens import Tokens
+from modules.ema import AverageModel
+from modules.learning.encoder import Encoder
 from modules.learning.geometry import CollapseAlarm
+from modules.learning.objectives import Contrastive, CrossEntropy
 from modules.memory import named_memory
 from modules.meter import Meter
 from modules.optim import Optimizer
@@ -34,14 +40,14 @@ class Job:
 
     config: Config
     workdir: Workdir
-    console: object
+    console: Console
     inputs: dict[str, str] = field(default_factory=dict)  # setting -> sha256 of the files it names
     sets: ImageSets | None = None
     pipeline: StableDiffusion | None = None
     plan: Plan | None = None  # what the preset makes of the settings of generation
-    tokens: object = None
+    tokens: Tokens | None = None
     sources: Sources | None = None
-    judge: object = None
+    judge: Judge | None = None
     inversion_rows: list[dict] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)  # what `warn_once` has said
     choices: dict[str, Choice] = field(default_factory=dict)  # how this machine generates, see `machine`
@@ -131,10 +137,10 @@ class State:
     precision: torch.dtype  # of the views and of the encoder's autocast; float32: no autocast
     generator: Generator | None  # None in arms without generated rows
     mixer: Mixer
-    encoder: torch.nn.Module
-    objective: object
+    encoder: Encoder
+    objective: Contrastive | CrossEntropy
     optimizer: Optimizer
-    average: object  # averaged encoder, or None
+    average: AverageModel | None  # the averaged encoder
     alarm: CollapseAlarm
     overlap: Overlap  # where the generation of a step runs
     step: int = 0
@@ -152,7 +158,7 @@ class State:
         return 0 if self.generator is None else self.generator.slots.pool_bytes
 
     @property
-    def evaluated_encoder(self) -> torch.nn.Module:
+    def evaluated_encoder(self) -> Encoder:
         """The encoder that embeds, is evaluated and exported: the averaged one where there is one."""
         return self.encoder if self.average is None else self.average.module
 

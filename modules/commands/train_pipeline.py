@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from modules import state
 from modules.config import Pipeline, PipelineConfig
+from modules.console import Console
 from modules.data.images import load_images
 from modules.data.index import read_raw
 from modules.data.items import Index
@@ -247,7 +248,7 @@ class _Trainer:
 
     config: PipelineConfig
     workdir: Workdir
-    console: object
+    console: Console
     read: str  # sha256 of images, captions and the pipeline started from
 
     def train(self, name: str, stage, step) -> list[list]:
