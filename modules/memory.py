@@ -96,7 +96,11 @@ def _explained(error: BaseException, stage: str, config) -> str:
     lower = [f"{name} ({values[name]})" if values.get(name) else name for name in knobs if name and "=" not in name]
     ways = [f"lower {', '.join(lower)}"] * bool(lower) + [f"set {knob}" for knob in knobs if "=" in knob]
     return "; ".join(
-        [f"{where} does not fit ({first_line(error)})", *[", or ".join(ways)] * bool(ways), "`check` lists what a run holds"]
+        [
+            f"{where} does not fit ({first_line(error)})",
+            *[", or ".join(ways)] * bool(ways),
+            "`check` lists what a run holds",
+        ]
     )
 
 
