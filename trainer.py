@@ -60,10 +60,10 @@ def step(state) -> None:
 
 def run(config, origins: dict[str, str], console) -> dict:
     """A whole run, from wherever its directory stands; returns its results."""
-    from modules.commands import stages
-    from modules.commands.run_results import evaluate_features, show, write_results
-    from modules.commands.run_training import train
     from modules.evaluation.evaluate import embed_sets
+    from modules.training import stages
+    from modules.training.loop import train
+    from modules.training.results import evaluate_features, show, write_results
     from modules.workdir import Workdir
 
     workdir = Workdir(config, origins)

@@ -19,10 +19,10 @@ import torch
 import trainer
 from benchmarks import harness, ledger
 from benchmarks.session import DEMO, session
-from modules.commands.job import Job, State
 from modules.diffusion.suitability import ALL, judge_images, suitability
 from modules.evaluation.evaluate import evaluate, feature_set
 from modules.evaluation.features import embed_images
+from modules.training.job import Job, State
 
 TOLERANCE = 0.03  # of agreement, accuracy and AUROC that a lossy choice may lose
 COLUMNS = (  # of a row, after its conditions

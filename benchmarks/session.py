@@ -13,10 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from modules.commands import stages
-from modules.commands.job import Job, State
 from modules.console import Console
 from modules.settings import load_config
+from modules.training import stages
+from modules.training.job import Job, State
 from modules.workdir import Workdir
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"

@@ -11,10 +11,10 @@ import torch
 import trainer
 from benchmarks import harness
 from benchmarks.session import with_images_per_step
-from modules.commands.job import State
-from modules.commands.timing import time_steps, window
 from modules.diffusion.overlap import Overlap
 from modules.phases import BESIDE, STEP_PHASES
+from modules.training.job import State
+from modules.training.timing import time_steps, window
 
 SYNC = "called a synchronizing CUDA operation"  # torch's words for each; switching the mode on warns in other words
 

@@ -35,15 +35,15 @@ PARTS = {  # function -> what it does, and the settings that make it smaller: a 
     ),
     "modules.diffusion.token_report.token_report": ("the report of the class tokens", ("pipeline.resolution", HALF)),
     "modules.learning.judge.load_judge": ("the judge", ("data.image_size", "evaluation.judge_steps=0")),
-    "modules.commands.stages.roundtrip_images": (
+    "modules.training.stages.roundtrip_images": (
         "decoding the train images (generation.roundtrip_fraction)",
         ("generation.decode_batch", "pipeline.resolution", "generation.roundtrip_fraction=0"),
     ),
-    "modules.commands.machine._learner_bytes": ("a training step of the encoder", LEARNER),
+    "modules.training.machine._learner_bytes": ("a training step of the encoder", LEARNER),
     "modules.diffusion.generator.Generator.prefill": ("filling the reservoir", GENERATOR),
     "modules.diffusion.generator.Generator.warm_up": ("filling the slots", GENERATOR),
-    "modules.commands.run_training.train": ("a step", (*GENERATOR, *LEARNER)),
-    "modules.commands.timing.time_steps": ("a step", (*GENERATOR, *LEARNER)),
+    "modules.training.loop.train": ("a step", (*GENERATOR, *LEARNER)),
+    "modules.training.timing.time_steps": ("a step", (*GENERATOR, *LEARNER)),
     "modules.evaluation.features.embed_images": ("embedding images", ("evaluation.batch_size", "data.image_size")),
 }
 STAGES = {  # settings that make a stage smaller, where none of its parts is known to have asked

@@ -130,7 +130,7 @@ def _check_place(run) -> None:
     name = run.name
     if not run.dir.strip():
         raise ConfigError("`run.dir` is empty; name the folder that runs stand in, such as runs")
-    if name.startswith("/") or ".." in name.split("/") or not name.strip(" ./"):
+    if name.startswith("/") or ".." in name.split("/") or (name and not name.strip(" ./")):
         raise ConfigError(f"`run.name` is {name!r}; it must name a directory below run.dir: set run.dir to move that")
     place, cache = Path(run.dir, name), Path(run.cache_dir or Path(run.dir, "cache"))
     if cache in (place, *place.parents):

@@ -12,12 +12,8 @@ from collections import Counter
 
 import torch
 
-from modules.commands import stages
 from modules.commands.flags import FLAGS, split_flags
-from modules.commands.job import Job
-from modules.commands.memory_plan import HELD, MemoryPlan, memory_plan
 from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, thrown_away
-from modules.commands.timing import Timing, time_steps, window
 from modules.console import duration
 from modules.data.views import VIEWS
 from modules.diffusion.generator import prefill_target
@@ -27,6 +23,10 @@ from modules.meter import timer
 from modules.probes import available_memory
 from modules.rules import batch_rows, generates
 from modules.settings import load_config
+from modules.training import stages
+from modules.training.job import Job
+from modules.training.memory_plan import HELD, MemoryPlan, memory_plan
+from modules.training.timing import Timing, time_steps, window
 
 TIMED_STEPS = 4
 LISTED_FILES, LISTED_CLASSES = 20, 40

@@ -7,12 +7,12 @@ Needs no config. Every accelerator is asked by the call that training would make
 
 from kernels import backend
 from modules.commands.flags import FLAGS, split_flags
-from modules.commands.timing import measure_ceilings
 from modules.config import Pipeline, Run
 from modules.errors import ConfigError
 from modules.probes import Probe, accelerators, hardware
 from modules.ranges import CHOICES
 from modules.runtime import dtype_name, environment, resolve_runtime
+from modules.training.timing import measure_ceilings
 
 
 def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:

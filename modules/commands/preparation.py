@@ -8,14 +8,14 @@ import io
 from contextlib import contextmanager
 from dataclasses import replace
 
-from modules.commands import stages
-from modules.commands.job import Job, State
-from modules.commands.run_card import run_card
 from modules.config import Config
 from modules.console import Console
 from modules.diffusion import tokens as token_files
 from modules.rules import generates, judged
 from modules.settings import with_settings
+from modules.training import stages
+from modules.training.card import run_card
+from modules.training.job import Job, State
 from modules.workdir import Workdir
 
 

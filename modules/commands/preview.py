@@ -21,9 +21,7 @@ import torch
 
 from kernels.pixels import pixels
 from kernels.staging import upload
-from modules.commands import stages
 from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
-from modules.commands.job import Job
 from modules.commands.preparation import load_generation, opened
 from modules.diffusion.conditioning import Conditioning
 from modules.diffusion.pipeline import to_vae_range
@@ -36,6 +34,8 @@ from modules.evaluation.sheets import sheet_png
 from modules.rules import DIFFUSION_RECIPES, FREE_RECIPES, generates, needs_masks, used_strengths
 from modules.settings import load_config, with_settings
 from modules.state import write_atomic
+from modules.training import stages
+from modules.training.job import Job
 
 CLASSES, IMAGES = 6, 6
 SHOWN_PX = 128  # side at which an image stands on a sheet, about; larger ones are shrunk to at most twice that

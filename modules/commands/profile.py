@@ -13,20 +13,20 @@ import math
 import torch
 
 from kernels import backend
-from modules.commands import costs, stages
 from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
 from modules.commands.flags import FLAGS, number, split_flags
-from modules.commands.job import Job
-from modules.commands.memory_plan import MemoryPlan, memory_plan
 from modules.commands.preparation import load_generation, opened, print_card, thrown_away
 from modules.commands.profile_trace import Trace, find_syncs, trace_steps
-from modules.commands.timing import Ceilings, Timing, measure_ceilings, time_steps, window
 from modules.data.views import VIEWS
 from modules.learning.encoder import choose_arch
 from modules.phases import STEP_PHASES
 from modules.rules import batch_rows, generated_rows
 from modules.runtime import DTYPES, auto_pipeline_dtype, auto_precision, environment
 from modules.settings import load_config
+from modules.training import costs, stages
+from modules.training.job import Job
+from modules.training.memory_plan import MemoryPlan, memory_plan
+from modules.training.timing import Ceilings, Timing, measure_ceilings, time_steps, window
 
 TOP = 12  # operations listed
 OPTIMIZER_PASSES = {"sgd": 5, "adamw": 7}  # fp32 reads and writes of a number: weight, gradient, moments

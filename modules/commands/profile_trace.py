@@ -9,9 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from modules.commands.job import State
-from modules.commands.timing import PARTS, parts_timed, synchronize
 from modules.phases import STEP_PHASES
+from modules.training.job import State
+from modules.training.timing import PARTS, parts_timed, synchronize
 
 ANNOTATIONS = {*STEP_PHASES, *(f"part.{name}" for name in PARTS)}
 NAME_WIDTH = 56

@@ -10,7 +10,6 @@ line of YAML to paste; tune.json and tune.png stand in the run's directory under
 
 import dataclasses
 
-from modules.commands import stages
 from modules.commands.flags import FLAGS, number, split_flags, words
 from modules.commands.preparation import load_generation, opened, print_card
 from modules.commands.tune_choice import RULE, Row, recommend, within
@@ -23,6 +22,7 @@ from modules.rules import generates
 from modules.runtime import environment
 from modules.settings import load_config
 from modules.state import write_atomic
+from modules.training import stages
 
 QUALITY_STEPS = 60
 HEADER = ["img/step", "steps/s", "img/s", "gen %", "slower", "reuse", "age", "run", "GiB"]

@@ -9,11 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from modules.commands import stages
-from modules.commands.job import Job, State
-from modules.commands.machine import choose_overlap
 from modules.commands.preparation import load_generation, variant
-from modules.commands.timing import Timing, copied, time_steps, window
 from modules.commands.tune_choice import Row
 from modules.config import Config
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
@@ -24,6 +20,10 @@ from modules.memory import named_memory
 from modules.phases import BESIDE
 from modules.rules import generated_rows
 from modules.settings import with_settings
+from modules.training import stages
+from modules.training.job import Job, State
+from modules.training.machine import choose_overlap
+from modules.training.timing import Timing, copied, time_steps, window
 
 ROUNDS = 3
 REFUSALS = (ConfigError, DataError, OutOfMemory, NonFinite)  # of one ratio or preset; SIGTERM and a full disk end all

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules.commands.run_training import _metric_row
 from modules.console import Console
 from modules.learning.geometry import CollapseAlarm, describe_embeddings
 from modules.meter import Meter
 from modules.runtime import stream
+from modules.training.loop import _metric_row
 
 WARMUP = 10
 

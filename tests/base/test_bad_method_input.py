@@ -3,8 +3,8 @@
 import pytest
 
 import trainer
-from modules.commands.stages import VAE_CHECK_IMAGES
 from modules.diffusion.pipeline import StableDiffusion
+from modules.training.stages import VAE_CHECK_IMAGES
 from tests.base.tinyset import contents, write_config
 from tests.base.tinyset import rows as tiny_rows
 from tests.data.trees import csv_set, declared_rows, disc, mvip_tree, put

@@ -10,13 +10,14 @@ import torch
 
 import trainer
 from modules import state as checkpoints
-from modules.commands import check, stages
-from modules.commands.job import Job
-from modules.commands.memory_plan import HELD, MemoryPlan, Part, memory_plan
+from modules.commands import check
 from modules.console import Console
 from modules.diffusion.attention import layers_of
 from modules.errors import ConfigError, DataError, OutOfMemory
 from modules.settings import with_settings
+from modules.training import stages
+from modules.training.job import Job
+from modules.training.memory_plan import HELD, MemoryPlan, Part, memory_plan
 from modules.workdir import Workdir
 from tests.base.tinyset import tiny_config, write_config
 

@@ -13,13 +13,13 @@ import trainer
 from kernels import backend
 from modules import runtime
 from modules import state as checkpoints
-from modules.commands import job as job_module
-from modules.commands import machine, stages
-from modules.commands.job import Job
 from modules.console import Console
 from modules.diffusion.overlap import Overlap
 from modules.errors import ConfigError, DataError, OutOfMemory
 from modules.runtime import Choice
+from modules.training import job as job_module
+from modules.training import machine, stages
+from modules.training.job import Job
 from modules.workdir import Workdir
 from tests.base.tinyset import tiny_config
 

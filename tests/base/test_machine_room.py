@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import trainer
-from modules.commands import costs, machine
 from modules.diffusion.overlap import Overlap, choose_mode
 from modules.runtime import Choice
+from modules.training import costs, machine
 from tests.base.test_machine import built
 
 

@@ -9,7 +9,6 @@ import torch
 
 import trainer
 from modules import memory, runtime
-from modules.commands.job import Job
 from modules.config import Config, Pipeline, PipelineConfig
 from modules.console import Console
 from modules.diffusion import checkpoints
@@ -20,6 +19,7 @@ from modules.evaluation.features import embed_images
 from modules.learning import judge
 from modules.memory import named_memory, ran_out
 from modules.settings import flatten
+from modules.training.job import Job
 from modules.workdir import Workdir
 from tests.base.test_machine import built
 from tests.base.tinyset import tiny_config, write_config
@@ -60,7 +60,7 @@ def test_every_part_is_a_function_that_there_is_and_every_setting_too():
         ("modules.diffusion.checkpoints.read_folder", "stage tokens: loading the pipeline does not fit"),
         ("diffusers.AutoencoderKL.encode", "stage tokens: encoding images by the VAE does not fit"),
         ("modules.diffusion.tick.Tick.write", "stage contrastive: filling the reservoir does not fit"),
-        ("modules.commands.stages.Mixer", "stage contrastive does not fit"),
+        ("modules.training.stages.Mixer", "stage contrastive does not fit"),
     ],
 )
 def test_a_run_ends_with_its_code_and_one_line(target, said, tmp_path, monkeypatch, capsys):

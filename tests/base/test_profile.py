@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import trainer
-from modules.commands import advice, costs, profile
+from modules.commands import advice, profile
 from modules.commands.advice import Facts, advise
 from modules.commands.profile_trace import covered, short_name
 from modules.config import Config
 from modules.console import Console
 from modules.errors import ConfigError
 from modules.settings import with_settings
+from modules.training import costs
 from tests.base.tinyset import write_config
 
 META = torch.device("meta")

@@ -24,10 +24,11 @@ import torch
 
 import trainer
 from modules import state as checkpoints
-from modules.commands import job, run_results, stages
 from modules.diffusion import tokens as token_files
 from modules.diffusion.inversion import Inversion
 from modules.runtime import has_amx
+from modules.training import job, stages
+from modules.training import results as run_results
 from tests.base.tinyset import SETTINGS, Finished, contents, finished_run, shared_folder
 from tests.tiny import build_parts, pipeline_folder, save_parts
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import trainer
-from modules.commands import stages
 from modules.console import Console
 from modules.data.decode import decode_image
 from modules.data.index import read_index
@@ -19,6 +18,7 @@ from modules.evaluation.metrics import OOD_METRICS
 from modules.evaluation.ood import SCORES
 from modules.evaluation.stored import load_predictions
 from modules.settings import load_config
+from modules.training import stages
 from tests.base.tinyset import (
     ARMS,
     COLORS,

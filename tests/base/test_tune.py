@@ -10,13 +10,13 @@ import yaml
 
 import trainer
 from modules.commands import tune, tune_measure
-from modules.commands.timing import copied
 from modules.commands.tune_choice import Row, cost_of_an_image, recommend, within
 from modules.config import Generation, Tune
 from modules.console import Console
 from modules.data.reservoir import Entry, Reservoir
 from modules.errors import ConfigError, Terminated
 from modules.runtime import stream
+from modules.training.timing import copied
 from tests.base.tinyset import write_config
 
 GRID = "[0, 0.1, 1, 2]"

@@ -8,14 +8,14 @@ and captured graphs keep what they work in: there the largest of generation coun
 
 from dataclasses import dataclass
 
-from modules.commands import costs
-from modules.commands.job import Job
-from modules.commands.stages import job_recipes
 from modules.data.views import VIEWS
 from modules.diffusion.attention import layers_of
 from modules.diffusion.upsampling import folded_bytes
 from modules.learning.encoder import build_encoder
 from modules.rules import batch_rows
+from modules.training import costs
+from modules.training.job import Job
+from modules.training.stages import job_recipes
 
 PROVENANCE_BYTES = 900  # of one request as JSON, measured
 HELD, WORKING = "held", "working"

@@ -9,9 +9,6 @@ from pathlib import Path
 import torch
 
 from modules import state as checkpoints
-from modules.commands.job import Job, State
-from modules.commands.machine import build_generator
-from modules.commands.run_card import run_card
 from modules.data.cache import digest_tensor, locked
 from modules.data.duplicates import describe_duplicates, near_duplicates
 from modules.data.mixer import Mixer, check_balance
@@ -42,6 +39,9 @@ from modules.optim import Optimizer
 from modules.records import read_record
 from modules.rules import batch_rows, generates, idle_settings, needs_masks
 from modules.termination import termination
+from modules.training.card import run_card
+from modules.training.job import Job, State
+from modules.training.machine import build_generator
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
 REPORTED_IMAGES = JUDGED_PER_CLASS  # val images a class that the report of the tokens measures

@@ -13,9 +13,9 @@ import torch
 
 from kernels import backend
 from kernels.linear import frozen_linear
-from modules.commands.job import State
 from modules.meter import timer
 from modules.runtime import dtype_name, stream
+from modules.training.job import State
 
 WARMUP_STEPS = 2
 PARTS = {"unet": "UNet", "vae": "VAE decode", "text": "text encoder"}

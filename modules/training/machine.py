@@ -19,9 +19,6 @@ import torch
 from kernels import backend
 from kernels.attention import products_pay
 from kernels.group_norm import swap_group_norm
-from modules.commands import costs
-from modules.commands.job import Job, State
-from modules.commands.timing import copied, time_steps, window
 from modules.data.reservoir import Reservoir
 from modules.data.views import two_views
 from modules.diffusion import attention, upsampling
@@ -37,6 +34,9 @@ from modules.records import read_record
 from modules.rules import batch_rows, judged
 from modules.runtime import Choice
 from modules.settings import flatten, with_settings
+from modules.training import costs
+from modules.training.job import Job, State
+from modules.training.timing import copied, time_steps, window
 
 FILE = "machine.json"
 DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs memory and time on the device

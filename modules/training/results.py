@@ -5,13 +5,13 @@ import shutil
 
 import torch
 
-from modules.commands.job import Job, State
-from modules.commands.run_report import export, write_run_report
 from modules.diffusion.roundtrip import roundtrip
 from modules.evaluation.artifact import artifact_doubt, artifact_light, artifact_warning
 from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate
 from modules.evaluation.features import embed_images
 from modules.evaluation.probe import Probe
+from modules.training.job import Job, State
+from modules.training.report import export, write_run_report
 from modules.workdir import Workdir
 
 LIGHT_IMAGES = 256  # val images, at most, that the warning light of the artifact shortcut is read from

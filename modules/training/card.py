@@ -3,10 +3,10 @@
 import torch
 
 from kernels import backend
-from modules.commands.job import Job
 from modules.learning.encoder import choose_arch
 from modules.rules import batch_rows, generated_rows
 from modules.runtime import dtype_name
+from modules.training.job import Job
 
 
 def run_card(job: Job) -> list[tuple[str, str, str]]:

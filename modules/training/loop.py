@@ -3,12 +3,12 @@
 from functools import partial
 
 from modules import state as checkpoints
-from modules.commands.job import Job, State
-from modules.commands.machine import choose_overlap
-from modules.commands.timing import synchronize
 from modules.errors import StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
+from modules.training.job import Job, State
+from modules.training.machine import choose_overlap
+from modules.training.timing import synchronize
 from modules.workdir import Workdir
 
 
