@@ -193,13 +193,38 @@ def test_one_technique_alone_is_not_compiled_ahead(monkeypatch):
     assert precompile.precompile(SimpleNamespace(budget=harness.Budget(0), too_late=set())) == 0
 
 
-def test_no_process_is_begun_that_would_have_to_be_stopped(monkeypatch):
-    lines = {(name, 8): [sys.executable, "-c", "import time; time.sleep(1.5)"] for name in ("a", "b")}
-    monkeypatch.setattr(precompile, "commands", lambda bench: dict(lines))
+class Passing:
+    """A clock that sleeping alone moves, the budget of a benchmark on it, and processes that take a time of it."""
+
+    def __init__(self, seconds, each):
+        self.now, self.seconds, self.each = 0.0, seconds, each
+
+    @property
+    def left(self):
+        return self.seconds - self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def begin(self, *_, **__):
+        ends = self.now + self.each
+        return SimpleNamespace(poll=lambda: 0 if self.now >= ends else None, kill=lambda: None, wait=lambda: None)
+
+
+@pytest.mark.parametrize(("seconds", "late"), [(20.0, {("b", 8)}), (30.0, set()), (10.0, {("b", 8)})])
+def test_no_process_is_begun_that_would_have_to_be_stopped(seconds, late, monkeypatch):
+    """Of 20 s some 7 are there beside the blocks' share and the rest: one process of 1.5 s, no second that may take 6."""
+    passing = Passing(seconds, each=1.5)
+    monkeypatch.setattr(precompile, "commands", lambda bench: {("a", 8): ["a"], ("b", 8): ["b"]})
     monkeypatch.setattr(precompile, "AT_ONCE", 1)
     monkeypatch.setattr(precompile, "LEAST_S", 6.0)
-    bench = SimpleNamespace(budget=harness.Budget(20.0), too_late=set())  # 7.4 s before the blocks' share and the rest
-    assert precompile.precompile(bench) < 4 and bench.too_late == {("b", 8)}
+    monkeypatch.setattr(precompile.subprocess, "Popen", passing.begin)
+    monkeypatch.setattr(precompile.time, "sleep", passing.sleep)
+    monkeypatch.setattr(precompile.time, "perf_counter", lambda: passing.now)
+    bench = SimpleNamespace(budget=passing, too_late=set())
+    took = precompile.precompile(bench)
+    begun = 0 if seconds == 10 else 2 - len(late)  # of 10 s none: the first is compiled when its turn comes
+    assert bench.too_late == late and 1.5 * begun <= took <= 1.8 * begun
 
 
 def test_what_there_was_no_time_to_compile_ahead_is_not_compiled_later():
