@@ -26,7 +26,7 @@ from modules.data.items import Index
 from modules.diffusion import train_pipeline as training
 from modules.diffusion.export_pipeline import export
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline, to_vae_range
-from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of
+from modules.diffusion.prompts import OBJECT_TEMPLATES, fill, phrase_of, trained_words
 from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.shapes import SCHEDULER
 from modules.errors import ConfigError, DataError, NonFinite, StorageError, Terminated
@@ -150,6 +150,7 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
     if not config.training.start:
         return None
     start = load_pipeline(Pipeline(path=config.training.start), device)
+    trained_words(start.source)  # a damaged record of its making is refused now, not once the training is done
     if start.resolution != config.shape.resolution:
         raise ConfigError(
             f"training.start: {start.source} is a pipeline of {start.resolution} px, shape.resolution is "
@@ -206,7 +207,7 @@ def training_facts(config, arguments: str, index: Index, captions, images, token
     before = {}
     if start is not None:
         record = Path(start.source) / "training.json"
-        earlier = json.loads(record.read_text()) if record.is_file() else {"source": start.source}
+        earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"source": start.source}
         words |= set(earlier.get("trained_words", ()))
         before = {"started_from": {k: v for k, v in earlier.items() if not k.endswith("_words")}}
     whole = {word for word in words if len(tokenizer.tokenize(word)) == 1}

@@ -171,6 +171,15 @@ def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, whole, t
     assert set(before["trained_words"]) <= set(after["trained_words"])
 
 
+def test_a_damaged_record_of_its_making_is_refused_before_it_is_trained_on(root, whole, tmp_path, monkeypatch):
+    first = tmp_path / "first"
+    shutil.copytree(whole / "pipeline", first)
+    (first / "training.json").write_text('{"trained_words": [')
+    monkeypatch.setattr(train_pipeline, "_vae", lambda *_: pytest.fail("training began"))
+    with pytest.raises(DataError, match="training.json: not a JSON object .*; restore the file or remove it"):
+        train(root, tmp_path, f"training.start={first}", "training.unet_steps=2")
+
+
 def test_a_vae_is_trained_on_where_that_is_asked_for(root, whole, tmp_path):
     first = whole / "pipeline"
     further = train(root, tmp_path, f"training.start={first}", "training.unet_steps=2", "training.further_vae_steps=2")
