@@ -43,6 +43,7 @@ class SlotEngine:
         slots: int,
         compile_setting: str = "off",
         tune: bool = False,
+        accelerated: bool = True,
         found: dict[str, str] | None = None,
         kernels: str = "auto",
     ):
@@ -53,6 +54,7 @@ class SlotEngine:
             pipeline: its UNet and VAE are changed, so that peers need another copy.
             compile_setting: as `pipeline.compile`.
             tune: time attention backends and forms of upsampling on the models' shapes and take the fastest of each.
+            accelerated: False compiles nothing: the engine is laid out and tuned alone, for what is found.
             found: those found before, by shape, which are taken again.
             kernels: as `run.kernels`; triton also swaps group norms of UNet and VAE.
         """
@@ -91,7 +93,7 @@ class SlotEngine:
         self.attention = self._tune(found, compile_setting != "off") if tune else "auto"
         self.upsampling = upsampling.summary(pipeline.unet, pipeline.vae)
         with backend.using(kernels):
-            self.compiled = accelerate(self.slots, compile_setting)
+            self.compiled = accelerate(self.slots, compile_setting if accelerated else "off")
 
     def request(self, index: int) -> Request:
         setting, source = self.setting, index % len(self.texts)

@@ -203,7 +203,7 @@ class Bench:
     def tune(self) -> None:
         """Find what the engines that are compiled will take by time, before anything else is on the device."""
         for setting in (self.setting, self._fast()):
-            self._built(setting, tune=True)
+            self._built(setting, compile_setting="on", tune=True, accelerated=False)
 
     def _batched(self, name: str, peer, switches: str, batch: int) -> Candidate:
         quality = "not compared: the engine made no images"

@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import batches, generator, harness, inputs, peers
+from benchmarks import batches, engine, generator, harness, inputs, peers
 from benchmarks.engine import SlotEngine, first_images, psnr_db
 from benchmarks.inputs import Setting
 from benchmarks.techniques import DIFFUSERS, SLOTS, Bench
+from kernels.upsample import FORMS
+from modules.diffusion import upsampling
+from modules.diffusion.attention import BACKENDS
 from modules.diffusion.frozen import FrozenLinear
 from modules.diffusion.upsampling import FoldedUpsample
+from modules.runtime import Choice
 from tests.tiny import pipeline_folder
 
 SETTING = Setting(images=4, num_inference_steps=6)
@@ -71,6 +75,21 @@ def test_a_tuned_engine_makes_the_same_images(pipeline):
     )
     assert plain.attention == "auto" and "sdpa" in tuned.attention and " x" in tuned.attention
     assert psnr_db(first_images(tuned)[0], first_images(plain)[0]) > 90
+
+
+def test_what_is_found_before_compiling_is_all_that_a_compiled_engine_times(monkeypatch):
+    """Processes that compile beside each other are told all of it: what they had to time they would time wrongly."""
+    arguments = ["--device", "cpu", "--pipeline", str(pipeline_folder()), "--images", "2", "--batch", "2"]
+    bench = Bench(generator._parse(arguments), harness.Budget(0.0))
+    bench.tune()
+    found, timed = dict(bench.found), []
+    assert all(set(found.values()) & set(known) for known in (BACKENDS, FORMS)), "attention and upsampling"
+    real = upsampling._time
+    monkeypatch.setattr(upsampling, "_time", lambda *a: timed.append(a) or real(*a))
+    monkeypatch.setattr(engine, "accelerate", lambda slots, how: Choice("compiled", how))
+    for setting in (bench.setting, bench._fast()):
+        assert bench._built(setting, compile_setting="on", tune=True).compiled.reason == "on"
+    assert not timed and bench.found == found
 
 
 def test_where_guidance_ends_early_a_call_has_fewer_unconditional_rows(pipeline):
