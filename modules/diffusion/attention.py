@@ -1,11 +1,11 @@
-"""Attention of the UNet: keys and values of prompts computed once, and the fastest backend for each of its shapes.
+"""UNet attention: keys and values of prompts are computed once, and each shape runs on its fastest backend.
 
-diffusers computes the text's keys and values anew in every layer of every call, although they depend on the prompt
-alone. Here they are projected when an image enters its slot, for all layers at once, and handed to the UNet as one
-tensor of which each layer reads its own columns. Prompts that come back are found in a cache bounded in bytes.
+diffusers recomputes the text's keys and values in every layer of every call, although they depend on the prompt alone.
+Here they are projected for all layers at once when an image enters its slot, and passed to the UNet as one tensor; each
+layer reads its own columns of it. A cache of bounded size keeps them for prompts that occur again.
 
-Which backend is fastest depends on tokens and head width, so a start-up tuner times the candidates on the UNet's real
-shapes with a timer it is handed. xformers is called in its own layout, without copies.
+Which backend is fastest depends on the number of tokens and the head width, so a start-up tuner times the candidates on
+the UNet's real shapes. xformers is called in its own layout, without copies.
 
 Shapes: B rows, N tokens of an image, T tokens of a prompt, H heads, K width of a head, E text width, X columns of the
 keys and values of all layers.
@@ -33,7 +33,7 @@ PLAIN = ("spatial_norm", "group_norm", "norm_q", "norm_k")  # absent in every St
 
 
 def attend(backend: str, q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in and out, by a named backend; auto: as kernels/attention.py chooses."""
+    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in and out, on a named backend; auto: kernels/attention.py chooses."""
     if backend == "auto":
         return attention(q_BNHK, k_BTHK, v_BTHK)
     if backend == "sdpa":
@@ -48,32 +48,42 @@ def attend(backend: str, q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: tor
 
 
 class Seen:
-    """What a tuner meets in one call of a UNet: each layer's shape, and one (q, k, v) of every shape.
+    """What the tuner records in one UNet call: the shape of every layer, and one (q, k, v) for each distinct shape.
 
-    Of one, not of every layer: all of them together are several times what a call holds at once.
+    Keeping (q, k, v) of every layer would take several times the memory that a call needs at any one moment.
     """
 
     def __init__(self):
         self.shapes: list[tuple[SlotAttention, tuple[int, ...]]] = []
         self.inputs: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
 
-    def note(self, processor: "SlotAttention", q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor):
-        """Remember a layer's shape, and its inputs where none of that shape are known."""
+    def note(
+        self, processor: "SlotAttention", q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor
+    ) -> None:
+        """Record a layer's shape, and its inputs if they are the first of that shape."""
         shape = _shape(q_BNHK, k_BTHK)
         self.shapes.append((processor, shape))
         self.inputs.setdefault(shape, (q_BNHK, k_BTHK, v_BTHK))
 
 
 class SlotAttention:
-    """Attention processor of one layer; equal to diffusers' own, with keys and values of the text read where given."""
+    """Attention processor of one layer: computes what diffusers' own does, but reads text keys and values if given."""
 
     def __init__(self, columns: slice | None):
-        self.columns = columns  # of the layer's keys and values in `kv`; None: self-attention
+        self.columns = columns  # where `kv` holds this layer's keys and values; None: self-attention
         self.backend = "auto"
         self.seen: Seen | None = None  # collects inputs for the tuner
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, kv=None):
-        """hidden_states [B, N, C] attended to themselves, or to the text: encoder_hidden_states [B, T, E] or kv [B, T, X]."""
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        kv: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of hidden_states [B, N, C] to themselves, encoder_hidden_states [B, T, E], or kv [B, T, X]."""
         if self.columns is None and attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, -1)
         else:
@@ -97,13 +107,13 @@ def layers_of(unet: torch.nn.Module) -> list:
 
 
 def install(unet: torch.nn.Module, fuse: bool = False) -> int:
-    """Give every attention layer a SlotAttention, once; returns X, the width of all layers' text keys and values.
+    """Give every attention layer a SlotAttention, unless it has one; returns X, the width of all text keys and values.
 
     Args:
         fuse: also compute queries, keys and values of self-attention in one product (more memory, fewer launches).
 
     Raises:
-        ValueError: a layer that is not plain Stable Diffusion attention.
+        ValueError: a layer is not plain Stable Diffusion attention.
     """
     width = 0
     for layer in layers_of(unet):
@@ -119,12 +129,12 @@ def install(unet: torch.nn.Module, fuse: bool = False) -> int:
             layer.set_processor(SlotAttention(columns))
         if fuse and not layer.is_cross_attention and not layer.fused_projections:
             layer.fuse_projections()
-            layer.to_qkv.requires_grad_(False)  # a parameter of its own: it forgets that its parts are frozen
+            layer.to_qkv.requires_grad_(False)  # a new parameter, which does not inherit that its parts are frozen
     return width
 
 
 def unfuse(unet: torch.nn.Module) -> None:
-    """Give back the memory of fused projections, where there are any; their parts are still there."""
+    """Remove the fused projections, if any, and free their memory; the separate projections still exist."""
     for layer in layers_of(unet):
         if layer.fused_projections:
             layer.fused_projections = False
@@ -133,7 +143,7 @@ def unfuse(unet: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def text_key_values(unet: torch.nn.Module, context_NTE: torch.Tensor) -> torch.Tensor:
-    """Keys and values [N, T, X] of prompt embeddings [N, T, E] in every cross-attention layer of a UNet with `install`."""
+    """Keys and values [N, T, X] of prompt embeddings [N, T, E] in every cross-attention layer of a UNet."""
     return _key_values(_text_layers(unet), context_NTE)
 
 
@@ -146,7 +156,7 @@ def _key_values(layers: list, context_NTE: torch.Tensor) -> torch.Tensor:
 
 
 class KeyValueCache:
-    """Text keys and values of prompts, the last used longest, within a bound in GiB."""
+    """Least-recently-used cache of the text keys and values of prompts, bounded in GiB."""
 
     def __init__(self, unet: torch.nn.Module, capacity_gib: float):
         self.layers, self.capacity = _text_layers(unet), int(capacity_gib * 2**30)
@@ -154,7 +164,10 @@ class KeyValueCache:
         self.bytes = self.hits = self.misses = 0
 
     def get(self, key: object, context: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """[T, X] of a prompt; `context` gives its embedding [T, E] if it is not kept. Key None: never kept."""
+        """Keys and values [T, X] of a prompt, computed from its embedding `context()` [T, E] if they are not cached.
+
+        With key None they are not cached.
+        """
         if key in self.kept:
             self.hits += 1
             self.kept.move_to_end(key)
@@ -179,16 +192,16 @@ def tune(
     candidates: tuple[str, ...] = BACKENDS,
     kept: dict[str, str] | None = None,
 ) -> list[Timing]:
-    """Time backends on each attention shape that `call` meets in the UNet, and set the best; returns all timings.
+    """Time backends on each attention shape of a UNet call and set the best one per shape; returns all timings.
 
-    The best is the fastest, but torch's own choice where no other is clearly faster (see `timings.best`).
+    The best is the fastest, or torch's own choice unless another is clearly faster (see `timings.best`).
 
     Args:
-        call: one UNet call on real shapes.
-        timer: milliseconds of a function.
+        call: makes one UNet call on real shapes.
+        timer: returns the milliseconds that a function takes.
         asked: auto times the candidates; a name sets that backend everywhere.
-        candidates: what auto chooses from by time, on a GPU; on a CPU the shape alone decides (kernels/attention.py).
-        kept: backend by shape as `chosen` returned it before; it is taken again.
+        candidates: what auto times, on a GPU; on a CPU the shape alone decides (kernels/attention.py).
+        kept: the backend by shape as `chosen` returned it earlier; these shapes time that backend only.
 
     Raises:
         ConfigError: the named backend refuses a shape of this UNet (with its reason).
@@ -218,12 +231,12 @@ def tune(
 
 
 def chosen(timings: list[Timing]) -> dict[str, str]:
-    """The backend that `tune` took at each shape."""
+    """The backend that `tune` chose for each shape."""
     return ways.chosen(timings, OWN)
 
 
 def describe(timings: list[Timing]) -> list[str]:
-    """A line for each shape: every backend with its time, or why it refused, the fastest first."""
+    """One line per shape: every backend with its time or its reason to refuse, fastest first."""
     return [
         f"attention, {rows} rows of {tokens} x {keys}, {heads} heads of {width}: {ways.told(found)}"
         for (rows, tokens, keys, heads, width), found in ways.by_shape(timings).items()
@@ -237,8 +250,8 @@ def _shape(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[int, int, int, i
 
 @torch.no_grad()
 def _time(shape, backend: str, qkv, timer) -> Timing:
-    """The time of a backend on real inputs, or why it refused: probed by a real call, as availability flags lie."""
-    with warnings.catch_warnings(record=True) as said:  # torch tells its reasons as warnings, once a process
+    """The time of a backend on real inputs, or why it refused. It is probed by a real call: availability flags lie."""
+    with warnings.catch_warnings(record=True) as said:  # torch gives its reasons as warnings, once per process
         warnings.simplefilter("always")
         try:
             if not attend(backend, *qkv).isfinite().all():
@@ -249,7 +262,7 @@ def _time(shape, backend: str, qkv, timer) -> Timing:
 
 
 def _refusal(error: Exception, said: list[str]) -> str:
-    """Why a backend refused, in one line; torch warns of its reasons, among those of the backends that were switched off."""
+    """Why a backend refused, in one line, found among torch's warnings, which also cover the backends switched off."""
     if reasons := xformers_reasons(error):
         return f"no operator takes these tensors: {reasons}"
     told = [warning.partition("(Triggered")[0].strip() for warning in said]

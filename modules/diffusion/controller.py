@@ -1,52 +1,52 @@
-"""The closed loop that only an online generator can have: strength and shares follow what the learner makes of images.
+"""A feedback controller that adapts generation to the learner: strengths, and the shares of classes and recipes.
 
-Positives should be recognized but not trivially so; near-OOD images should come close to a class without being it. So
-their mean likeness to the source's class (gate.judge: 1 is that of real images) is kept in a band, per class and recipe,
-by moving the strength. Classes whose positives are taken for others get more images; recipes whose negatives the learner
-already rejects get fewer.
+Only an online generator can do this. Positives should be recognized, but not trivially; near-OOD images should come
+close to a class without belonging to it. So for each class and recipe the strength is adjusted to keep the mean
+likeness to the source's class (gate.judge; real images have 1) within a band. Classes whose positives are mistaken for
+other classes get more images; recipes whose negatives the learner already rejects get fewer.
 
-It is a plain integrating controller with a dead band: slow and bounded rather than clever, because images reach the
-learner some steps after they were asked for. Its whole state is a few dicts and is part of the checkpoint.
+It is a plain integrating controller with a dead band, slow and bounded rather than clever, because images reach the
+learner some steps after they were requested. Its whole state is a few dicts and is part of the checkpoint.
 """
 
 from modules.config import Controller as ControllerConfig
 from modules.diffusion.requests import Request
 from modules.rules import FREE_RECIPES
 
-MAX_OFFSET = 0.4  # bound on the change of a strength, either way
-MEMORY = 0.9  # weight of the old value in averages of confusion and rejection
-PRIOR_IMAGES = 8.0  # images that the mean of all classes counts for beside a class's own few
-LEAST_WEIGHT = 0.25  # of a recipe whose negatives are all rejected
-FAR = ("accepted", "too_far")  # verdicts on a near-OOD image that the learner keeps apart from every class
+MAX_OFFSET = 0.4  # largest change of a strength in either direction
+MEMORY = 0.9  # weight of the old value in the moving averages of confusion and rejection
+PRIOR_IMAGES = 8.0  # weight, in images, of the mean over all classes against a class's own few images
+LEAST_WEIGHT = 0.25  # factor on a recipe whose negatives are all rejected
+FAR = ("accepted", "too_far")  # verdicts on a near-OOD image that say that the learner takes it for no class
 
 
 class Controller:
-    """Offsets of strengths, weights of classes and recipes; moves every `update_every` steps."""
+    """Offsets of strengths, updated every `update_every` steps, and weights of classes and recipes."""
 
     def __init__(self, cfg: ControllerConfig, num_classes: int, bases: dict[str, tuple[float, ...]] | None = None):
         """A controller that has seen nothing.
 
         Args:
-            bases: recipe -> the strengths it moves. An offset goes no further than one of them can follow between 0 and
-                1, so that it turns back at once.
+            bases: recipe -> its configured strengths, which its offset moves. An offset is bounded so that at least one
+                of them stays within [0, 1] and follows at once when the offset turns back.
         """
         self.cfg, self.bases = cfg, bases or {}
         self.offsets: dict[tuple[str, int], float] = {}  # (recipe, class) -> change of strength
         self.sums: dict[tuple[str, int], list[float]] = {}  # (recipe, class) -> [likenesses, images] since the update
         self.confusion = [0.0] * num_classes  # share of positives whose nearest class is another
-        self.rejection: dict[str, float] = {}  # recipe -> share of negatives the learner rejects already
+        self.rejection: dict[str, float] = {}  # recipe -> share of negatives that the learner already rejects
 
     def strength(self, recipe: str, label: int, base: float) -> float:
         """The strength of a recipe for a class: base + offset."""
         return base + self.offsets.get((recipe, label), 0.0)
 
     def class_weights(self) -> list[float]:
-        """(1 + confusion_c) / mean of it: shares of the classes, 1 on average."""
+        """The relative share of each class, 1 on average: (1 + confusion_c) divided by its mean over classes."""
         raw = [1 + share for share in self.confusion]
         return [weight * len(raw) / sum(raw) for weight in raw]
 
     def recipe_weight(self, recipe: str) -> float:
-        """1 - (1 - LEAST_WEIGHT) x rejected share: the factor on a near-OOD recipe's configured weight."""
+        """The factor on a near-OOD recipe's configured weight: 1 - (1 - LEAST_WEIGHT) x rejected share."""
         return 1 - (1 - LEAST_WEIGHT) * self.rejection.get(recipe, 0.0)
 
     def observe(self, request: Request, reason: str, likeness: float, is_nearest: bool) -> None:
@@ -64,9 +64,10 @@ class Controller:
     def update(self, step: int) -> None:
         """At every `update_every`-th step, move each strength whose mean likeness left its band by `gain`.
 
-        Positives: the band is [target_low, target_high]. Near-OOD images: the band of equal width below it,
+        The band is [target_low, target_high] for positives, and for near-OOD images the band of equal width below it,
         [2 target_low - target_high, target_low]. Above the band the strength rises, below it falls. A class has few
-        images between two updates, so its mean is drawn towards that of all classes, as if PRIOR_IMAGES had shown it.
+        images between two updates, so its mean is shrunk towards the mean of all classes, which counts as PRIOR_IMAGES
+        images.
         """
         if step == 0 or step % self.cfg.update_every:
             return
@@ -106,7 +107,7 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from where `state_dict` was taken."""
+        """Restore a `state_dict`."""
         self.offsets = {(recipe, label): offset for recipe, label, offset in state["offsets"]}
         self.sums = {(recipe, label): list(total) for recipe, label, *total in state["sums"]}
         self.confusion, self.rejection = list(state["confusion"]), dict(state["rejection"])

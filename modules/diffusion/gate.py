@@ -1,16 +1,17 @@
-"""The gate between the slots and the reservoir: which generated images may be learned from, and why not.
+"""The gate between the slots and the reservoir: decides which generated images may be learned from, and counts why not.
 
-Broken images (non-finite, constant, black, a copy of the source) are always rejected. On request the learner judges too:
-a positive must look like its class, a near-OOD image like none, against statistics of the real train images. The judge is
-handed in as features; this module knows no encoder. A rejected image is drawn again a few times, then given up; the mixer
-fills its row otherwise and counts the shortfall.
+Broken images (non-finite, constant, black, a copy of the source) are always rejected. If the gate is enabled, the
+learner judges the others against statistics of the real train images: a positive must look like its class, a near-OOD
+image like no class. The learner is passed in as a function that returns features; this module knows no encoder. A
+rejected image is generated again a few times, then given up; the mixer fills its row by other means and counts the
+shortfall.
 
-Features of a backbone that ends in ReLU and a mean are never negative: their cosines lie between .7 and 1 whatever the
-image shows (measured: .84 to a held-out image's own class, .87 of near-OOD images to their nearest). So the mean of the
-train features is taken off first, and cosines use their whole range.
+Features of a backbone that ends in ReLU and mean pooling are never negative, so their cosines lie between .7 and 1
+whatever the image shows (measured: .84 between a held-out image and its own class, .87 between near-OOD images and
+their nearest class). Subtracting the mean of the train features first lets cosines use their whole range.
 
-Verdicts are made on the device and read one step later, always in that step, so that what is accepted does not depend on
-time: the host waits for them only where it is more than a step ahead of the device.
+Verdicts are computed on the device and always read exactly one step later, so that which images are accepted does not
+depend on timing. The host waits for a verdict only if it is more than a step ahead of the device.
 
 Shapes: N images, D train images, C classes, E feature width, H W pixels.
 """
@@ -34,10 +35,10 @@ REASONS = (ACCEPTED, *BROKEN, *JUDGED, UNJUDGED)
 BLACK_LEVEL = 8  # of 255: an image without a brighter value is black
 CONSTANT_SPREAD = 1.0  # of 255: standard deviation below which an image shows nothing
 COPY_DISTANCE = 1.0  # of 255: mean difference to the source below which nothing was made
-LEAST_TYPICAL = 0.1  # mean similarity of real images below which the learner knows nothing of their class yet
-ALARM_WINDOW = 200  # verdicts of a role that an alarm looks back on
+LEAST_TYPICAL = 0.1  # if real images of a class are less similar than this on average, the learner does not know it yet
+ALARM_WINDOW = 200  # an alarm looks at this many latest verdicts of a role
 ALARM_RATES = (0.05, 0.98)
-TOO_FEW = {  # by role: what may help where nearly no image passes
+TOO_FEW = {  # by role (is_ood): what may help if almost no image passes
     False: "a milder strength may do",
     True: "against too_close a higher near_ood.strength or gate.near_ood_quantile, against too_far a lower strength",
 }
@@ -49,9 +50,9 @@ class ClassStatistics:
     """What the real train images of each class look like to the learner."""
 
     center_E: torch.Tensor  # mean of the unit features of all train images
-    means_CE: torch.Tensor  # class means about the center, unit length
-    thresholds_C: torch.Tensor  # similarity quantile of each class's own images: least of a positive
-    ood_thresholds_C: torch.Tensor  # the same, a higher quantile: where a near-OOD image comes too close
+    means_CE: torch.Tensor  # class means of the centered features, unit length
+    thresholds_C: torch.Tensor  # quantile of the similarities of each class's own images: the minimum for a positive
+    ood_thresholds_C: torch.Tensor  # a higher quantile of the same: from here on a near-OOD image is too close
     typical_C: torch.Tensor  # mean similarity of each class's own images
 
 
@@ -61,10 +62,10 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(ClassStatistics))
 def class_statistics(
     features_DE: torch.Tensor, labels: list[int], num_classes: int, quantile: float, near_ood_quantile: float
 ) -> ClassStatistics:
-    """Unit class means, and per class two quantiles and the mean of cos(z_i, mean of the class without i) over its images.
+    """Class means, and for each class two quantiles and the mean of cos(z_i, class mean without i) over its images i.
 
-    z are unit features about their center, unit length again. A class of one image has no leave-one-out similarity; it
-    gets the median of the other classes' figures (1 without others).
+    z are the unit-length features minus their mean over all images, normalized again. The leave-one-out similarity is
+    undefined for a class of one image; such a class gets the median over the other classes (1 if there are none).
     """
     unit_DE = torch.nn.functional.normalize(features_DE.float(), dim=1)
     center_E = unit_DE.mean(0)
@@ -89,11 +90,11 @@ def class_statistics(
 
 
 def broken_codes(pixels_N3HW: torch.Tensor, stored_NHWC: torch.Tensor, sources_NHWC: torch.Tensor) -> torch.Tensor:
-    """Codes [N] int64 into REASONS of images that are broken, 0 elsewhere; the first reason that holds.
+    """Codes [N] int64, indices into REASONS: the first fault of BROKEN that an image has, 0 if it has none.
 
     Args:
-        pixels_N3HW: as decoded, before they were clamped.
-        stored_NHWC, sources_NHWC: uint8 images and their sources at one size.
+        pixels_N3HW: as decoded, before clamping.
+        stored_NHWC, sources_NHWC: uint8 images and their sources, of the same size.
     """
     levels_NX = stored_NHWC.flatten(1).float()
     faults = (
@@ -111,14 +112,14 @@ def broken_codes(pixels_N3HW: torch.Tensor, stored_NHWC: torch.Tensor, sources_N
 def judge(
     features_NE: torch.Tensor, labels_N: torch.Tensor, is_ood_N: torch.Tensor, known: ClassStatistics, far_floor: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes [N] into REASONS, likeness to the own class [N], and whether the nearest class is the own [N].
+    """Codes [N] into REASONS, likeness to the source's class [N], and whether that class is the nearest [N].
 
-    Likeness is the cosine to the own class as a share of what real images of it have on average (at least
-    LEAST_TYPICAL): 1 is as typical as a real image, however far the learner has come.
+    Likeness is the cosine to the mean of the source's class, divided by the average cosine of that class's real images
+    (at least LEAST_TYPICAL): 1 is as typical as a real image, however far the learner has been trained.
 
-    A positive passes if its nearest class mean is its own and its cosine to it is at least the class's threshold. A
-    near-OOD image passes if its cosine to every class is below that class's threshold for near-OOD and the largest is
-    above `far_floor`.
+    A positive passes if the nearest class mean is that of its own class and its cosine to it is at least the class's
+    threshold. A near-OOD image passes if its cosine to every class is below that class's near-OOD threshold and the
+    largest of these cosines is above `far_floor`.
     """
     unit_NE = torch.nn.functional.normalize(features_NE.float(), dim=1)
     similarity_NC = torch.nn.functional.normalize(unit_NE - known.center_E, dim=1) @ known.means_CE.T
@@ -135,17 +136,17 @@ def judge(
 
 @dataclass
 class Waiting:
-    """Images whose verdict is on its way to the host."""
+    """Images whose verdicts are being copied to the host."""
 
-    turn: int  # settle calls before it came
+    turn: int  # number of `settle` calls before these images were finished
     stored_NHWC: torch.Tensor
     requests: list[Request]
-    verdict_N3: torch.Tensor  # code, likeness to the own class, 1 where that class is nearest; host memory
-    arrived: object = None  # CUDA event
+    verdict_N3: torch.Tensor  # code, likeness to the source's class, 1 if that class is nearest; in host memory
+    arrived: object = None  # CUDA event recorded after the copy; None: it is already there
 
 
 class Gate:
-    """Takes finished images, passes on the good ones, sends the others back to be drawn again."""
+    """Takes finished images, passes the good ones on and sends the others back to be generated again."""
 
     def __init__(
         self,
@@ -158,37 +159,38 @@ class Gate:
         embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
         observe: Callable[[Request, str, float, bool], None] | None = None,
     ):
-        """A gate without statistics: until `refresh` it only looks for broken images.
+        """A gate without class statistics: until `refresh` it only looks for broken images.
 
         Args:
-            store: decoded pixels [N, 3, H, W] to uint8 [N, size, size, 3], not a number as black.
+            store: converts decoded pixels [N, 3, H, W] to uint8 [N, size, size, 3], NaN to black.
             sources_DHWC: the train images as stored, uint8.
             accept: takes stored images and their requests.
-            retry: takes a request to be made again.
-            embed: features [N, E] of stored images by the learner; needed where the gate or a controller is on.
-            observe: is told (request, reason, likeness to the own class, nearest class is the own) of judged images.
+            retry: takes a request to be generated again.
+            embed: the learner's features [N, E] of stored images; needed if the gate or a controller is enabled.
+            observe: called for each judged image with (request, reason, likeness to the source's class, whether that
+                class is the nearest).
         """
         self.cfg, self.store, self.sources_DHWC = cfg, store, sources_DHWC
         self.accept, self.retry, self.embed, self.observe = accept, retry, embed, observe
         self.known: ClassStatistics | None = None
-        self.rejects = False  # whether the learner's verdict counts yet
+        self.rejects = False  # whether the learner's verdicts take effect
         self.waiting: deque[Waiting] = deque()
         self.turn = 0
         self.counts: dict[str, dict[int, dict[str, int]]] = {}  # recipe -> class -> reason -> images
         self.given_up = 0
-        self.recent = {False: deque(maxlen=ALARM_WINDOW), True: deque(maxlen=ALARM_WINDOW)}  # by role, 1 = accepted
+        self.recent = {False: deque(maxlen=ALARM_WINDOW), True: deque(maxlen=ALARM_WINDOW)}  # by is_ood; 1 = accepted
 
     def due(self, step: int) -> bool:
-        """Whether class statistics are to be made anew at an optimizer step.
+        """Whether class statistics have to be recomputed at this optimizer step.
 
-        The controller waits for `start_step` like the gate: a learner that has seen nothing has no opinion to follow.
+        Never before `start_step`, which holds for the controller as well: an untrained learner cannot judge images.
         """
         if self.embed is None or step < self.cfg.start_step:
             return False
         return self.known is None or step % self.cfg.refresh_every == 0
 
     def refresh(self, features_DE: torch.Tensor, labels: list[int], num_classes: int) -> None:
-        """Take the learner's present view of the train split; from now on its verdicts count, if the gate is enabled."""
+        """Recompute class statistics from the learner's features; if the gate is enabled, its verdicts now count."""
         quantiles = self.cfg.quantile, self.cfg.near_ood_quantile
         self.known = class_statistics(features_DE, labels, num_classes, *quantiles)
         self.rejects = self.cfg.enabled
@@ -213,7 +215,7 @@ class Gate:
         self.waiting.append(Waiting(self.turn, stored_NHWC, list(requests), *to_host(verdict_N3)))
 
     def settle(self, everything: bool = False) -> None:
-        """Act on the verdicts of images finished before the previous call, or on all; called once a step."""
+        """Act on the verdicts of images finished before the previous call, or on all. To be called once per step."""
         while self.waiting and (everything or self.waiting[0].turn < self.turn):
             self._act(self.waiting.popleft())
         self.turn += 1
@@ -232,7 +234,7 @@ class Gate:
             if self.observe is not None and reason not in (*BROKEN, UNJUDGED):
                 self.observe(request, reason, likeness, bool(is_nearest))
             passes = reason in (ACCEPTED, UNJUDGED) or (reason in JUDGED and not self.rejects)
-            if reason != UNJUDGED or self.embed is None:  # verdicts, also where they do not count
+            if reason != UNJUDGED or self.embed is None:  # includes verdicts that have no effect
                 self.recent[request.is_ood].append(int(reason in (ACCEPTED, UNJUDGED)))
             if passes:
                 kept.append(row)
@@ -247,9 +249,9 @@ class Gate:
             self.accept(item.stored_NHWC[rows], [item.requests[row] for row in kept])
 
     def statistics(self) -> dict[str, float]:
-        """Share of each verdict by recipe, acceptance by role over the last verdicts, and images given up.
+        """Share of each verdict by recipe, acceptance rate by role over the last verdicts, and images given up.
 
-        Shares are of the judged images; of all finished ones only that of the unjudged.
+        Shares are of the judged images, except that of the unjudged, which is of all finished images.
         """
         rows = {"gate.given_up": self.given_up}
         for recipe, classes in self.counts.items():
@@ -265,7 +267,7 @@ class Gate:
         return rows
 
     def alarms(self) -> list[str]:
-        """What is wrong if the verdicts on nearly all or nearly none of a role's last images were good."""
+        """A message for each role of which nearly all or nearly none of the last ALARM_WINDOW images were accepted."""
         found = []
         for is_ood, verdicts in self.recent.items():
             if len(verdicts) < ALARM_WINDOW:
@@ -280,7 +282,7 @@ class Gate:
         return found
 
     def state_dict(self) -> dict:
-        """Everything later verdicts depend on: tensors and plain values."""
+        """Everything that later verdicts depend on, as tensors and plain values."""
         for item in self.waiting:
             if item.arrived is not None:
                 item.arrived.synchronize()
@@ -313,7 +315,7 @@ class Gate:
 
 
 def to_host(values: torch.Tensor) -> tuple[torch.Tensor, object]:
-    """A copy in host memory that is on its way, and the CUDA event that says it arrived (None: it has)."""
+    """Start copying to host memory; returns the copy and the CUDA event that marks its arrival (None: it is there)."""
     if not values.is_cuda:
         return values, None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

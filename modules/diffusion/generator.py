@@ -1,6 +1,6 @@
-"""Everything that generates, joined: pipeline, tokens, recipes, slots, gate and reservoir behind `advance(step)`.
+"""The generator: pipeline, tokens, recipes, slots, gate, controller and reservoir behind one call, `advance(step)`.
 
-Nothing here touches a file, PIL or numpy: train moments in, uint8 rows of the reservoir out.
+It reads the VAE moments of the train images and writes uint8 rows of the reservoir, without files, PIL or numpy.
 """
 
 import math
@@ -25,21 +25,22 @@ from modules.errors import ConfigError
 from modules.rules import judged, used_strengths
 
 EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
-PREFILL_PATIENCE = 40  # images made per image wanted before prefill gives up
-SHARE_IMAGES = 200  # first images of a run, over which the share of guided steps is counted
+PREFILL_PATIENCE = 40  # prefill gives up after this many images made per image wanted
+SHARE_IMAGES = 200  # the share of guided steps is counted over this many first images of a run
 
 
 def prefill_target(generation: Generation, is_ood: bool) -> int:
-    """Images of a ring that stand ready before step 0: `prefill` of its size, of the rarer role as many fewer as it is rarer.
+    """The number of images that a ring must hold before step 0.
 
-    Images come in the ratio of the roles, so filling both alike would make many of the other one for nothing.
+    It is the share `prefill` of the ring size for the more frequent role, and for the rarer one less in proportion to
+    its frequency: images come in the ratio of the roles, so filling both equally would waste many of the frequent one.
     """
     share = generation.near_ood_fraction if is_ood else 1 - generation.near_ood_fraction
     return round(generation.prefill * generation.ring_size * share / max(share, 1 - share))
 
 
 class Generator:
-    """Keeps the reservoir fed; its state is the slots in flight, the gate, the controller and the reservoir."""
+    """Keeps the reservoir filled; its state is that of the slots, the gate, the controller and the reservoir."""
 
     def __init__(
         self,
@@ -53,19 +54,20 @@ class Generator:
         num_classes: int,
         reservoir: Reservoir,
         *,
-        embed=None,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
         has_mask: list[bool] | None = None,
         keywords: tuple[tuple[str, ...], ...] = (),
         accelerate: Callable[[Slots], None] | None = None,
     ):
-        """A generator with empty slots; `sizes` holds how many slots and latents a decode fit, with reasons.
+        """A generator with empty slots; `sizes` says how many slots and latents per decode fit, with reasons.
 
         Args:
             plan: what the preset makes of config section `generation`.
             tokens: learned class tokens; None: prompts use the initializer word.
-            sources: the train split as generation starts from it.
+            sources: the train split in the form that generation starts from.
             train_DHWC: the same images as stored for training, uint8, on the device.
-            embed: features of stored images by the learner, for gate and controller.
+            embed: returns the learner's features of stored images, for gate and controller.
+            has_mask: whether each train image has an object mask that is not empty; None: there are no masks.
             keywords: words of each class, for the condition `keywords`.
             accelerate: makes an engine faster in place; see `fit_slots`.
 
@@ -77,7 +79,7 @@ class Generator:
         self.train_DHWC, self.labels, self.num_classes = train_DHWC, labels, num_classes
         generation, seed = plan.settings(config.generation), config.run.seed
         self.now = 0
-        self.provenance: dict[int, Request] = {}  # of the images that the reservoir holds, by index
+        self.provenance: dict[int, Request] = {}  # image index -> request, at least of all images in the reservoir
         self.grid = plan.grid(pipeline.scheduler)
         bank = PromptBank(pipeline, tokens, config.inversion.initializer)
         self.conditioning = Conditioning(bank, seed)
@@ -112,12 +114,12 @@ class Generator:
         self.slots, *self.sizes = fit_slots(self._engine, generation.slots, generation.decode_batch, accelerate)
 
     def store(self, decoded_N3HW: torch.Tensor) -> torch.Tensor:
-        """Decoded pixels as the reservoir keeps them: uint8 [N, size, size, 3] by one antialiased resize."""
+        """Decoded pixels in the form the reservoir keeps: uint8 [N, size, size, 3], by one antialiased resize."""
         return pixels(decoded_N3HW, self.config.data.image_size)
 
     @torch.no_grad()
     def advance(self, step: int) -> None:
-        """The generation of one optimizer step: act on verdicts, refresh class statistics, take this step's ticks."""
+        """Do the generation of one optimizer step: act on verdicts, refresh class statistics if due, run the ticks."""
         self.now = step
         self.gate.settle()
         if self.gate.due(step):
@@ -128,8 +130,8 @@ class Generator:
         self.slots.step(self.config.generation.images_per_step)
 
     @torch.no_grad()
-    def prefill(self, progress=None) -> None:
-        """Make images until every ring that is fed holds its share of them (`prefill_target`).
+    def prefill(self, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Make images until every ring in use holds its `prefill_target`.
 
         Raises:
             ConfigError: the rings do not fill, because nearly every image is rejected.
@@ -148,14 +150,14 @@ class Generator:
                     f"{sum(wanted.values())} of {total} places are still empty, because nearly all were rejected; "
                     f"verdicts: {self.gate.statistics()}; look with preview at what the strengths and recipes give"
                 )
-        self.slots.pace.settle()  # ticks here were taken as needed, those of images made again too
+        self.slots.pace.settle()  # these ticks were taken as needed and paid for retries too: nothing is owed
         self.reservoir.end_prefill()
         if progress is not None and total:
             progress(total, total, "images in the reservoir")
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Fill the slots as a run keeps them, each at its own point of its grid, for timing without a prefill."""
+        """Bring the slots into the state of a run, each at its own step of its grid, to time without a prefill."""
         for _ in range(self.slots.table.longest):
             if self.slots.tick() in (0, len(self.slots.occupants)):
                 break
@@ -164,11 +166,11 @@ class Generator:
         self.reservoir.end_prefill()
 
     def finish(self) -> None:
-        """After the last step: act on the verdicts still out, so that every image made is counted and kept or not."""
+        """After the last step, act on the pending verdicts, so that every image is counted and kept or rejected."""
         self.gate.settle(everything=True)
 
     def examples(self) -> list[tuple[torch.Tensor, Request]]:
-        """Every image the reservoir holds now with its provenance, by class and role."""
+        """Every image now in the reservoir with its provenance, ordered by class and role."""
         rows = self.reservoir.filled()
         indices = [self.reservoir.entry(row).image_index for row in rows]
         return [(self.reservoir.gather([row])[0], self.provenance[i]) for row, i in zip(rows, indices, strict=True)]
@@ -212,9 +214,9 @@ class Generator:
         )
 
     def _unconditional_rows(self, slots: int) -> int | None:
-        """Rows of a UNet call for guidance where it ends early: the share of steps that are guided, and one to spare.
+        """Unconditional rows of a UNet call if guidance ends early: slots x share of guided steps, plus one.
 
-        None: as the slots themselves say, a row for each of them or none at all.
+        None: `Slots` decides and takes a row for each slot or none at all.
         """
         if self.plan.guided_steps >= self.plan.num_inference_steps or self.pipeline.guidance_embedding_width:
             return None
@@ -237,7 +239,7 @@ class Generator:
         return {index: self.provenance[index] for index in indices}
 
     def _unfilled(self) -> dict[tuple[int, bool], int]:
-        """Images still wanted by each ring that this run feeds."""
+        """(class, is near-OOD) -> number of images missing, for the rings that are not filled to their target."""
         targets = {is_ood: prefill_target(self.config.generation, is_ood) for is_ood in (False, True)}
         rings = {
             (label, is_ood): target - self.reservoir.fill(label, is_ood)

@@ -1,16 +1,17 @@
-"""Textual inversion of all classes together: a few vectors a class, learned by denoising the class's training images.
+"""Textual inversion of all classes together: learns a few vectors per class by denoising the class's training images.
 
-V_y* = argmin over V_y of E ||target - model(z_t, t, c(template(V_y)))||^2, target eps, or v = sqrt(abar) eps -
-sqrt(1-abar) z_0 where the scheduler says v_prediction. UNet, VAE and text encoder stay frozen; the new rows are a
-parameter of their own, so no other row of the vocabulary can move. Source: Textual Inversion, 2208.01618, eq. 2.
+V_y* = argmin over V_y of E ||target - model(z_t, t, c(template(V_y)))||^2, where the target is eps, or
+v = sqrt(abar) eps - sqrt(1-abar) z_0 if the scheduler says v_prediction. UNet, VAE and text encoder stay frozen; the
+new vectors are a separate parameter, so no row of the vocabulary can move.
+Source: Textual Inversion, 2208.01618, eq. 2.
 
-One process learns every class, because a step's cost is its rows, not its classes: a batch visits several classes with
-about ROWS_PER_VISIT images each, under one template, so that the text encoder runs once a class and step. A class that
-a batch does not visit keeps its vectors and its Adam state to the bit. Within a visit the timesteps are stratified
-(2107.00630, app. I.1): the marginal stays uniform, the gradient's variance falls.
+All classes are learned at once, because a step costs by its rows, not by its classes: a batch visits several classes
+with about ROWS_PER_VISIT images each, under one template, so that each class's prompt is encoded once per step. A class
+that a batch does not visit keeps its vectors and its Adam state bit for bit. Within a visit the timesteps are
+stratified (2107.00630, app. I.1), which keeps the marginal uniform and lowers the variance of the gradient.
 
-The published learning rate, 5e-4 scaled by a batch of 4, is `inversion.lr` = 2e-3 at 4 rows of a class; other row
-counts scale it by the square root, the rule for Adam (2205.10287).
+The published learning rate, 5e-4 scaled by a batch of 4, is `inversion.lr` = 2e-3 at 4 rows of a class; for other row
+counts it is scaled by the square root, the rule for Adam (2205.10287).
 
 Shapes: F flips (the image, its mirror image), D images, B rows, C classes, P classes of a batch, K vectors a token,
 E embedding width, h w the latent grid, T tokens.
@@ -36,11 +37,11 @@ from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory, first
 from modules.memory import ran_out
 from modules.runtime import stream
 
-ALGORITHM = 3  # part of the cache key; raised when the same settings would learn other vectors
-ROWS_PER_VISIT = 4  # images of a class in a batch: the batch of the published code
-WARMUP_VISITS = 5  # visits of a class over which its learning rate rises
+ALGORITHM = 3  # part of the cache key; increment it when the same settings would learn other vectors
+ROWS_PER_VISIT = 4  # images of a class in a batch; the batch size of the published code
+WARMUP_VISITS = 5  # a class's learning rate rises linearly over this many visits
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-HALF_PRECISION_SCALE = 256.0  # of the loss, so that gradients of a mean over 16,384 latents survive fp16
+HALF_PRECISION_SCALE = 256.0  # loss scale, so that gradients of a mean over 16,384 latents do not underflow in fp16
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,18 +54,18 @@ def token_cache_key(
     seed: int,
     initializers: Sequence[str] = (),
 ) -> str:
-    """The sha256 of everything learned vectors depend on; equal keys mean equal tokens.
+    """sha256 of everything that learned vectors depend on; equal keys mean equal tokens.
 
-    `pixels_DHWC` (uint8) are the training images as they are handed to inversion, cropped and resized, `labels` their
-    class names, `initializers` the words of the classes where each has its own. Changing the seed, the shots, an image, a
-    crop, a label, the pipeline, a word, a setting or the way placeholders are named changes the key.
+    `pixels_DHWC` (uint8) are the training images as passed to inversion, cropped and resized; `labels` are their class
+    names; `initializers` are the words of the classes if each has its own. Changing the seed, the shots, an image, a
+    crop, a label, the pipeline, a word, a setting or the naming of placeholders changes the key.
     """
     parts = {
         "algorithm": ALGORITHM,
         "pipeline": [pipeline.digest, pipeline.resolution, str(pipeline.dtype)],
         "images": digest_tensor(pixels_DHWC),
         "labels": list(labels),
-        "placeholders": sorted({placeholder(label) for label in labels}),  # a file names the one its vectors stand for
+        "placeholders": sorted({placeholder(label) for label in labels}),  # token files name their placeholder
         "settings": asdict(settings),
         "templates": OBJECT_TEMPLATES,
         "seed": seed,
@@ -73,10 +74,10 @@ def token_cache_key(
 
 
 def schedule(labels_D: Sequence[int], classes: Sequence[str], images_per_class: int, seed: int) -> list[int]:
-    """Every training row of the whole run in order: C x images_per_class rows, each class exactly its budget.
+    """The training rows of the whole inversion in order: C x images_per_class rows, exactly images_per_class per class.
 
-    Rounds visit every class once, in a drawn order, with ROWS_PER_VISIT images; a class's images come in drawn orders,
-    all of them before any comes again.
+    Each round visits every class once, in random order, with ROWS_PER_VISIT images. The images of a class are shuffled
+    anew for each pass, and all of them are used before any is used again.
 
     Raises: DataError for a class without a training image.
     """
@@ -96,11 +97,11 @@ def schedule(labels_D: Sequence[int], classes: Sequence[str], images_per_class: 
 
 
 class Inversion:
-    """The vectors of all classes while they are learned: `step` until `done` equals `steps`, then `tokens`.
+    """Textual inversion in progress: call `step` until `done` equals `steps`, then `tokens`.
 
-    `moments_FD8hw` are the VAE moments of the training images and, where `settings.flip` > 0, of their mirror images;
-    every use draws a fresh latent from them. Every vector starts as the row of `settings.initializer`, or
-    of its class's word in `initializers`. `say` is told where a batch does not fit and is taken in parts.
+    `moments_FD8hw` are the VAE moments of the training images and, if `settings.flip` > 0, of their mirror images;
+    every use samples a new latent from them. Every vector starts as the embedding row of `settings.initializer`, or of
+    its class's word in `initializers`. `say` is called if a batch does not fit in memory and is split.
 
     Raises: ConfigError for an initializer without a trained row of its own, DataError for a class without an image.
     """
@@ -135,7 +136,7 @@ class Inversion:
         self.done = 0
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             freeze_layers(module.requires_grad_(False).eval())
-        install(pipeline.unet)  # kernels/attention.py, as the engine: its backward pass is fast in 16 bits on a CPU too
+        install(pipeline.unet)  # the engine's attention, kernels/attention.py: its 16-bit backward is fast on a CPU too
         self.denoising = Denoising(pipeline)
         self.initializers = tuple(initializers)
         rows_CE = initializer_rows(pipeline, self.initializers or (settings.initializer,) * len(self.classes))
@@ -148,8 +149,8 @@ class Inversion:
     def step(self) -> torch.Tensor:
         """Learn from the next batch; returns its mean denoising loss, float32 [], on the device.
 
-        A loss or gradient that is not finite leaves the vectors as they were and is raised by the next `check_finite`,
-        so that no step waits for the device to tell.
+        After a loss or gradient that is not finite the vectors no longer change, and the next `check_finite` raises.
+        This way no step has to wait for the device.
 
         Raises: OutOfMemory if not even one row fits.
         """
@@ -174,7 +175,7 @@ class Inversion:
         return loss_B.mean()
 
     def _noised(self, rows: list[int], u_B: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """z_t, the target and t of a batch's rows, each with a fresh latent, fresh noise and its own mirroring."""
+        """z_t, target and t of a batch, with a new latent, new noise and a new decision to mirror for each row."""
         flips = (torch.rand(len(rows), generator=draw) < self.settings.flip).long().tolist()
         index_2B = upload([flips, rows], self.moments_FD8hw.device)
         moments_B8hw = upload(self.moments_FD8hw[index_2B[0], index_2B[1]], self.pipeline.device)
@@ -184,7 +185,7 @@ class Inversion:
         return self.denoising.noised(z_0, eps, self._device(u_B))
 
     def _denoise(self, z, target, t, context_PTE, position_B, weight_B) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient of sum_B weight_B loss_B with respect to context_PTE, and loss_B, in chunks of rows that fit."""
+        """The gradient of sum_B weight_B loss_B with respect to context_PTE, and loss_B, in chunks that fit memory."""
         while True:
             try:
                 return self._chunks(z, target, t, context_PTE, position_B, weight_B)
@@ -219,7 +220,7 @@ class Inversion:
         return gradient_PTE.to(context_PTE.dtype), torch.cat(losses)
 
     def _update(self, present: list[int], index_P: torch.Tensor, gradient_PKE: torch.Tensor, counts: list[int]) -> None:
-        """Adam on the rows of the classes present, each with its own step count; no row moves on a non-finite gradient.
+        """Adam on the vectors of the classes present, each with its own step count; nothing moves if not finite.
 
         m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2; V <- V - lr m / (1-b1^n) / (sqrt(v / (1-b2^n)) + eps)
         Source: 1412.6980, algorithm 1. The loss scale of half precision cancels in m / sqrt(v).
@@ -250,7 +251,7 @@ class Inversion:
         return upload(values, self.pipeline.device)
 
     def check_finite(self) -> None:
-        """Wait for the device and refuse vectors that are not finite.
+        """Wait for the device and check that every loss and gradient so far was finite.
 
         Raises: NonFinite if a loss or gradient was not finite in any step so far.
         """
@@ -261,7 +262,7 @@ class Inversion:
             )
 
     def tokens(self) -> Tokens:
-        """The learned vectors with what they were made from; raises NonFinite rather than hand out broken ones."""
+        """The learned vectors and what they were made from; raises NonFinite rather than return broken ones."""
         self.check_finite()
         return Tokens(
             classes=self.classes,
@@ -274,7 +275,7 @@ class Inversion:
         )
 
     def state_dict(self) -> dict:
-        """Everything a later step reads; a run resumed from it equals one that never stopped, bit for bit on a CPU."""
+        """Everything that later steps read; on a CPU a resumed run equals an uninterrupted one bit for bit."""
         self.check_finite()
         return {
             "done": self.done,
@@ -286,7 +287,7 @@ class Inversion:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`; raises DataError for the state of other classes or vectors."""
+        """Restore a `state_dict`; raises DataError if the shape of its vectors differs."""
         if state["vectors"].shape != self.vectors_CKE.shape:
             raise DataError(
                 f"inversion state of shape {tuple(state['vectors'].shape)} for vectors {tuple(self.vectors_CKE.shape)}; "
@@ -299,9 +300,9 @@ class Inversion:
 
 
 def learn(inversion: Inversion, progress: Progress | None = None, log_every: int = 10) -> Tokens:
-    """Run an inversion to its end from wherever it stands; returns the tokens.
+    """Run an inversion from its current step to its end; returns the tokens.
 
-    Raises: NonFinite at the next log after a loss or gradient was not finite.
+    Raises: NonFinite at the first log after a loss or gradient that was not finite.
     """
     while inversion.done < inversion.steps:
         loss = inversion.step()

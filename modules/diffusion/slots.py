@@ -1,13 +1,13 @@
 """The slot engine: continuous batching for denoising.
 
-S slots are in flight at once, each on its own image, prompt, guidance and time grid; a tick is one UNet call in which
-all take their next step. A slot that arrives leaves its latent in a queue and is filled again before the next tick; the
-queue is decoded in batches of fixed size into `finish`. So any mixture of recipes shares one shape, without padding and
-without bursts, and the cost of generation can be spread evenly over optimizer steps.
+S slots are in flight at once, each with its own image, prompt, guidance and time grid. A tick is one UNet call, in
+which every slot takes its next step. A slot that has finished puts its latent into a queue and is refilled before the
+next tick; the queue is decoded in batches of fixed size and passed to `finish`. So every mixture of recipes runs in one
+shape, without padding and without bursts, and the cost of generation can be spread evenly over optimizer steps.
 
-Images enter in the order of their index and draw all noise from (seed, "image", index): which slot, which tick and which
-neighbors an image had changes its rounding, never its content. All bookkeeping is on the host, which counts the steps
-that the device takes and so never waits for it.
+Images enter in the order of their index and draw all noise from (seed, "image", index): the slot, the tick and the
+neighbors of an image affect its rounding, never its content. All bookkeeping is on the host, which counts the steps
+that the device takes and so never has to wait for it.
 
 Shapes: S slots, N images, D train images, T tokens, E text width, h w latent grid, H W pixels.
 """
@@ -33,22 +33,22 @@ from modules.runtime import stream
 
 @dataclass(frozen=True)
 class Sources:
-    """The train images that generation starts from, moments and masks on the device.
+    """The train images that generation starts from; moments and masks are on the device.
 
-    pixels_DHWC: uint8 at the pipeline's resolution, on any device, for recipes without diffusion.
+    pixels_DHWC: uint8 at the pipeline's resolution, on any device, for recipes that do not denoise.
     """
 
     moments_D8hw: torch.Tensor  # fp16 VAE moments
     pixels_DHWC: torch.Tensor | None = None
-    masks_DHW: torch.Tensor | None = None  # uint8 0/1 object masks at that resolution, for masked edits
+    masks_DHW: torch.Tensor | None = None  # uint8 0/1 object masks at the pipeline's resolution, for masked edits
 
     def has_mask(self) -> list[bool] | None:
-        """Whether each image has an object in its mask; None where there are no masks."""
+        """Whether each image has an object in its mask; None without masks."""
         return None if self.masks_DHW is None else self.masks_DHW.flatten(1).any(1).tolist()
 
 
 class Slots:
-    """When and how images are made; what they are comes from `request`, where they go from `finish`."""
+    """Makes images: `request` says what they are, `finish` receives them, and the slots decide when and how."""
 
     def __init__(
         self,
@@ -72,17 +72,17 @@ class Slots:
 
         Args:
             grids: every time grid that requests name.
-            request: the image of an index.
-            context: its prompt embedding [T, E] on the device.
-            finish: takes pixels [N, 3, H, W], nominally in [-1, 1], and their N requests; the pixels are overwritten by
-                the next tick or batch.
-            empty_TE: embedding of the empty prompt; None where no request is guided.
-            unconditional_rows: rows of a UNet call kept for guidance, at most S; None: as many as slots if `empty_TE`
-                is given and the UNet takes no guidance embedding, else 0.
+            request: returns the request of an image index.
+            context: returns a request's prompt embedding [T, E] on the device.
+            finish: takes pixels [N, 3, H, W], nominally in [-1, 1], and their N requests; the next tick or batch
+                overwrites the pixels.
+            empty_TE: embedding of the empty prompt; None if no request is guided.
+            unconditional_rows: rows of a UNet call reserved for guidance, at most S; None: as many as slots if
+                `empty_TE` is given and the UNet takes no guidance embedding, else 0.
             masked: whether requests may edit within masks.
-            kv_cache_gib: bound of the cache of prompts' keys and values.
-            staggered: fill the slots over a time grid instead of at once, for images without end: as they enter they
-                leave, evenly and not in bursts of S. The first images come half a grid later for it.
+            kv_cache_gib: size limit of the cache of prompts' keys and values.
+            staggered: fill the slots gradually over one time grid instead of all at once. For an endless sequence of
+                images this makes them finish evenly and not in bursts of S; the first ones come half a grid later.
         """
         self.pipeline, self.sources, self.seed = pipeline, sources, seed
         self.request, self.context, self.finish = request, context, finish
@@ -94,7 +94,7 @@ class Slots:
         )
         self.key_values = KeyValueCache(pipeline.unet, kv_cache_gib)
         self.decode = pipeline.decode  # replaced by its compiled form, see `capture`
-        self.pool_bytes = 0  # of graphs captured since, which torch does not count as allocated
+        self.pool_bytes = 0  # of CUDA graphs captured later, which torch does not count as allocated
         self.decode_batch, self.unconditional_rows, self.staggered = decode_batch, unconditional_rows, staggered
         self.occupants: list[Request | None] = [None] * slots
         self.remaining = [0] * slots  # steps each slot still has to take
@@ -116,7 +116,7 @@ class Slots:
     def step(self, images: float) -> int:
         """Take as many ticks as `images` more images cost, evenly over calls (see `Pace`); returns the ticks taken.
 
-        Recipes without denoising cost nothing. After n calls, n x `images` images have been made up to those in flight.
+        Recipes without denoising cost nothing. After n calls n x `images` images have been made, less those in flight.
         """
         self.pace.release(images, self._draw_ahead)
         self._admit(ahead=False)
@@ -126,10 +126,10 @@ class Slots:
         return self.counts["ticks"] - before
 
     def tick(self, ahead: bool = True) -> int:
-        """Fill idle slots, take one step in all, hand on what arrived; returns the slots that worked.
+        """Fill idle slots, take one step in all of them and pass finished latents on; returns the number that worked.
 
         Args:
-            ahead: draw further requests as slots fall idle, as when filling rings before the first step.
+            ahead: draw further requests whenever slots are idle, as when filling rings before the first step.
         """
         self._admit(ahead)
         working = [slot for slot, occupant in enumerate(self.occupants) if occupant is not None]
@@ -144,12 +144,12 @@ class Slots:
         return len(working)
 
     def rehearse(self) -> None:
-        """One UNet call and one decode while all slots are idle, which they stay: what works is met in its real shapes."""
+        """One UNet call and one decode with all slots idle, which stay so: the models run once in their real shapes."""
         self.in_flight.step()
         self.decode(self.ready_Q4hw[: self.decode_batch])
 
     def drain(self) -> None:
-        """Finish every image that was begun, admit no other, and decode a last batch that may be part empty."""
+        """Finish every image already begun and all retries, admit no new one, and decode a last, partly empty batch."""
         held, self.drawn = self.drawn, deque()
         while self.busy or self.retries or self.ready:
             if not self.tick(ahead=False):
@@ -157,7 +157,7 @@ class Slots:
         self.drawn = held
 
     def retry(self, request: Request) -> None:
-        """Make a rejected image again, before any new one; its cost is owed on top."""
+        """Make a rejected image again, before any new one; its cost is added to the pace."""
         self.retries.append(request)
         self.pace.credit += request.cost
 
@@ -167,12 +167,12 @@ class Slots:
         return request
 
     def _draw_ahead(self) -> int:
-        """The cost of the request after the last one known, which waits for a slot from here on."""
+        """Draw the next request and append it to those waiting for a slot; returns its cost."""
         self.drawn.append(self._draw())
         return self.drawn[-1].cost
 
     def _peek(self, ahead: bool) -> Request | None:
-        """The request that enters next, or None if none may."""
+        """The request that enters next, or None if there is none."""
         if self.retries:
             return self.retries[0]
         if not self.drawn and ahead:
@@ -180,15 +180,15 @@ class Slots:
         return self.drawn[0] if self.drawn else None
 
     def _admit(self, ahead: bool) -> None:
-        """Move requests in order into idle slots; recipes without denoising pass through at once.
+        """Move requests into idle slots in order; recipes without denoising pass through at once.
 
-        A request that would need more unconditional rows than a call has waits, and all behind it. While staggered
-        slots fill, no more work enters than the ticks so far could have done with all of them busy: at that pace
-        images will leave.
+        A request that needs more unconditional rows than a call has left waits, and so do all requests after it. While
+        staggered slots are filling, the work that enters is limited to what the ticks so far and the next one could do
+        with all slots busy, so that images enter at the pace at which they will finish.
         """
         idle = [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
         entering: list[tuple[int, Request]] = []
-        last = self.next_index + 2 * len(self.occupants)  # where all images pass through, none would ever fill a slot
+        last = self.next_index + 2 * len(self.occupants)  # ends the loop if no request ever takes a slot
         guided = sum(self._guided_now(slot) for slot in range(len(self.occupants)))
         rows = self.counts["busy_rows"] + sum(self.remaining)  # of every image that has entered
         filling = self.staggered and self.counts["ticks"] < self.table.longest
@@ -245,7 +245,7 @@ class Slots:
         return self.key_values.get(key, lambda: self.context(request))
 
     def _noise(self, request: Request) -> list[torch.Tensor]:
-        """Standard noise of an image, [4, h, w] each: of its latent, to start from, and of every stochastic step."""
+        """Standard normal noises [4, h, w] of an image: for its latent, for its start, and per stochastic step."""
         shape = (4, self.pipeline.latent_size, self.pipeline.latent_size)
         generator = stream(self.seed, "image", *request.identity)
         return [torch.randn(shape, generator=generator) for _ in range(2 + self.in_flight.stochastic_steps)]
@@ -269,7 +269,7 @@ class Slots:
         return torch.stack(masks)
 
     def _pass_through(self, request: Request) -> None:
-        """Make an image without denoising: permuted patches, as they are or through encode and decode."""
+        """Make an image without denoising: its patches permuted, with or without a pass through encode and decode."""
         generator = stream(self.seed, "jigsaw", *request.identity)
         shuffled_HWC = jigsaw(self.sources.pixels_DHWC[request.source], request.jigsaw_grid, generator)
         pixels_1HWC = upload(shuffled_HWC[None], self.pipeline.device)
@@ -281,7 +281,7 @@ class Slots:
         self._queue(self.pipeline.sample_latents(self.pipeline.encode_moments(pixels_1HWC), noise), [request])
 
     def _collect(self, slots: list[int]) -> None:
-        """Free slots that arrived; their latents queue in index order, whatever slots they were in."""
+        """Free finished slots and queue their latents in index order, regardless of the slots they were in."""
         if not slots:
             return
         slots.sort(key=lambda slot: self.occupants[slot].identity)
@@ -298,7 +298,7 @@ class Slots:
         self._decode()
 
     def _decode(self, partial: bool = False) -> None:
-        """Decode whole batches of the queue, and with `partial` the rest too, always in the same shape."""
+        """Decode full batches of the queue, and with `partial` the rest too, padded to the same shape."""
         while len(self.ready) >= self.decode_batch or (partial and self.ready):
             batch = [self.ready.popleft() for _ in range(min(self.decode_batch, len(self.ready)))]
             rows = [row for row, _ in batch]
@@ -308,7 +308,7 @@ class Slots:
             self.finish(pixels_N3HW[: len(batch)], [request for _, request in batch])
 
     def state_dict(self) -> dict:
-        """Everything a later tick reads: tensors and plain values."""
+        """Everything that later ticks read, as tensors and plain values."""
         return {
             "in_flight": self.in_flight.state_dict(),
             "ready_Q4hw": self.ready_Q4hw,
@@ -323,7 +323,7 @@ class Slots:
         } | self.pace.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from where `state_dict` was taken, to the bit on a CPU."""
+        """Restore a `state_dict`; on a CPU the engine then continues bit for bit."""
         self.in_flight.load_state_dict(state["in_flight"])
         self.ready_Q4hw.copy_(state["ready_Q4hw"])
         self.ready = deque((row, Request.from_dict(values)) for row, values in state["ready"])

@@ -1,11 +1,11 @@
 """One tick: every slot takes its own next denoising step in one UNet call of constant shape.
 
 The buffers are static and the arithmetic is the same for every mixture of recipes, so the tick can be captured once as
-a graph. Which row of the step table a slot is on lives on the device and advances there; the host counts along and
-never asks.
+a CUDA graph. Each slot's row in the step table is kept and advanced on the device; the host counts along and never
+reads it.
 
-Guidance that is off at low noise keeps the constant shape: a call has S conditional rows and U <= S unconditional ones,
-which go to the slots that are guided at this moment.
+The shape stays constant even if guidance is switched off at low noise: a call has S conditional rows and U <= S
+unconditional ones, which are assigned to the slots that are guided at the moment.
 
 Shapes: S slots, U unconditional rows, N images written, T tokens, X text keys and values of all layers, W guidance
 embedding width, h w latent grid, R table rows.
@@ -52,7 +52,7 @@ class Tick:
         """Idle slots.
 
         Args:
-            unconditional_rows: U in [0, S]; 0 where nothing is guided or the UNet takes a guidance embedding.
+            unconditional_rows: U in [0, S]; 0 if nothing is guided or the UNet takes a guidance embedding.
             empty_TE: embedding of the empty prompt, needed if U > 0.
             masked: whether any request edits within a mask.
         """
@@ -96,12 +96,12 @@ class Tick:
         mask_N1hw: torch.Tensor | None = None,
         noise_NK4hw: torch.Tensor | None = None,
     ) -> None:
-        """Put N images into slots at their first rows: z = alpha z0 + sigma eps.
+        """Put N images into the given slots, at their first rows of the step table: z = alpha z0 + sigma eps.
 
         Args:
             kv_NTX: text keys and values of all layers (see `attention`).
             mask_N1hw: 1 where a latent cell may change; None: everywhere.
-            noise_NK4hw: fresh noise of each step of the grid, for stochastic solvers.
+            noise_NK4hw: fresh noise for each of the K steps of the grid, for stochastic solvers.
         """
         device = self.row_S.device
         slots_N, rows_N = upload(slots, device), upload(rows, device)
@@ -124,7 +124,7 @@ class Tick:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Advance every slot by one step; idle slots stay as they are."""
+        """Advance every slot by one step; idle slots do not change."""
         S, U, row_S = len(self.row_S), self.unconditional_rows, self.row_S
         x, t = self.z_S4hw, self.table.timestep_R[row_S]
         call, row_of_slot = self.unet, None
@@ -164,7 +164,10 @@ class Tick:
         row_S.copy_(self.table.successor_R[row_S])
 
     def _unconditional_rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Slots [U] that get an unconditional row, and each slot's row or -1 [S]; None stands for slot s and row s."""
+        """The slots [U] that get an unconditional row, and the row of each slot or -1 [S].
+
+        None in place of either stands for the identity: row s belongs to slot s.
+        """
         S, U = len(self.row_S), self.unconditional_rows
         guided_S = self.table.guided_R[self.row_S]
         if U == S:
@@ -175,16 +178,17 @@ class Tick:
         return slot_U, torch.where(guided_S, row_S, -1)
 
     def state_dict(self) -> dict:
-        """Every buffer that a slot in flight depends on, but keys and values, which its prompt gives again."""
+        """Every buffer that a slot in flight depends on, except keys and values: its prompt gives them again."""
         return {name: getattr(self, name) for name in BUFFERS if getattr(self, name, None) is not None}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore the buffers of a `state_dict`; the caller writes keys and values."""
         for name, value in state.items():
             getattr(self, name).copy_(value)
 
 
 def embed_guidance(guidance: list[float], width: int) -> torch.Tensor:
-    """Sinusoids of guidance scales for a UNet distilled with guidance: float32 [N, width] on the host.
+    """Sinusoidal embedding of guidance scales for a guidance-distilled UNet: float32 [N, width] on the host.
 
     (sin(1000 (w - 1) r_i), cos(1000 (w - 1) r_i)) with r_i = 10000^(-i / (width / 2 - 1)), computed in float32 in the
     order of diffusers' get_guidance_scale_embedding, since the angles are large.
