@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -101,7 +101,7 @@ def _canonical(key: dict) -> str:
     return json.dumps(_plain(key), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         if not all(isinstance(k, str) for k in value):
             raise TypeError(f"a cache key has str keys only, not {sorted(value, key=str)}")
@@ -114,7 +114,7 @@ def _plain(value):
 
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None]):
+def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock file beside `path`; the system lets go of it when its holder dies. `say` is told of a wait.
 
     Raises:

@@ -42,10 +42,10 @@ class Files:
         else:
             raise DataError(f"{self.root}: does not exist; set `data.root` to a folder, a .csv or a .zip")
 
-    def __enter__(self):
+    def __enter__(self) -> "Files":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

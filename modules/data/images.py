@@ -231,7 +231,7 @@ def resize(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _check_masks(items, needs_masks: bool, data: Data, root: str) -> None:
+def _check_masks(items: Sequence[Item], needs_masks: bool, data: Data, root: str) -> None:
     if not needs_masks or any(item.mask for item in items):
         return
     if data.crop_to_mask or data.background != "keep":
@@ -240,7 +240,9 @@ def _check_masks(items, needs_masks: bool, data: Data, root: str) -> None:
     raise ConfigError(f"the masked recipes need object masks and {root} has none; add a `mask` column or drop them")
 
 
-def _sort_out(index: Index, items, results: list[_Result], data: Data, learning: bool):
+def _sort_out(
+    index: Index, items: Sequence[Item], results: list[_Result], data: Data, learning: bool
+) -> tuple[list[int], tuple[tuple[str, str], ...]]:
     """(rows kept, (path, reason) of those left out), or one error that names the bad files."""
     bad = [i for i, result in enumerate(results) if result.reason]
     fatal = [i for i in bad if not results[i].may_skip] if data.on_bad_image == "fail" else []
@@ -261,7 +263,7 @@ def _sort_out(index: Index, items, results: list[_Result], data: Data, learning:
     return kept, tuple((items[i].path, results[i].reason) for i in bad)
 
 
-def _notes(results: list[_Result], kept: list[int], skipped, size: int) -> tuple[str, ...]:
+def _notes(results: list[_Result], kept: list[int], skipped: tuple[tuple[str, str], ...], size: int) -> tuple[str, ...]:
     notes = []
     if skipped:
         notes.append(f"{len(skipped)} of {len(results)} images left out, the first {skipped[0][0]}: {skipped[0][1]}")

@@ -177,7 +177,7 @@ class Mixer:
             images_NHWC.index_copy_(0, upload(chosen, images_NHWC.device), changed_NHWC)
         return images_NHWC
 
-    def _stand_ins(self, in_turn: Iterator[int], count: int):
+    def _stand_ins(self, in_turn: Iterator[int], count: int) -> tuple[torch.Tensor, list[int], bool]:
         rows = list(itertools.islice(in_turn, count))
         return self._pixels(self._pixels_DHWC, rows), rows, False
 
@@ -185,7 +185,7 @@ class Mixer:
         picked_NHWC = pixels_DHWC.index_select(0, upload(rows, pixels_DHWC.device, torch.int64))
         return upload(picked_NHWC, self.reservoir.device)
 
-    def _assemble(self, blocks) -> Batch:
+    def _assemble(self, blocks: list[tuple[torch.Tensor, list[int], bool]]) -> Batch:
         """Join blocks of (pixels, rows, is generated): rows of the reservoir, or else of the train set."""
         entries = [self.reservoir.entry(row) if generated else None for _, rows, generated in blocks for row in rows]
         rows = [row for _, block_rows, _ in blocks for row in block_rows]

@@ -134,7 +134,9 @@ def choose_roles(metas: dict[str, ClassMeta], data: Data) -> dict[str, str]:
     return roles
 
 
-def _split_items(files: Files, label: str, folder: str, role: str, keywords, counts: Counter) -> list[Item]:
+def _split_items(
+    files: Files, label: str, folder: str, role: str, keywords: tuple[str, ...], counts: Counter
+) -> list[Item]:
     if folder not in files.folders(label):
         counts[f"classes without {folder}"] += 1
         return []
@@ -172,7 +174,7 @@ def _scene_items(files: Files, scene: str, counts: Counter) -> list[tuple[str, s
     return found
 
 
-def _texts(value, path: Path, key: str) -> tuple[str, ...]:
+def _texts(value: object, path: Path, key: str) -> tuple[str, ...]:
     """A text (parts divided by "," ";" or line ends) or a list of texts, as a tuple of non-empty words."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -4,6 +4,7 @@ Training, inversion and generation are handed `train` alone; val chooses setting
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,7 +118,14 @@ class ImageSets:
         }
 
 
-def load_sets(data: Data, seed: int, *, masks: bool, generation_size: int | None = None, progress=None) -> ImageSets:
+def load_sets(
+    data: Data,
+    seed: int,
+    *,
+    masks: bool,
+    generation_size: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> ImageSets:
     """Every image of a run at `data.image_size`, uint8; far-OOD are those of `data.far_ood_root`, else the set's own.
 
     Args:
@@ -170,7 +178,9 @@ def _some_of_each_class(items: tuple[Item, ...], num_classes: int) -> list[int]:
     return positions
 
 
-def _offset(progress, before: int, total: int, name: str):
+def _offset(
+    progress: Callable[[int, int, str], None] | None, before: int, total: int, name: str
+) -> Callable[[int, int, str], None] | None:
     if progress is None:
         return None
     return lambda done, _total, note="": progress(before + done, total, note or name)

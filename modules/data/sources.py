@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from modules.config import Data
@@ -254,7 +255,7 @@ def _images_in(files: Files, folder: str) -> list[str]:
     return [inside + name for name in files.names(folder) if name.lower().endswith(EXTENSIONS)]
 
 
-def walk(files: Files, folder: str):
+def walk(files: Files, folder: str) -> Iterator[tuple[str, str]]:
     """(folder, path) of every visible file below `folder` ("": the root), sorted."""
     inside = f"{folder}/" if folder else ""
     for name in files.names(folder):

@@ -99,7 +99,7 @@ class SlotAttention:
         return attn.to_out[0](attend(self.backend, q, k, v).flatten(2))
 
 
-def layers_of(unet: torch.nn.Module) -> list:
+def layers_of(unet: torch.nn.Module) -> list[torch.nn.Module]:
     """The attention modules of a UNet in order."""
     from diffusers.models.attention_processor import Attention
 
@@ -147,11 +147,11 @@ def text_key_values(unet: torch.nn.Module, context_NTE: torch.Tensor) -> torch.T
     return _key_values(_text_layers(unet), context_NTE)
 
 
-def _text_layers(unet: torch.nn.Module) -> list:
+def _text_layers(unet: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer for layer in layers_of(unet) if layer.is_cross_attention]
 
 
-def _key_values(layers: list, context_NTE: torch.Tensor) -> torch.Tensor:
+def _key_values(layers: list[torch.nn.Module], context_NTE: torch.Tensor) -> torch.Tensor:
     return torch.cat([x for layer in layers for x in (layer.to_k(context_NTE), layer.to_v(context_NTE))], -1)
 
 
@@ -249,7 +249,12 @@ def _shape(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[int, int, int, i
 
 
 @torch.no_grad()
-def _time(shape, backend: str, qkv, timer) -> Timing:
+def _time(
+    shape: tuple[int, ...],
+    backend: str,
+    qkv: tuple[torch.Tensor, ...],
+    timer: Callable[[Callable[[], object]], float],
+) -> Timing:
     """The time of a backend on real inputs, or why it refused. It is probed by a real call: availability flags lie."""
     with warnings.catch_warnings(record=True) as said:  # torch gives its reasons as warnings, once per process
         warnings.simplefilter("always")

@@ -16,6 +16,7 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from modules.config import Pipeline
 from modules.diffusion.files import (
     CONVERT,
     PICKLED,
@@ -38,7 +39,7 @@ NAMES = {  # what a scheduler config says of weights distilled to a few steps
 WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
-def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+def load(cfg: Pipeline, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     """The pipeline of config section `pipeline`; see `pipeline.load_pipeline`."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -72,7 +73,7 @@ def load(cfg, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     return assemble(parts, cfg, device, dtype, str(source))
 
 
-def own_resolution(cfg) -> int:
+def own_resolution(cfg: Pipeline) -> int:
     """Pixels a side at which the pipeline of config section `pipeline` generates, read without its weights.
 
     Raises:
@@ -90,7 +91,7 @@ def own_resolution(cfg) -> int:
     return _own_size(_setting(UNet2DConditionModel, unet, "sample_size")) * 2 ** (len(_setting(kind, vae, widths)) - 1)
 
 
-def _own_size(sample_size) -> int:
+def _own_size(sample_size: object) -> int:
     """Latent cells a side that a UNet's config names.
 
     Raises:
@@ -106,7 +107,7 @@ def _own_size(sample_size) -> int:
     return side
 
 
-def _configurations(source: Path, cfg) -> tuple[dict, dict]:
+def _configurations(source: Path, cfg: Pipeline) -> tuple[dict, dict]:
     """What unet/config.json and vae/config.json of a folder say, or the same of a single file."""
     if source.is_dir():
         _check_parts(source)
@@ -116,12 +117,12 @@ def _configurations(source: Path, cfg) -> tuple[dict, dict]:
     return configurations(source, cfg)
 
 
-def _setting(kind, config: dict, name: str):
+def _setting(kind: type, config: dict, name: str) -> object:
     """A setting of a diffusers model's config; the class's default where the config leaves it out."""
     return config.get(name, inspect.signature(kind.__init__).parameters[name].default)
 
 
-def locate(cfg) -> Path:
+def locate(cfg: Pipeline) -> Path:
     """The folder or .safetensors file of `pipeline.path`, fetched only if that is allowed.
 
     Raises:
@@ -156,7 +157,7 @@ def fetch(name: str) -> Path:
         ) from error
 
 
-def assemble(parts: dict, cfg, device: torch.device, dtype: torch.dtype, source: str) -> StableDiffusion:
+def assemble(parts: dict, cfg: Pipeline, device: torch.device, dtype: torch.dtype, source: str) -> StableDiffusion:
     """Parts that fit together, frozen on the device.
 
     Raises:
@@ -229,7 +230,7 @@ def _digest_of_all(parts: dict, scheduler: dict) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _prediction_type(scheduler: dict, cfg, source: str) -> str:
+def _prediction_type(scheduler: dict, cfg: Pipeline, source: str) -> str:
     """What the UNet predicts, from the scheduler config; diffusers' default is epsilon."""
     found = scheduler.get("prediction_type", "epsilon")
     if found not in ("epsilon", "v_prediction"):
@@ -241,7 +242,7 @@ def _prediction_type(scheduler: dict, cfg, source: str) -> str:
     return found
 
 
-def _family(unet, text_encoder, scheduler: dict, cfg, source: str) -> str:
+def _family(unet: torch.nn.Module, text_encoder: torch.nn.Module, scheduler: dict, cfg: Pipeline, source: str) -> str:
     """lcm: takes its guidance as an input or brings LCM's scheduler; turbo: Euler with trailing steps; sd2: OpenCLIP."""
     kind, spacing = scheduler.get("_class_name", ""), scheduler.get("timestep_spacing")
     if unet.config.time_cond_proj_dim or kind == "LCMScheduler":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.staging import upload
+from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.tick import embed_guidance
 
@@ -19,7 +20,7 @@ DISTILLED_GUIDANCE = 8.5  # told to a UNet that takes its guidance as an input (
 class Denoising:
     """Inputs and targets of one pipeline's UNet at random timesteps, and its predictions."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: StableDiffusion):
         self.pipeline, self.velocity = pipeline, pipeline.prediction_type == "v_prediction"
         self.abar_T = alphas_cumprod(pipeline.scheduler).to(pipeline.device, torch.float32)
 
@@ -36,7 +37,9 @@ class Denoising:
         z_t = (alpha * z_0 + sigma * eps).to(self.pipeline.dtype, memory_format=torch.channels_last)
         return z_t, alpha * eps - sigma * z_0 if self.velocity else eps, t_B
 
-    def losses(self, z_t, target, t_B: torch.Tensor, context_BTE: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, z_t: torch.Tensor, target: torch.Tensor, t_B: torch.Tensor, context_BTE: torch.Tensor
+    ) -> torch.Tensor:
         """Mean squared error of each row's prediction, float32 [B]."""
         width, condition = self.pipeline.guidance_embedding_width, None
         if width:

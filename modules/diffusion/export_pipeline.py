@@ -14,7 +14,15 @@ from modules.diffusion.shapes import SCHEDULER
 PLACES = ("_name_or_path", "is_local", "local_files_only")  # where a part that was trained on had been read from
 
 
-def export(folder: Path, vae, text, unet, tokenizer: CLIPTokenizer, scaling: float, facts: dict) -> dict[str, str]:
+def export(
+    folder: Path,
+    vae: torch.nn.Module,
+    text: torch.nn.Module,
+    unet: torch.nn.Module,
+    tokenizer: CLIPTokenizer,
+    scaling: float,
+    facts: dict,
+) -> dict[str, str]:
     """Write a diffusers folder in fp16 safetensors with `training.json` (what it was made from) beside the parts.
 
     The parts may be on any device.

@@ -40,7 +40,7 @@ def weight_files(part: Path, stem: str) -> list[Path]:
     raise DataError(f"{part}: {stem}.safetensors is missing")
 
 
-def read_model(kind, part: Path, files: list[Path], dtype: torch.dtype) -> torch.nn.Module:
+def read_model(kind: type, part: Path, files: list[Path], dtype: torch.dtype) -> torch.nn.Module:
     """A model of one part, every weight from its files."""
     variant = "fp16" if ".fp16" in files[0].name else None
     read_json(part / "config.json")

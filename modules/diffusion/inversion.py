@@ -31,6 +31,7 @@ from modules.data.cache import digest_tensor
 from modules.diffusion.attention import install
 from modules.diffusion.denoising import Denoising, stratified
 from modules.diffusion.frozen import freeze_layers
+from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.prompts import KEYWORDS, OBJECT_TEMPLATES, fill, placeholder
 from modules.diffusion.tokens import Tokens, initializer_rows
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory, first_line
@@ -47,7 +48,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def token_cache_key(
-    pipeline,
+    pipeline: StableDiffusion,
     pixels_DHWC: torch.Tensor,
     labels: Sequence[str],
     settings: Settings,
@@ -108,7 +109,7 @@ class Inversion:
 
     def __init__(
         self,
-        pipeline,
+        pipeline: StableDiffusion,
         moments_FD8hw: torch.Tensor,
         labels_D: Sequence[int],
         classes: Sequence[str],

@@ -8,12 +8,13 @@ Shapes: D and N images, T tokens of a prompt (77), K vectors of a class token, E
 grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kernels.staging import upload
+from modules.config import Pipeline
 from modules.errors import ConfigError, DataError
 from modules.runtime import dtype_name
 
@@ -80,7 +81,9 @@ class StableDiffusion:
         return self.text_encoder.config.hidden_size
 
     @torch.no_grad()
-    def encode_moments(self, pixels_DHWC: torch.Tensor, batch: int = 16, progress=None) -> torch.Tensor:
+    def encode_moments(
+        self, pixels_DHWC: torch.Tensor, batch: int = 16, progress: Callable[[int, int, str], None] | None = None
+    ) -> torch.Tensor:
         """VAE moments [D, 8, h, w] fp16 (mean, log-variance in [-30, 20]) of uint8 images [D, H, W, 3] at `resolution`.
 
         An encoder without variance (AutoencoderTiny) gets the log-variance -1e4, whose deviation is exactly 0.
@@ -236,7 +239,7 @@ def _around_slot(text: str) -> list[str]:
     return text.split(SLOT)
 
 
-def own_resolution(cfg) -> int:
+def own_resolution(cfg: Pipeline) -> int:
     """Pixels a side of the pipeline that config section `pipeline` names, read from its configurations alone.
 
     Raises: as `load_pipeline`, for what these show.
@@ -246,7 +249,9 @@ def own_resolution(cfg) -> int:
     return checkpoints.own_resolution(cfg)
 
 
-def load_pipeline(cfg, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
+def load_pipeline(
+    cfg: Pipeline, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusion:
     """The pipeline that config section `pipeline` names, on a device, frozen.
 
     Raises:

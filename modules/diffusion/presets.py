@@ -7,6 +7,7 @@ The lossy ones have to pass a quality gate (benchmarks/quality.py) before a figu
 
 from dataclasses import dataclass, replace
 
+from modules.config import Generation
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import Grid, time_grid
 from modules.errors import ConfigError
@@ -34,7 +35,7 @@ class Plan:
         grid = time_grid(scheduler, self.solver, self.num_inference_steps, self.guided_steps)
         return replace(grid, most_steps=TURBO_STEPS if self.preset == "turbo" else None)
 
-    def settings(self, generation):
+    def settings(self, generation: Generation) -> Generation:
         """Config section `generation` as the plan runs it."""
         return replace(
             generation,
@@ -44,7 +45,7 @@ class Plan:
         )
 
 
-def plan(preset: str, generation, pipeline: StableDiffusion, resolution_is_set: bool = False) -> Plan:
+def plan(preset: str, generation: Generation, pipeline: StableDiffusion, resolution_is_set: bool = False) -> Plan:
     """What a preset makes of config section `generation` on a pipeline.
 
     Args:
@@ -89,7 +90,7 @@ def preset_resolution(preset: str, own: int, resolution_is_set: bool) -> int:
     return int(own * FASTER_SHARE) // 64 * 64 or own
 
 
-def _turbo(generation, pipeline: StableDiffusion) -> Plan:
+def _turbo(generation: Generation, pipeline: StableDiffusion) -> Plan:
     if pipeline.family not in ("lcm", "turbo"):
         raise ConfigError(
             f"pipeline.preset turbo needs weights distilled to a few steps (LCM or Turbo); {pipeline.source} is "

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modules.config import Generation, Inversion
-from modules.diffusion.pipeline import SLOT
+from modules.diffusion.pipeline import SLOT, StableDiffusion
 from modules.errors import ConfigError, DataError
 
 OBJECT_TEMPLATES = (
@@ -207,7 +207,9 @@ def drawn_prompts(
     return [fill(template, token, word) for template in templates for word in dict.fromkeys(words)]
 
 
-def check_generation(pipeline, generation: Generation, inversion: Inversion, keywords: Sequence[Sequence[str]]) -> None:
+def check_generation(
+    pipeline: StableDiffusion, generation: Generation, inversion: Inversion, keywords: Sequence[Sequence[str]]
+) -> None:
     """Refuse settings that may make a prompt, however rare, that the pipeline cannot read.
 
     Args:

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from modules.config import Generation, NearOOD
+from modules.diffusion.controller import Controller
 from modules.diffusion.prompts import KEYWORDS
 from modules.diffusion.requests import Prompt, Request
 from modules.diffusion.schedule import Grid
@@ -44,7 +45,7 @@ class Recipes:
         pipeline: str = "",
         tokens: str = "",
         has_mask: Sequence[bool] | None = None,
-        controller=None,
+        controller: Controller | None = None,
         keywords: Sequence[Sequence[str]] = (),
     ):
         """Recipes over the train split.

@@ -147,7 +147,7 @@ def _first_order(now: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.column_stack([sigma_after / sigma, alpha_after - sigma_after * alpha / sigma, zero, zero])
 
 
-def _ddim(config: dict, count: int):
+def _ddim(config: dict, count: int) -> tuple[np.ndarray, ...]:
     scheduler = build_scheduler(config, "ddim")
     scheduler.set_timesteps(count)
     timesteps = scheduler.timesteps.numpy()
@@ -164,7 +164,7 @@ def _ddim(config: dict, count: int):
     return timesteps, levels, rows, rows
 
 
-def _euler(config: dict, count: int):
+def _euler(config: dict, count: int) -> tuple[np.ndarray, ...]:
     scheduler = build_scheduler(config, "euler")
     scheduler.set_timesteps(count)
     levels = _levels_of_sigma(scheduler.sigmas.double().numpy())
@@ -173,7 +173,7 @@ def _euler(config: dict, count: int):
     return scheduler.timesteps.numpy(), levels[:-1], rows, rows
 
 
-def _dpmpp_2m(config: dict, count: int):
+def _dpmpp_2m(config: dict, count: int) -> tuple[np.ndarray, ...]:
     """Source: DPM-Solver++, 2211.01095 algorithm 2 (2M), midpoint form; orders at the end as diffusers lowers them."""
     scheduler = build_scheduler(config, "dpmpp_2m")
     scheduler.set_timesteps(count)
@@ -195,7 +195,7 @@ def _dpmpp_2m(config: dict, count: int):
     return scheduler.timesteps.numpy(), levels[:-1], steps, starts
 
 
-def _lcm(config: dict, count: int):
+def _lcm(config: dict, count: int) -> tuple[np.ndarray, ...]:
     """Source: Latent Consistency Models, 2310.04378 algorithm 3; boundary scalings with sigma_data = .5."""
     scheduler = build_scheduler(config, "lcm")
     if count > scheduler.config.original_inference_steps:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from modules.config import Pipeline
 from modules.diffusion import shapes
 from modules.diffusion.files import digest, read_json, read_tokenizer
 from modules.errors import ConfigError, DataError, first_line
@@ -40,7 +41,7 @@ MAKE_CONFIGS = (
 DECLARED = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
-def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
+def read_single_file(path: Path, dtype: torch.dtype, cfg: Pipeline) -> dict:
     """tokenizer, text_encoder, unet, vae, scheduler (dict) and digest of a single file.
 
     Raises:
@@ -72,7 +73,7 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg) -> dict:
     return parts | {"digest": digest([path], path.parent)}
 
 
-def configurations(path: Path, cfg) -> tuple[dict, dict]:
+def configurations(path: Path, cfg: Pipeline) -> tuple[dict, dict]:
     """The settings of unet and vae of a single file, of which the header alone is read.
 
     Raises:
@@ -116,7 +117,7 @@ def _header(path: Path) -> Header:
     return Header(metadata, width, max(guidance))
 
 
-def _shapes(path: Path, header: Header, cfg) -> dict[str, dict]:
+def _shapes(path: Path, header: Header, cfg: Pipeline) -> dict[str, dict]:
     """The configurations of the family to which a file without any belongs.
 
     The weights of Turbo and LCM are those of their base model in all but their values, so that pipeline.family has to say
@@ -145,7 +146,7 @@ def _configs_beside(path: Path) -> Path | None:
     return None
 
 
-def _declared(metadata: dict, cfg, path: Path, family: str, few_steps: str | None) -> str:
+def _declared(metadata: dict, cfg: Pipeline, path: Path, family: str, few_steps: str | None) -> str:
     """What the UNet predicts: what the file's metadata says, or the setting, or epsilon for 1.x and SD Turbo."""
     said = DECLARED.get(metadata.get("modelspec.prediction_type", ""))
     if said and cfg.prediction_type and said != cfg.prediction_type:

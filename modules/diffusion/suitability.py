@@ -115,7 +115,9 @@ def suitability(
     return sorted(table, key=lambda row: row["class"] == ALL)
 
 
-def _agreement(predicted, labels, real_predicted, real_labels) -> dict:
+def _agreement(
+    predicted: torch.Tensor, labels: torch.Tensor, real_predicted: torch.Tensor, real_labels: torch.Tensor
+) -> dict:
     agreement = (predicted == labels).float().mean().item()
     real_agreement = (real_predicted == real_labels).float().mean().item()
     return {
@@ -125,7 +127,9 @@ def _agreement(predicted, labels, real_predicted, real_labels) -> dict:
     }
 
 
-def _spread(pairs, real_pairs, distance, spread_of_class) -> dict:
+def _spread(
+    pairs: torch.Tensor, real_pairs: torch.Tensor, distance: torch.Tensor, spread_of_class: torch.Tensor
+) -> dict:
     diversity, real_diversity = _median(pairs), _median(real_pairs)
     shares = (distance / spread_of_class)[spread_of_class > 0]
     return {

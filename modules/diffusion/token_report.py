@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.diffusion.denoising import Denoising
+from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.prompts import fill, trained_words
 from modules.diffusion.tokens import Tokens, initializer_rows, vocabulary_norms
 from modules.runtime import stream
@@ -23,7 +24,7 @@ UNMOVED = 0.05  # relative distance to the initializer below which a token is ca
 
 @torch.no_grad()
 def token_report(
-    pipeline,
+    pipeline: StableDiffusion,
     tokens: Tokens,
     moments_D8hw: torch.Tensor,
     labels_D: Sequence[int],
@@ -91,7 +92,14 @@ def _note(row: dict) -> str:
     return ""
 
 
-def _held_out(pipeline, tokens, moments_D8hw, own, draws, batch_size) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def _held_out(
+    pipeline: StableDiffusion,
+    tokens: Tokens,
+    moments_D8hw: torch.Tensor,
+    own: list[list[int]],
+    draws: int,
+    batch_size: int,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Class -> (loss_N with the token, loss_N with the initializer), of the same N draws, float32 on the CPU."""
     denoising = Denoising(pipeline)
     token_context = pipeline.embed_vectors([fill(TEMPLATE, "*")] * len(own), tokens.vectors_CKE.to(pipeline.device))

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernels.staging import in_use
+from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.prompts import KEYWORDS, fill, initializer_id, placeholder, refuse_untrained, trained_words
 from modules.errors import ConfigError, DataError, StorageError
 from modules.state import safetensors_bytes, write_atomic
@@ -201,7 +202,7 @@ def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
     return entry
 
 
-def vocabulary_norms(pipeline, trained: frozenset[str] | None = None) -> torch.Tensor:
+def vocabulary_norms(pipeline: StableDiffusion, trained: frozenset[str] | None = None) -> torch.Tensor:
     """||row|| of the token embedding, float32: of the words in `trained` that have a row, or of the whole vocabulary."""
     rows = pipeline.text_encoder.get_input_embeddings().weight.detach()
     if trained is not None:
@@ -210,7 +211,7 @@ def vocabulary_norms(pipeline, trained: frozenset[str] | None = None) -> torch.T
     return rows.float().norm(dim=1)
 
 
-def initializer_rows(pipeline, words: Sequence[str]) -> torch.Tensor:
+def initializer_rows(pipeline: StableDiffusion, words: Sequence[str]) -> torch.Tensor:
     """The rows [C, E] of the token embedding, float32, that class vectors start from: one a word.
 
     Raises: ConfigError as `initializer_id`.
@@ -233,7 +234,9 @@ class PromptBank:
     With `tokens` None every prompt shows the initializer word (class-agnostic prompts, the control of Real Guidance).
     """
 
-    def __init__(self, pipeline, tokens: Tokens | None, initializer: str = "object", capacity: int = 1024):
+    def __init__(
+        self, pipeline: StableDiffusion, tokens: Tokens | None, initializer: str = "object", capacity: int = 1024
+    ):
         if tokens is not None and tokens.base_model != pipeline.digest:
             raise DataError(
                 f"class tokens of base model {tokens.base_model[:16]} in a pipeline that is {pipeline.digest[:16]}; "

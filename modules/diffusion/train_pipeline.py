@@ -306,7 +306,9 @@ def unet_step(
     return loss.item()
 
 
-def text_with_rows(text: CLIPTextModel, ids_BT, mark: int, own_B, table: torch.Tensor) -> torch.Tensor:
+def text_with_rows(
+    text: CLIPTextModel, ids_BT: torch.Tensor, mark: int, own_B: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
     """Text embeddings [B, T, E] of ids in which row b's mark stands for table[own_B[b]] (where own_B[b] >= 0)."""
 
     def splice(module, inputs, embedded_BTE):

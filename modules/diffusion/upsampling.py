@@ -5,7 +5,7 @@ them at every shape that the layers really meet. Parameters and names stay as th
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers.models.upsampling import Upsample2D
@@ -33,7 +33,7 @@ class FoldedUpsample(Upsample2D):
         weight = self.conv.weight
         self.set_form("transposed" if weight.device.type == "cpu" and weight.dtype == torch.float32 else OWN)
 
-    def forward(self, hidden_states: torch.Tensor, output_size=None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         """[N, I, h, w] to [N, O, 2h, 2w], or to `output_size` where the UNet's grid is no multiple of its own factor."""
         h, w = hidden_states.shape[2:]
         if self.form == OWN or (output_size is not None and tuple(output_size) != (2 * h, 2 * w)):
@@ -121,7 +121,7 @@ def summary(*models: torch.nn.Module) -> str:
     return ", ".join(f"{form} in {count} layers" for form, count in taken.most_common()) or "no layer of its kind"
 
 
-def _layers(models) -> list[FoldedUpsample]:
+def _layers(models: Iterable[torch.nn.Module]) -> list[FoldedUpsample]:
     return [layer for model in models for layer in model.modules() if isinstance(layer, FoldedUpsample)]
 
 
@@ -130,7 +130,13 @@ def _is_plain(layer: Upsample2D) -> bool:
     return convolves and layer.norm is None and layer.conv.kernel_size == (3, 3) and layer.conv.padding == (1, 1)
 
 
-def _time(shape, form: str, layer: FoldedUpsample, x: torch.Tensor, timer) -> Timing:
+def _time(
+    shape: tuple[int, ...],
+    form: str,
+    layer: FoldedUpsample,
+    x: torch.Tensor,
+    timer: Callable[[Callable[[], object]], float],
+) -> Timing:
     weight, bias = layer.conv.weight, layer.conv.bias
     layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
     try:
