@@ -1,7 +1,7 @@
-"""Requests to prompt embeddings: the arithmetic on class tokens that near-OOD recipes are made of.
+"""Prompt embeddings of requests, with the arithmetic on class tokens that some near-OOD recipes need.
 
-Fixed prompts come from the bank, where they are embedded once. Mixed, noised and outlying tokens are inputs of the text
-encoder, so they are embedded when their image enters a slot.
+Fixed prompts are embedded once and kept in the bank. Mixed, noised and outlying tokens change the text encoder's input,
+so such prompts are embedded when their image enters a slot.
 
 Shapes: C classes, K vectors a token, E text width, T tokens of a prompt, N candidates.
 """
@@ -18,7 +18,7 @@ from modules.runtime import stream
 
 
 class Conditioning:
-    """Prompt embeddings of requests."""
+    """Maps a request to the embedding of its prompt."""
 
     def __init__(self, bank: PromptBank, seed: int):
         self.bank, self.seed = bank, seed
@@ -28,7 +28,7 @@ class Conditioning:
         """The embedding [T, E] of a request's prompt.
 
         Raises:
-            DataError: the request names other class tokens than these.
+            DataError: the request was made with other class tokens than the bank's.
         """
         if request.tokens != self.tokens:
             raise DataError(
@@ -50,9 +50,9 @@ class Conditioning:
 
 
 def token_vectors(prompt: Prompt, vectors_CKE: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """The vectors [K, E] that stand in a prompt: sum_c w_c V_c, then noise or a move to low density.
+    """The token vectors [K, E] of a prompt: sum_c w_c V_c, then noise or a move to low density if the prompt has them.
 
-    Noise: V + noise ||V|| / sqrt(E) g with g standard normal, so that `noise` is the ratio of the two norms.
+    Noise: V + noise ||V|| / sqrt(E) g with g standard normal, so that `noise` is about the ratio of the two norms.
     """
     mixed_KE = sum(weight * vectors_CKE[label] for label, weight in zip(prompt.classes, prompt.weights, strict=True))
     if prompt.noise:
@@ -66,10 +66,11 @@ def token_vectors(prompt: Prompt, vectors_CKE: torch.Tensor, draw: torch.Generat
 def outlying_vectors(
     vectors_KE: torch.Tensor, vectors_CKE: torch.Tensor, quantile: float, draw: torch.Generator
 ) -> torch.Tensor:
-    """Token vectors [K, E] near a class's own where class tokens are rare.
+    """Token vectors [K, E] near a class's own, in a direction where class tokens are sparse.
 
-    Of N = 1 / quantile candidates at the distance r of the nearest other class token (without one: the token's norm),
-    each in a random direction, the one of lowest density sum_c exp(-||x - V_c||^2 / 2 r^2) is taken.
+    N = 1 / quantile candidates (at least 2) are drawn in random directions at distance r, the distance of the nearest
+    other class token (or the token's norm if there is none). The candidate x of lowest density
+    sum_c exp(-||x - V_c||^2 / 2 r^2) is returned.
     Source: the sampling idea of NPOS (2303.02966) and Dream-OOD (2309.13415), applied to class tokens.
     """
     tokens_CF, own_F = vectors_CKE.flatten(1), vectors_KE.flatten()
@@ -85,7 +86,7 @@ def outlying_vectors(
 
 
 def tokens_digest(vectors_CKE: torch.Tensor | None) -> str:
-    """sha256 of class vectors; empty without any."""
+    """sha256 of class vectors; "" if there are none."""
     if vectors_CKE is None:
         return ""
     return hashlib.sha256(vectors_CKE.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,6 +1,6 @@
-"""The training side of a diffusion model: noisy inputs, what the UNet should predict of them, what it does predict.
+"""The denoising loss of a diffusion model: noised inputs, the targets that the UNet should predict, and its errors.
 
-Inversion learns on it and the token report measures on it, so that both speak of the same loss.
+Shared by inversion, which minimizes this loss, and the token report, which measures it.
 
 Shapes: B rows, T timesteps of the schedule, E text width, h w the latent grid.
 """
@@ -14,11 +14,11 @@ from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import alphas_cumprod
 from modules.diffusion.tick import embed_guidance
 
-DISTILLED_GUIDANCE = 8.5  # told to a UNet that takes its guidance as an input (LCM): diffusers' default for those
+DISTILLED_GUIDANCE = 8.5  # for a UNet that takes its guidance scale as an input (LCM): diffusers' default for those
 
 
 class Denoising:
-    """Inputs and targets of one pipeline's UNet at random timesteps, and its predictions."""
+    """Inputs, targets and losses of one pipeline's UNet at random timesteps."""
 
     def __init__(self, pipeline: StableDiffusion):
         self.pipeline, self.velocity = pipeline, pipeline.prediction_type == "v_prediction"
@@ -27,8 +27,8 @@ class Denoising:
     def noised(self, z_0: torch.Tensor, eps: torch.Tensor, u_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(z_t in the pipeline's dtype, target float32, t int64 [B]) at t = floor(u T).
 
-        z_t = sqrt(abar) z_0 + sqrt(1-abar) eps; the target is eps, or sqrt(abar) eps - sqrt(1-abar) z_0 where the
-        scheduler says v_prediction. z_0 and eps float32 [B, 4, h, w], u in [0, 1).
+        z_t = sqrt(abar) z_0 + sqrt(1-abar) eps; the target is eps, or sqrt(abar) eps - sqrt(1-abar) z_0 if the
+        scheduler says v_prediction. z_0 and eps are float32 [B, 4, h, w], u in [0, 1).
         Source: 2006.11239 eq. 4; 2202.00512 appendix D.
         """
         t_B = (u_B * len(self.abar_T)).long().clamp_(max=len(self.abar_T) - 1)
@@ -51,7 +51,7 @@ class Denoising:
 
 
 def stratified(labels_B: Sequence[int], draw: torch.Generator) -> torch.Tensor:
-    """u in [0, 1) float32 [B], uniform each; the n rows of a class lie 1/n apart: u_i = (u_0 + i/n) mod 1.
+    """u in [0, 1) float32 [B], each uniform; the u of a class's n rows are 1/n apart: u_i = (u_0 + i/n) mod 1.
 
     Source: Variational Diffusion Models, 2107.00630, appendix I.1.
     """

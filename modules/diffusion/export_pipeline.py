@@ -1,4 +1,4 @@
-"""A trained pipeline as a diffusers folder: fp16 safetensors, configurations, and what it was made from."""
+"""Saves a trained pipeline as a diffusers folder: fp16 safetensors, configurations, and what it was made from."""
 
 import copy
 import hashlib
@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from modules.diffusion.files import read_json
 from modules.diffusion.shapes import SCHEDULER
 
-PLACES = ("_name_or_path", "is_local", "local_files_only")  # where a part that was trained on had been read from
+PLACES = ("_name_or_path", "is_local", "local_files_only")  # keys that say where a part was loaded from; dropped
 
 
 def export(
@@ -23,12 +23,12 @@ def export(
     scaling: float,
     facts: dict,
 ) -> dict[str, str]:
-    """Write a diffusers folder in fp16 safetensors with `training.json` (what it was made from) beside the parts.
+    """Write a diffusers folder in fp16 safetensors, and `training.json` with `facts` and the weight files' hashes.
 
     The parts may be on any device.
 
     Returns:
-        sha256 of each weight file, by its path in the folder.
+        relative path of each weight file -> its sha256.
     """
     folder = Path(folder)
     vae.register_to_config(scaling_factor=scaling)

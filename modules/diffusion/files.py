@@ -1,7 +1,7 @@
-"""Reading what stands on disk, part by part: every fault becomes one message that names the file.
+"""Reads the parts of a pipeline from disk; every fault becomes one message that names the file.
 
-Only safetensors and JSON are read: a pickled checkpoint can run code, so it is refused with the way to convert it.
-Weights that a model needs and a file lacks are an error: the libraries would draw them at random.
+Only safetensors and JSON are read. A pickled checkpoint can run code, so it is refused with a hint how to convert it.
+Weights that a model needs and its file lacks are an error, because the libraries would initialize them at random.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ CONVERT = (
 
 
 def weight_files(part: Path, stem: str) -> list[Path]:
-    """The safetensors files of one part, whole or sharded, of full precision or else fp16.
+    """The safetensors files of one part, whole or sharded; full precision if present, else fp16.
 
     Raises:
-        DataError: there are none; if there are pickled ones, the message says how to convert.
+        DataError: there are none; if there are pickled ones, the message says how to convert them.
     """
     for variant in ("", ".fp16"):
         found = sorted(part.glob(f"{stem}{variant}.safetensors")) or sorted(
@@ -41,10 +41,14 @@ def weight_files(part: Path, stem: str) -> list[Path]:
 
 
 def read_model(kind: type, part: Path, files: list[Path], dtype: torch.dtype) -> torch.nn.Module:
-    """A model of one part, every weight from its files."""
+    """The model of one part, with every weight read from its files.
+
+    Raises:
+        DataError: the files cannot be read, or lack weights, or have weights of another shape.
+    """
     variant = "fp16" if ".fp16" in files[0].name else None
     read_json(part / "config.json")
-    # so that weights of another shape are told by name; diffusers does that by itself
+    # makes transformers report weights of another shape by name; diffusers does so by itself
     by_name = {"ignore_mismatched_sizes": True} if issubclass(kind, PreTrainedModel) else {}
     try:
         model, info = kind.from_pretrained(
@@ -84,7 +88,11 @@ def read_tokenizer(part: Path) -> CLIPTokenizer:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file."""
+    """The JSON object in a file.
+
+    Raises:
+        DataError: the file is missing, is not JSON, or holds something other than an object.
+    """
     if not path.is_file():
         raise DataError(f"{path} is missing; fetch the part again")
     try:
@@ -97,7 +105,7 @@ def read_json(path: Path) -> dict:
 
 
 def digest(files: list[Path], root: Path) -> str:
-    """sha256 over names (below root) and contents of files."""
+    """sha256 over the names (relative to root) and contents of files."""
     total = hashlib.sha256()
     for path in sorted(files):
         with path.open("rb") as file:

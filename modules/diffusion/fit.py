@@ -1,8 +1,8 @@
-"""Slots that fit: where memory runs out, generation makes do with fewer rows and says so; the learner never does.
+"""Finds a number of slots that fits in memory. Generation gives way and says so; the training batch is never reduced.
 
-The first tick and the first decode are the largest the engine will ever take, so an engine that passes them fits. What
-makes an engine faster needs memory of its own (timing attention, compiling, the pool of captured graphs), so it is part
-of what has to fit: rather fewer slots that are fast than more that are not, within ACCELERATED_HALVINGS.
+The first tick and the first decode need as much memory as any later one, so an engine that passes them fits.
+Acceleration needs extra memory (timing attention, compiling, the pool of captured graphs), so it has to fit as well:
+fewer accelerated slots are preferred to more plain ones, up to ACCELERATED_HALVINGS halvings.
 """
 
 import gc
@@ -15,7 +15,7 @@ from modules.errors import OutOfMemory
 from modules.memory import ran_out
 from modules.runtime import Choice
 
-ACCELERATED_HALVINGS = 2  # with less than a quarter of the rows in a call, a GPU loses more than compiling gains
+ACCELERATED_HALVINGS = 2  # below a quarter of the rows per call, a GPU loses more than compiling gains
 ACCELERATED = "accelerated"
 
 
@@ -25,16 +25,16 @@ def fit_slots(
     decode_batch: int,
     accelerate: Callable[[Slots], None] | None = None,
 ) -> tuple[Slots, Choice, Choice]:
-    """The engine of `build(slots, decode_batch)` that fits in memory, halving either number until it does.
+    """Build an engine with `build(slots, decode_batch)`, halving whichever number runs out of memory until it fits.
 
     Args:
-        accelerate: makes an engine faster in place, or runs out of memory; then slots are halved too, and in the end the
-            engine that fitted without it is returned as it is.
+        accelerate: makes an engine faster in place. If it runs out of memory, slots are halved too, and after
+            ACCELERATED_HALVINGS the engine that fitted without acceleration is built and left plain.
 
     Returns the engine and both numbers with their reasons.
 
     Raises:
-        OutOfMemory: not even one slot, or a decode of one image, fits.
+        OutOfMemory: one slot, or the decode of one image, does not fit.
     """
     asked = {"slots": slots, "decode_batch": decode_batch}
     numbers, plain = dict(asked), None
@@ -42,8 +42,8 @@ def fit_slots(
         engine, part = _try(build, accelerate, **numbers)
         if engine is not None:
             return engine, *(_choice(name, asked[name], numbers[name]) for name in asked)
-        gc.collect()  # an engine and its tick, which was replaced in it, hold each other
-        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        gc.collect()  # an engine and the replacement of its tick refer to each other
+        torch.cuda.empty_cache()  # does nothing if CUDA was never used
         if part == ACCELERATED:
             plain = plain or dict(numbers)
             if numbers["slots"] == 1 or numbers["slots"] << ACCELERATED_HALVINGS <= plain["slots"]:
@@ -63,7 +63,7 @@ def fit_slots(
 def _try(
     build: Callable[[int, int], Slots], accelerate: Callable[[Slots], None] | None, slots: int, decode_batch: int
 ) -> tuple[Slots | None, str]:
-    """The engine, or None and what to lower; returning first frees what the failed attempt held."""
+    """The engine and "", or None and the number to lower. Returning frees what a failed attempt held."""
     part = "slots"
     try:
         engine = build(slots, decode_batch)

@@ -1,5 +1,5 @@
-"""Layers of a frozen model in the form that is fastest where they run: linear layers (kernels/linear.py) and upsampling
-(kernels/upsample.py)."""
+"""Replaces linear layers (kernels/linear.py) and upsampling layers (kernels/upsample.py) of a frozen model by faster
+equivalents."""
 
 import torch
 
@@ -7,21 +7,21 @@ from kernels.linear import frozen_linear
 
 
 class FrozenLinear(torch.nn.Linear):
-    """A linear layer without gradients of its own."""
+    """A linear layer whose weight and bias get no gradients."""
 
     def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
         return frozen_linear(x_NI, self.weight, self.bias)
 
 
 def freeze_layers(model: torch.nn.Module) -> int:
-    """Make every nn.Linear of a frozen model a FrozenLinear and every upsampling layer of diffusers a FoldedUpsample, in
-    place, parameters and names as they were.
+    """Turn every nn.Linear of a frozen model into a FrozenLinear, and diffusers' upsampling layers into FoldedUpsample.
 
-    Returns how many of both the model has now. Subclasses of nn.Linear have a forward of their own and stay as they are.
+    This happens in place and keeps parameters and their names. Subclasses of nn.Linear are left alone, because they
+    have their own forward. Returns the number of layers of both kinds that the model now has.
 
-    Raises ValueError for a layer that is being trained.
+    Raises ValueError if a parameter requires a gradient.
     """
-    from modules.diffusion.upsampling import freeze_upsampling  # imports diffusers: seconds that --help must not pay
+    from modules.diffusion.upsampling import freeze_upsampling  # imports diffusers, seconds that --help must not cost
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

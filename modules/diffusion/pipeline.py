@@ -1,8 +1,8 @@
-"""A Stable Diffusion taken apart: pixels to latents, prompts to embeddings, latents to pixels.
+"""The parts of a Stable Diffusion pipeline and the conversions between pixels, latents and prompt embeddings.
 
-diffusers' pipelines run one prompt list at one strength from PIL to PIL. The slot engine needs the parts: moments
-encoded once and sampled many times, prompts embedded once, a UNet that is called on any mixture of images. One class
-holds the parts and the four conversions between them; denoising itself is in `slots`.
+diffusers' pipelines run one list of prompts at one strength, from PIL images to PIL images. The slot engine needs the
+parts: moments that are encoded once and sampled many times, prompts that are embedded once, and a UNet that can be
+called on any mixture of images. One class holds the parts and the four conversions; denoising itself is in `slots`.
 
 Shapes: D and N images, T tokens of a prompt (77), K vectors of a class token, E embedding width, H W pixels, h w latent
 grid.
@@ -18,7 +18,7 @@ from modules.config import Pipeline
 from modules.errors import ConfigError, DataError
 from modules.runtime import dtype_name
 
-NO_VARIANCE = -1e4  # log-variance of an encoder that has none: exp(-5000) is exactly 0
+NO_VARIANCE = -1e4  # log-variance for an encoder without variance: its standard deviation exp(-5000) is exactly 0
 SLOT = "*"  # stands for the class token in a prompt
 SHORTEN = (
     "shorten its template or its condition (a word of generation.conditions or a keyword of the class), or lower "
@@ -44,7 +44,7 @@ class StableDiffusion:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels a latent cell spans a side."""
+        """Side of a latent cell in pixels."""
         widths = getattr(self.vae.config, "block_out_channels", None) or self.vae.config.decoder_block_out_channels
         return 2 ** (len(widths) - 1)
 
@@ -67,7 +67,7 @@ class StableDiffusion:
 
     @property
     def guidance_embedding_width(self) -> int:
-        """Width of the guidance embedding that the UNet takes in place of a second call (LCM); 0: it takes none."""
+        """Width of the guidance embedding that the UNet takes instead of a second call (LCM); 0 if it takes none."""
         return self.unet.config.time_cond_proj_dim or 0
 
     @property
@@ -86,7 +86,7 @@ class StableDiffusion:
     ) -> torch.Tensor:
         """VAE moments [D, 8, h, w] fp16 (mean, log-variance in [-30, 20]) of uint8 images [D, H, W, 3] at `resolution`.
 
-        An encoder without variance (AutoencoderTiny) gets the log-variance -1e4, whose deviation is exactly 0.
+        For an encoder without variance (AutoencoderTiny) the log-variance is -1e4, a standard deviation of exactly 0.
         """
         moments = []
         for rows_NHWC in pixels_DHWC.split(batch):
@@ -102,20 +102,20 @@ class StableDiffusion:
         return torch.cat(moments)
 
     def sample_latents(self, moments_N8hw: torch.Tensor, noise_N4hw: torch.Tensor) -> torch.Tensor:
-        """z_0 = (mean + sd * noise - shift) * scaling, float32 [N, 4, h, w], of cached moments and standard noise."""
+        """z_0 = (mean + sd * noise - shift) * scaling, float32 [N, 4, h, w], from moments and standard normal noise."""
         mean, logvar = moments_N8hw.float().chunk(2, 1)
         return (mean + (0.5 * logvar).exp() * noise_N4hw - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, z_N4hw: torch.Tensor) -> torch.Tensor:
-        """Pixels [N, 3, H, W], nominally in [-1, 1] and unclamped, in the pipeline's dtype, of scaled latents."""
+        """Scaled latents to pixels [N, 3, H, W] in the pipeline's dtype, nominally in [-1, 1] and not clamped."""
         return self.vae.decode((z_N4hw / self.scaling_factor + self.shift_factor).to(self.dtype)).sample
 
     def check_vae(self, pixels_DHWC: torch.Tensor) -> None:
-        """Refuse a VAE whose latents or pixels of these uint8 images are not finite.
+        """Check that the VAE encodes and decodes these uint8 images to finite values.
 
         Raises:
-            DataError: they are not; some VAEs overflow in fp16.
+            DataError: it does not; some VAEs overflow in fp16.
         """
         moments = self.encode_moments(pixels_DHWC)
         decoded = self.decode(self.sample_latents(moments, torch.zeros_like(moments[:, :4]).float()))
@@ -123,15 +123,17 @@ class StableDiffusion:
             raise DataError(self._overflow())
 
     def check_moments(self, moments_D8hw: torch.Tensor, files: Sequence[str]) -> None:
-        """Refuse VAE moments that are not finite; waits for the device once.
+        """Check that VAE moments are finite; waits for the device once.
 
         Args:
-            files: what each image was read from.
+            files: the file of each image.
 
         Raises:
-            DataError: they are not; it names the first file, as a VAE may overflow on some images only.
+            DataError: they are not; it names the first file, because a VAE may overflow on some images only.
         """
-        low_D, high_D = moments_D8hw.flatten(1).aminmax(dim=1)  # NaN where one is; isfinite would copy the whole bank
+        low_D, high_D = moments_D8hw.flatten(1).aminmax(
+            dim=1
+        )  # propagates NaN; isfinite would allocate a full-size mask
         bad = (~(low_D.isfinite() & high_D.isfinite())).nonzero().flatten().tolist()
         if bad:
             more = f" and {len(bad) - 1} more of {len(files)} images" if len(bad) > 1 else ""
@@ -148,16 +150,16 @@ class StableDiffusion:
         """Token ids [N, T] int64 on the device: start, text, end, padding.
 
         Raises:
-            ConfigError: a prompt is longer than the text encoder reads; a truncated prompt would be a silent change.
+            ConfigError: a prompt is too long for the text encoder; truncating it would change it silently.
         """
         return upload([self._pad(self._ids(text), text) for text in prompts], self.device)
 
     def check_lengths(self, prompts: Sequence[str], num_vectors: int = 0, remedy: str = SHORTEN) -> None:
-        """Refuse prompts longer than the text encoder reads; where K = `num_vectors` > 0, `*` takes K tokens.
+        """Check that no prompt is too long for the text encoder; with K = `num_vectors` > 0, `*` counts as K tokens.
 
         Raises:
-            ConfigError: as `embed`, or with vectors `embed_vectors`, would raise it; of several prompts that are too long
-                the longest is named. It ends with `remedy`.
+            ConfigError: `embed`, or `embed_vectors` with K > 0, would refuse a prompt. The message names the longest
+                prompt and ends with `remedy`.
         """
         parts = {text: _around_slot(text) if num_vectors else [text] for text in prompts}
         distinct = list(dict.fromkeys(part for found in parts.values() for part in found))
@@ -178,17 +180,17 @@ class StableDiffusion:
         return self.text_encoder(ids_NT).last_hidden_state
 
     def embed_vectors(self, prompts: list[str], vectors_NKE: torch.Tensor) -> torch.Tensor:
-        """Prompt embeddings [N, T, E] of prompts in which `*` stands for K token vectors of its own.
+        """Prompt embeddings [N, T, E] of prompts in which `*` stands for the prompt's own K token vectors.
 
-        The vectors enter where the token embedding's rows would, before positions and transformer, so the result equals
-        that of K new vocabulary entries with these rows; gradients flow to the vectors. No state is changed.
+        The vectors take the place of rows of the token embedding, before positions are added, so the result is the same
+        as with K new vocabulary entries that have these rows. Gradients flow to the vectors. No state is changed.
 
         Args:
             prompts: N texts with exactly one `*` each.
-            vectors_NKE: in the text encoder's own embedding space, any float dtype.
+            vectors_NKE: vectors in the text encoder's embedding space, any float dtype.
 
         Raises:
-            ConfigError: a prompt without exactly one `*`, or too long with its vectors.
+            ConfigError: a prompt does not have exactly one `*`, or is too long with its vectors.
         """
         num_vectors = vectors_NKE.shape[1]
         rows, starts = [], []
@@ -225,12 +227,12 @@ class StableDiffusion:
 
 
 def to_vae_range(pixels_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1], channels last: what the VAE reads and what it decodes to."""
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1], channels last: the range the VAE reads and decodes to."""
     return pixels_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _around_slot(text: str) -> list[str]:
-    """What stands before and after the class token."""
+    """The text before and after the class token."""
     if text.count(SLOT) != 1:
         raise ConfigError(
             f"prompt {text!r} must hold exactly one {SLOT}, which stands for the class token; use no {SLOT} in templates, "
@@ -240,9 +242,9 @@ def _around_slot(text: str) -> list[str]:
 
 
 def own_resolution(cfg: Pipeline) -> int:
-    """Pixels a side of the pipeline that config section `pipeline` names, read from its configurations alone.
+    """The resolution, in pixels a side, of the pipeline that config section `pipeline` names, without reading weights.
 
-    Raises: as `load_pipeline`, for what these show.
+    Raises: as `load_pipeline`, for faults that show without the weights.
     """
     from modules.diffusion import checkpoints
 
@@ -258,6 +260,6 @@ def load_pipeline(
         DataError: the folder or a part of it is missing, broken, pickled, or does not fit the other parts.
         ConfigError: family, prediction type or resolution contradict the files.
     """
-    from modules.diffusion import checkpoints  # imports diffusers: seconds that --help must not pay
+    from modules.diffusion import checkpoints  # imports diffusers, which takes seconds that --help must not cost
 
     return checkpoints.load(cfg, torch.device(device), dtype)

@@ -1,9 +1,9 @@
-"""What to generate: the request of any image index, as a pure function of (seed, index) and the controller's state.
+"""What to generate: the request of every image index, as a pure function of (seed, index) and the controller's state.
 
-Positives show a train image's class again at a mild strength; near-OOD negatives break something on purpose: noise
-level, token, guidance, object or layout. Shares are met by counting, not by luck: roles by exact fractions, classes and
-sources in shuffled rounds, strengths and recipes by golden-ratio sequences of each class, so that a short run is as
-balanced as a long one. Only templates, conditions and mixing weights are drawn independently.
+Positives show the class of a train image again, at a mild strength; near-OOD negatives break something on purpose:
+noise level, token, guidance, object or layout. Shares are met by counting rather than by chance, so that a short run is
+as balanced as a long one: roles by exact fractions, classes and sources in shuffled rounds, strengths and recipes by a
+golden-ratio sequence per class. Only templates, conditions, mixing partners and mixing weights are drawn independently.
 """
 
 import math
@@ -24,8 +24,8 @@ from modules.runtime import stream
 
 POSITIVE = "positive"
 GOLDEN = (math.sqrt(5) - 1) / 2
-TOKEN_RECIPES = ("token_noise", "token_mix", "foreign", "embedding_outlier")  # need learned class tokens
-PAIR_RECIPES = ("token_mix", "foreign")  # need a second class
+TOKEN_RECIPES = ("token_noise", "token_mix", "foreign", "embedding_outlier")  # these need learned class tokens
+PAIR_RECIPES = ("token_mix", "foreign")  # these need a second class
 
 
 class Recipes:
@@ -52,19 +52,19 @@ class Recipes:
 
         Args:
             labels: class of each train row.
-            pipeline, tokens: digests for the provenance; `tokens` empty: prompts show the initializer word.
+            pipeline, tokens: digests for the provenance; if `tokens` is empty, prompts show the initializer word.
             has_mask: whether each train row has an object mask that is not empty; None: there are no masks.
             keywords: words of each class, for the condition `keywords`.
-            controller: adapts strengths, class and recipe weights; None: they stay as configured.
+            controller: adapts strengths and the weights of classes and recipes; None: they stay as configured.
 
         Raises:
-            ConfigError: a recipe that needs masks, tokens, a second class or a dividing grid without having them, a
-                strength that takes no step, a class without a usable source.
+            ConfigError: a recipe lacks the masks, tokens, second class or dividing grid that it needs, a strength takes
+                no step, or a class has no usable source.
         """
         self.generation, self.near_ood, self.grid, self.seed = generation, near_ood, grid, seed
         self.num_classes, self.controller, self.keywords = num_classes, controller, keywords
         self.fixed = {"resolution": resolution, "preset": preset, "pipeline": pipeline, "tokens": tokens}
-        self.near_ood_fraction = Fraction(str(generation.near_ood_fraction))  # the decimal that was written
+        self.near_ood_fraction = Fraction(str(generation.near_ood_fraction))  # exactly the decimal in the config
         self.strengths = {float(s): w for s, w in generation.strengths.items() if w > 0}
         self.recipes = {name: w for name, w in near_ood.recipes.items() if w > 0}
         self.rows = _rows_of(labels, num_classes, None)
@@ -84,7 +84,7 @@ class Recipes:
         return edits or self._uses("mask_split")
 
     def request(self, image_index: int) -> Request:
-        """The image of an index, with its whole provenance."""
+        """The request of an image index, with its full provenance."""
         earlier = math.floor(image_index * self.near_ood_fraction)  # near-OOD images before this one
         is_ood = math.floor((image_index + 1) * self.near_ood_fraction) > earlier
         role, ordinal = ("near_ood", earlier) if is_ood else (POSITIVE, image_index - earlier)
@@ -124,17 +124,17 @@ class Recipes:
         )
 
     def _class(self, role: str, ordinal: int, draw: torch.Generator) -> tuple[int, int]:
-        """The class of the ordinal-th image of a role and how many rounds came before: a shuffled round of all classes.
+        """The class of the ordinal-th image of a role, and its turn: the number of rounds before it.
 
-        With class weights from the controller a class keeps its place with probability min(1, weight); places given up
-        go to the classes whose weight exceeds 1.
+        Each round is a shuffled sequence of all classes. With class weights from the controller, a class keeps its
+        place with probability min(1, weight); places given up go to classes with a weight above 1.
         """
         turn, place = divmod(ordinal, self.num_classes)
         label = _shuffled(self.seed, f"{role} classes", turn, self.num_classes)[place]
         weights = self.controller.class_weights() if self.controller else None
         if weights is not None and torch.rand((), generator=draw).item() >= weights[label]:
             excess = {other: weight - 1 for other, weight in enumerate(weights) if weight > 1}
-            if excess:  # a turn of its own, or it would repeat the source and strength of the class's turn
+            if excess:  # with a random turn: in this turn it would repeat the class's own source and strength
                 label = pick(excess, torch.rand((), generator=draw).item())
                 turn = torch.randint(1 << 30, (), generator=draw).item()
         return label, turn
@@ -154,17 +154,17 @@ class Recipes:
     def _strength(self, recipe: str, label: int, base: float) -> float:
         if self.controller is None:
             return base
-        lowest = (1 + 1e-9) / self.grid.num_inference_steps  # int(T_n (1 / T_n)) is 0 for some T_n, such as 49
+        lowest = (1 + 1e-9) / self.grid.num_inference_steps  # without 1e-9, int(T_n (1 / T_n)) is 0 for T_n such as 49
         return min(1.0, max(lowest, self.controller.strength(recipe, label, base)))
 
     def _prompt(self, recipe: str, label: int, draw: torch.Generator) -> Prompt:
-        """What stands in the prompt of a recipe; mixing weights and partners are drawn of the image's own stream."""
+        """The prompt of a recipe; template, condition, mixing partner and weight come from the image's own stream."""
         u_template, u_condition, u_partner, u_weight = torch.rand(4, generator=draw).tolist()
-        if recipe == "mask_split":  # the empty prompt: whatever the background suggests but the object
+        if recipe == "mask_split":  # the empty prompt, to paint what the background suggests and not the object
             return Prompt()
         template = self.generation.templates[int(u_template * len(self.generation.templates))]
         condition = pick(self.generation.conditions, u_condition)
-        if condition == KEYWORDS:  # one of the class's own words; none where it has none
+        if condition == KEYWORDS:  # one of the class's own words, or no condition if it has none
             words = self.keywords[label]
             condition = words[torch.randint(len(words), (), generator=draw).item()] if words else ""
         own = Prompt(template, condition, (label,), (1.0,)) if self.fixed["tokens"] else Prompt(template, condition)
@@ -222,22 +222,22 @@ class Recipes:
 
 
 def near_ood_strength(recipe: str, near_ood: NearOOD) -> float:
-    """The strength in (0, 1] of a near-OOD recipe that calls the UNet, before any controller moves it."""
-    return 1.0 if recipe == "mask_split" else near_ood.strength  # it destroys the object, whatever the others do
+    """The strength in (0, 1] of a near-OOD recipe that calls the UNet, before a controller changes it."""
+    return 1.0 if recipe == "mask_split" else near_ood.strength  # mask_split always destroys the object completely
 
 
 def pick(weights: dict, u: float):
-    """The key whose share of the total weight holds u in [0, 1)."""
+    """The key whose interval holds u, where the keys divide [0, 1) in proportion to their weights."""
     target = u * sum(weights.values())
     for key, weight in weights.items():
         target -= weight
         if target < 0:
             return key
-    return next(key for key in reversed(weights) if weights[key] > 0)  # u x total rounded up to the total
+    return next(key for key in reversed(weights) if weights[key] > 0)  # reached if u x total was rounded up to total
 
 
 def _rows_of(labels: Sequence[int], num_classes: int, keep: Sequence[bool] | None) -> list[list[int]]:
-    """Train rows of each class, those with `keep` only."""
+    """The train rows of each class; with `keep`, only the rows for which it is true."""
     rows = [[] for _ in range(num_classes)]
     for row, label in enumerate(labels):
         if keep is None or keep[row]:
@@ -252,5 +252,5 @@ def _shuffled(seed: int, name: str, turn: int, count: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _offset(seed: int, role: str, label: int) -> float:
-    """Where a class's golden-ratio sequence begins."""
+    """The start of a class's golden-ratio sequence, in [0, 1)."""
     return torch.rand((), generator=stream(seed, "recipe offset", role, label)).item()

@@ -1,16 +1,16 @@
 """Time grids and solver steps as rows of one table, so that slots on any grid, solver and step share one update.
 
-Every deterministic or stochastic solver used here is linear in what it combines. With alpha = sqrt(abar), sigma =
-sqrt(1 - abar) and x0 the image predicted at t (x0 = (z - sigma eps) / alpha, or alpha z - sigma v):
+Every solver used here, deterministic or stochastic, takes steps that are linear combinations. With alpha = sqrt(abar),
+sigma = sqrt(1 - abar) and x0 the image predicted at t (x0 = (z - sigma eps) / alpha, or alpha z - sigma v):
 
     z_next = a z + b x0 + c x0_prev + d noise
 
-so a step is a row (a, b, c, d) and a slot is a row number. Timesteps and noise levels are taken from diffusers'
-schedulers, which define what a grid is; the coefficients are computed here in float64. Euler steps are written in the
-variance-preserving form of DDIM (z = alpha x where diffusers keeps x = z / alpha): the same images, one code path.
+So a step is a row (a, b, c, d), and all a slot needs to know is its row number. Timesteps and noise levels come from
+diffusers' schedulers, which define the grids; the coefficients are computed here in float64. Euler steps are written in
+the variance-preserving form of DDIM (z = alpha x, while diffusers keeps x = z / alpha): same images, one code path.
 
-A slot that starts has no x0_prev: DPM-Solver++(2M) then takes a first-order step, so each grid has a second set of rows
-for starts. Row 0 of the table is idle: it leaves a slot as it is.
+In a slot's first step there is no x0_prev, and DPM-Solver++(2M) takes a first-order step; so each grid has a second set
+of rows for starts. Row 0 of the table is the idle row, which leaves a slot unchanged.
 
 Shapes: R rows of the table, N steps of a grid.
 """
@@ -36,15 +36,15 @@ class Grid:
 
     solver: str
     num_inference_steps: int  # T_n
-    timesteps: tuple[float, ...]  # of each step, falling; what the UNet is told
+    timesteps: tuple[float, ...]  # the UNet's timestep at each step, descending
     steps_N8: torch.Tensor  # float32 rows of COLUMNS
     starts_N8: torch.Tensor  # the same for a slot's first step
-    guided_steps: int  # steps from the noisy end that guidance acts on
-    most_steps: int | None = None  # that the preset takes, however many are asked for; None: as many as are asked for
+    guided_steps: int  # number of steps, from the noisy end, that are guided
+    most_steps: int | None = None  # the preset's limit on num_inference_steps; None: no limit
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What names the grid among others of one pipeline."""
+        """What identifies the grid among those of one pipeline."""
         return self.solver, self.num_inference_steps, self.guided_steps
 
     @property
@@ -53,7 +53,7 @@ class Grid:
         return bool((self.steps_N8[:, COLUMNS.index("d")] != 0).any())
 
     def start(self, strength: float) -> int:
-        """The first step taken at a strength: T_n - n with n = min(int(T_n s), T_n), as diffusers counts.
+        """The index of the first step taken at strength s: T_n - n with n = min(int(T_n s), T_n), as in diffusers.
 
         Raises:
             ConfigError: n is 0, which would return the source image.
@@ -71,21 +71,21 @@ class Grid:
         return self.num_inference_steps - count
 
     def amplitude(self, index: int) -> float:
-        """sqrt(abar) at a step: the share of the source's amplitude that a slot starting there keeps."""
+        """sqrt(abar) at a step: the share of the source's amplitude that is left in a slot starting there."""
         return float(self.steps_N8[index, 0])
 
 
 def time_grid(scheduler: dict, solver: str, num_inference_steps: int, guided_steps: int | None = None) -> Grid:
-    """The grid of T_n steps that diffusers' scheduler of this name takes on a pipeline's scheduler config.
+    """The grid of T_n steps that diffusers' scheduler for `solver` takes with a pipeline's scheduler config.
 
     Args:
-        scheduler: a scheduler_config.json; settings of the pipeline's own scheduler class apply where the solver knows
-            them (spacing, offset, final sigma), as with `from_config` in diffusers.
-        guided_steps: steps from the noisy end on which guidance acts; None: all.
+        scheduler: a scheduler_config.json. Settings written for another scheduler class apply if the solver's class
+            has them too (spacing, final sigma), as with `from_config` in diffusers.
+        guided_steps: number of steps, from the noisy end, that are guided; None: all.
 
     Raises:
         ConfigError: an unknown solver, or more steps than the training schedule has.
-        DataError: a scheduler config that diffusers does not know.
+        DataError: diffusers cannot use the scheduler config.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"generation.solver is {solver!r}; choose one of {', '.join(SOLVERS)}")
@@ -109,9 +109,9 @@ def time_grid(scheduler: dict, solver: str, num_inference_steps: int, guided_ste
 
 
 def build_scheduler(scheduler: dict, solver: str):
-    """diffusers' scheduler object of a solver, from a pipeline's scheduler config.
+    """diffusers' scheduler object for a solver, made from a pipeline's scheduler config.
 
-    As diffusers' own Stable Diffusion pipelines do, the offset is set to 1 and clipping of latents is off.
+    As in diffusers' own Stable Diffusion pipelines, the offset is set to 1 and latents are not clipped.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
@@ -131,14 +131,14 @@ def build_scheduler(scheduler: dict, solver: str):
 
 
 def alphas_cumprod(scheduler: dict) -> torch.Tensor:
-    """abar_t of a scheduler config, float32 [T]."""
+    """abar_t of the training schedule in a scheduler config, float32 [T]."""
     return build_scheduler(scheduler, "ddim").alphas_cumprod
 
 
 def _first_order(now: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Rows (a, b, 0, 0) of DDIM from levels now to levels after, each [N, 2] of (alpha, sigma).
+    """Rows (a, b, 0, 0) of DDIM steps from noise levels `now` to levels `after`, both [N, 2] of (alpha, sigma).
 
-    z_next = alpha' x0 + sigma' (z - alpha x0) / sigma. DPM-Solver++ of first order and Euler are the same step.
+    z_next = alpha' x0 + sigma' (z - alpha x0) / sigma. First-order DPM-Solver++ and Euler take the same step.
     Source: DDIM, 2010.02502 eq. 12 with eta = 0; DPM-Solver++, 2211.01095 eq. 9.
     """
     alpha, sigma = now.T
@@ -169,12 +169,12 @@ def _euler(config: dict, count: int) -> tuple[np.ndarray, ...]:
     scheduler.set_timesteps(count)
     levels = _levels_of_sigma(scheduler.sigmas.double().numpy())
     rows = _first_order(levels[:-1], levels[1:])
-    rows[-1] /= levels[-1, 0]  # diffusers hands on x = z / alpha, which differs where the last sigma is not zero
+    rows[-1] /= levels[-1, 0]  # diffusers returns x = z / alpha, which differs from z if the last sigma is not zero
     return scheduler.timesteps.numpy(), levels[:-1], rows, rows
 
 
 def _dpmpp_2m(config: dict, count: int) -> tuple[np.ndarray, ...]:
-    """Source: DPM-Solver++, 2211.01095 algorithm 2 (2M), midpoint form; orders at the end as diffusers lowers them."""
+    """Source: DPM-Solver++, 2211.01095 algorithm 2 (2M), midpoint form; the final order is lowered as in diffusers."""
     scheduler = build_scheduler(config, "dpmpp_2m")
     scheduler.set_timesteps(count)
     levels = _levels_of_sigma(scheduler.sigmas.double().numpy())
@@ -196,7 +196,7 @@ def _dpmpp_2m(config: dict, count: int) -> tuple[np.ndarray, ...]:
 
 
 def _lcm(config: dict, count: int) -> tuple[np.ndarray, ...]:
-    """Source: Latent Consistency Models, 2310.04378 algorithm 3; boundary scalings with sigma_data = .5."""
+    """Source: Latent Consistency Models, 2310.04378 algorithm 3, with boundary scalings for sigma_data = .5."""
     scheduler = build_scheduler(config, "lcm")
     if count > scheduler.config.original_inference_steps:
         raise ConfigError(
@@ -216,26 +216,27 @@ _BUILDERS = {"ddim": _ddim, "euler": _euler, "dpmpp_2m": _dpmpp_2m, "lcm": _lcm}
 
 
 def _levels_of_abar(abar: np.ndarray) -> np.ndarray:
-    """(alpha, sigma) [N, 2] of abar."""
+    """(alpha, sigma) [N, 2] from abar [N]."""
     return np.column_stack([np.sqrt(abar), np.sqrt(1 - abar)])
 
 
 def _levels_of_sigma(ratio: np.ndarray) -> np.ndarray:
-    """(alpha, sigma) [N, 2] of sigma / alpha."""
+    """(alpha, sigma) [N, 2] from the ratio sigma / alpha [N]."""
     alpha = 1 / np.sqrt(ratio**2 + 1)
     return np.column_stack([alpha, ratio * alpha])
 
 
 class StepTable:
-    """Several grids as one table on the device: a slot holds a row number and moves to the row's successor.
+    """Several grids as one table on the device: a slot holds a row number and moves on to the row's successor.
 
-    Rows: 0 is idle; then for each grid its N later steps and its N starts. The last step of a grid leads to idle.
+    Row 0 is idle. Then each grid has N rows for steps that continue and N rows for steps that start. The successor of a
+    grid's last step is the idle row.
     """
 
     def __init__(self, grids: list[Grid], device: torch.device | str = "cpu"):
         tables, timesteps, successors, guided = [torch.tensor([IDLE])], [0.0], [0], [False]
         self.grids = {g.key: g for g in grids}
-        self.longest = max((g.num_inference_steps for g in grids), default=0)  # steps of a grid
+        self.longest = max((g.num_inference_steps for g in grids), default=0)  # steps of the longest grid
         self._first = {}
         for key, grid in self.grids.items():
             count = grid.num_inference_steps
@@ -251,12 +252,12 @@ class StepTable:
         self.timestep_R = torch.tensor(timesteps, device=device)
         self.successor_R = torch.tensor(successors, device=device)
         self.guided_R = torch.tensor(guided, device=device)
-        self.guidance_ends = not all(guided[1:])  # whether a grid has steps without guidance
-        noises = [0]  # which of an image's step noises a row takes; rows without noise multiply the first by 0
+        self.guidance_ends = not all(guided[1:])  # whether some grid has steps without guidance
+        noises = [0]  # row -> which of an image's step noises it adds; rows without noise multiply the first by d = 0
         for grid in self.grids.values():
             noises += [i if grid.stochastic else 0 for i in range(grid.num_inference_steps)] * 2
         self.noise_R = torch.tensor(noises, device=device)
 
     def start_row(self, key: tuple[str, int, int], start: int) -> int:
-        """The row of a slot that begins at step `start` of the grid of a key (see `Grid.key`)."""
+        """The row of a slot that begins at step `start` of the grid named by `key` (see `Grid.key`)."""
         return self._first[key] + self.grids[key].num_inference_steps + start
