@@ -1,13 +1,14 @@
-"""The tick as one launch: torch.compile of its UNet, then a graph of the whole tick that is replayed.
+"""Makes a tick one launch: compiles its UNet with torch.compile, then captures the whole tick as a CUDA graph.
 
-A tick of many small kernels is bound by the host that launches them. Its shape never changes and its buffers never
-move, so it can be captured once, while all slots are idle (idle slots stay as they are, so warming up changes nothing),
-and replayed for every mixture of images. The same holds for the decoder and its fixed batch.
+A tick consists of many small kernels and is bound by the host that launches them. Its shape never changes and its
+buffers never move, so it can be captured once and replayed for every mixture of images. It is captured while all slots
+are idle: idle slots do not change, so warming up has no effect on them. The decoder with its fixed batch is captured
+likewise.
 
-Both graphs work in one pool of memory, which therefore is as large as the larger of them needs and not as both: they are
-replayed one after the other, and what the decoder returns is read before the next tick overwrites it.
+Both graphs share one memory pool, which is therefore only as large as the larger of the two needs. This is safe because
+they are replayed one after the other, and the decoder's output is read before the next tick overwrites it.
 
-Which way is used, and why, is returned for the run card; nothing falls back silently.
+What was done, and why, is returned for the run card; nothing falls back silently.
 """
 
 import gc
@@ -27,9 +28,9 @@ WARM_UP = 3  # runs before a capture, for lazy initialization and autotuning
 
 
 def lay_out(pipeline: StableDiffusion, compile_setting: str) -> None:
-    """Move the UNet, and on a GPU the VAE too, to channels_last where an engine of theirs will be compiled.
+    """Move the UNet, and on a GPU also the VAE, to channels_last if they will be compiled.
 
-    Before anything is timed or meets memory's bound, that it is done in the layout that will run.
+    To be called before anything is timed or fitted into memory, so that this happens in the final layout.
     """
     on_gpu = pipeline.device.type == "cuda"
     if _stays_eager(compile_setting, on_gpu):
@@ -45,17 +46,18 @@ def _stays_eager(compile_setting: str, on_gpu: bool) -> bool:
 def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = lambda text: None) -> Choice:
     """Compile and capture an engine's tick and decoder as `pipeline.compile` says; returns what was done and why.
 
-    The UNet also moves to channels_last and, on a GPU, the VAE too, and self-attention computes its three projections as
-    one: these pay only when compiled. To be called on a new engine, before a checkpoint is loaded into it.
+    The UNet also moves to channels_last. On a GPU so does the VAE, and self-attention computes its three projections as
+    one. These pay only when compiled. To be called on a new engine, before a checkpoint is loaded into it.
 
     Args:
-        compile_setting: auto | off | on. auto is on for a GPU; on a CPU `on` compiles (no graph).
-        say: is told before what takes long begins.
+        compile_setting: auto | off | on. auto means on for a GPU and off for a CPU; on a CPU `on` compiles the UNet
+            and captures no graph.
+        say: called with a message before the slow part begins.
 
     Raises:
-        ValueError: slots are in flight, which a warm-up would advance.
-        ConfigError: `on`, and compiling fails here; under auto the engine then stays eager and says why.
-        torch.OutOfMemoryError: it does not fit beside what else the device holds; the engine is eager again, in channels_last.
+        ValueError: slots are in flight; a warm-up would advance them.
+        ConfigError: `on`, but compiling fails here. Under auto the engine stays eager and says why.
+        torch.OutOfMemoryError: the device has too little memory left; the engine is eager again, in channels_last.
     """
     on_gpu = slots.pipeline.device.type == "cuda"
     if _stays_eager(compile_setting, on_gpu):
@@ -72,7 +74,7 @@ def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = 
     try:
         return _compiled(slots, on_gpu)
     except (RuntimeError, OSError, ImportError) as error:  # no C compiler, an old GPU, a capture that is refused
-        termination.obey()  # the compiler hands on a signal that met it as a failure of its own
+        termination.obey()  # if a signal interrupts the compiler, it raises it as an error of its own
         tick.unet, tick.step, slots.decode = eager
         slots.pool_bytes = 0
         unfuse(slots.pipeline.unet)
@@ -86,13 +88,13 @@ def accelerate(slots: Slots, compile_setting: str, say: Callable[[str], None] = 
 
 
 def _compiled(slots: Slots, on_gpu: bool) -> Choice:
-    """Replace an engine's tick, and on a GPU its decoder, by compiled forms; each has run once."""
+    """Compile an engine's UNet, on a GPU capture its tick and decoder as graphs too, and run each once."""
     tick = slots.in_flight
     if on_gpu:
         install(slots.pipeline.unet, fuse=True)
     lay_out(slots.pipeline, "on")
     tick.unet = torch.compile(slots.pipeline.unet, dynamic=False)
-    if not on_gpu:  # the decoder stays as it is: compiled it was a fifth slower (benchmarks/LOG.md)
+    if not on_gpu:  # the decoder stays eager: on a CPU it was a fifth slower when compiled (benchmarks/LOG.md)
         tick.step()
         return Choice("compiled", "pipeline.compile is on; a CPU has no graphs")
     tick.step = graph(tick.step)
@@ -103,13 +105,14 @@ def _compiled(slots: Slots, on_gpu: bool) -> Choice:
 
 
 class Replay:
-    """A captured function of tensors: arguments are copied into `inputs`, what it returns is overwritten by every replay
-    that shares its pool."""
+    """A captured function of tensors: copies arguments into `inputs`; any replay in its pool overwrites the outputs."""
 
-    def __init__(self, captured: torch.cuda.CUDAGraph, inputs: tuple[torch.Tensor, ...], outputs, pool_bytes: int):
+    def __init__(
+        self, captured: torch.cuda.CUDAGraph, inputs: tuple[torch.Tensor, ...], outputs: object, pool_bytes: int
+    ):
         self.captured, self.inputs, self.outputs = captured, inputs, outputs
         self.pool = captured.pool()
-        self.pool_bytes = pool_bytes  # that the capture took from the device, beside what its outputs hold
+        self.pool_bytes = pool_bytes  # device memory that the capture reserved, not counting its outputs
 
     def __call__(self, *values: torch.Tensor):
         for static, value in zip(self.inputs, values, strict=True):
@@ -119,7 +122,7 @@ class Replay:
 
 
 def graph(function: Callable, *inputs: torch.Tensor, pool=None) -> Replay:
-    """A function of tensors on a CUDA device that replays a capture of `function`, in a pool of its own or that of another.
+    """Capture `function` of tensors on a CUDA device, in a new memory pool or in that of another graph.
 
     Graphs that share a pool may not be replayed at the same time.
     """
@@ -130,7 +133,7 @@ def graph(function: Callable, *inputs: torch.Tensor, pool=None) -> Replay:
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     gc.collect()
-    torch.cuda.empty_cache()  # a capture does both first: what it takes is measured from here
+    torch.cuda.empty_cache()  # a capture begins with both; done here, they do not distort the measurement
     before = _beside_tensors()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, pool=pool), torch.no_grad():
@@ -139,5 +142,5 @@ def graph(function: Callable, *inputs: torch.Tensor, pool=None) -> Replay:
 
 
 def _beside_tensors() -> int:
-    """Bytes that torch holds of the device without a tensor in them."""
+    """Bytes of device memory that torch has reserved but not allocated to tensors."""
     return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -1,7 +1,8 @@
-"""What `pipeline` in a config names, made into one frozen pipeline: folder, single file, random shape, extras.
+"""Loads the pipeline that config section `pipeline` names, frozen: a diffusers folder, a single file or random weights,
+with a VAE and a LoRA of choice.
 
-Local files come first and nothing is fetched unless asked. Parts that do not fit together, a family other than declared
-and a preset whose weights are absent are errors before anything is generated.
+Local files come first, and nothing is downloaded unless allowed. Parts that do not fit together and a family other than
+declared are errors before anything is generated.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from modules.errors import ConfigError, DataError, first_line
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "pipeline"
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
-NAMES = {  # what a scheduler config says of weights distilled to a few steps
+NAMES = {  # how a scheduler config declares weights distilled to a few steps
     "lcm": '"_class_name": "LCMScheduler"',
     "turbo": '"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"',
 }
@@ -68,16 +69,16 @@ def load(cfg: Pipeline, device: torch.device, dtype: torch.dtype) -> StableDiffu
         lora = Path(os.path.expanduser(cfg.lora))
         fuse_lora(parts, lora)
         parts["digest"] = f"{parts['digest'][:48]}{digest([lora], lora.parent)[:16]}"
-        # that the LoRA makes it an LCM or a Turbo only pipeline.family says, no file does
+        # no file says that the LoRA makes this an LCM or a Turbo, only pipeline.family does
         parts["scheduler"] = dict(parts["scheduler"]) | FEW_STEPS.get(cfg.family, {})
     return assemble(parts, cfg, device, dtype, str(source))
 
 
 def own_resolution(cfg: Pipeline) -> int:
-    """Pixels a side at which the pipeline of config section `pipeline` generates, read without its weights.
+    """The resolution, in pixels a side, of the pipeline of config section `pipeline`, without reading its weights.
 
     Raises:
-        DataError, ConfigError: as `load`, for what the configurations and the header of a single file show.
+        DataError, ConfigError: as `load`, for faults that show in the configurations or the header of a single file.
     """
     if cfg.resolution:
         return cfg.resolution
@@ -92,10 +93,10 @@ def own_resolution(cfg: Pipeline) -> int:
 
 
 def _own_size(sample_size: object) -> int:
-    """Latent cells a side that a UNet's config names.
+    """The side of the latent grid in cells, from `sample_size` of a UNet's config.
 
     Raises:
-        ConfigError: it names none, or sides that differ.
+        ConfigError: it is not a whole number, or its sides differ.
     """
     sides = {*sample_size} if isinstance(sample_size, list | tuple) else {sample_size}
     side = sides.pop()
@@ -108,7 +109,7 @@ def _own_size(sample_size: object) -> int:
 
 
 def _configurations(source: Path, cfg: Pipeline) -> tuple[dict, dict]:
-    """What unet/config.json and vae/config.json of a folder say, or the same of a single file."""
+    """The UNet's and the VAE's configuration, from a folder or for a single file."""
     if source.is_dir():
         _check_parts(source)
         return read_json(source / "unet" / "config.json"), vae_config(source / "vae")
@@ -118,15 +119,15 @@ def _configurations(source: Path, cfg: Pipeline) -> tuple[dict, dict]:
 
 
 def _setting(kind: type, config: dict, name: str) -> object:
-    """A setting of a diffusers model's config; the class's default where the config leaves it out."""
+    """A setting of a diffusers model's config, or the default of the class if the config leaves it out."""
     return config.get(name, inspect.signature(kind.__init__).parameters[name].default)
 
 
 def locate(cfg: Pipeline) -> Path:
-    """The folder or .safetensors file of `pipeline.path`, fetched only if that is allowed.
+    """The folder or .safetensors file of `pipeline.path`, downloaded only if that is allowed.
 
     Raises:
-        DataError: it does not exist, or is neither.
+        DataError: it does not exist, cannot be downloaded, or is neither.
     """
     source = EMBEDDED if cfg.path == "embedded" else Path(os.path.expanduser(cfg.path))
     if not source.exists() and cfg.allow_download:
@@ -144,7 +145,7 @@ def locate(cfg: Pipeline) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The local copy of a diffusers folder of the Hugging Face Hub; safetensors, JSON and vocabularies only."""
+    """Download a diffusers folder from the Hugging Face Hub, only safetensors, JSON and vocabularies; its path."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -158,11 +159,11 @@ def fetch(name: str) -> Path:
 
 
 def assemble(parts: dict, cfg: Pipeline, device: torch.device, dtype: torch.dtype, source: str) -> StableDiffusion:
-    """Parts that fit together, frozen on the device.
+    """Check that the parts fit together and make them a pipeline, frozen, on the device.
 
     Raises:
-        DataError: widths or channels of the parts differ, the UNet asks for more than texts, or the schedule is not a
-            linear solver's.
+        DataError: widths, channels or vocabulary of the parts do not match, the UNet needs other inputs than texts, or
+            the scheduler asks for thresholding or predicts neither epsilon nor v.
         ConfigError: family, prediction type or resolution contradict the files.
     """
     unet, text_encoder, vae, scheduler = parts["unet"], parts["text_encoder"], parts["vae"], dict(parts["scheduler"])
@@ -217,7 +218,7 @@ def assemble(parts: dict, cfg: Pipeline, device: torch.device, dtype: torch.dtyp
 
 
 def _digest_of_all(parts: dict, scheduler: dict) -> str:
-    """sha256 of everything an image depends on: weights, schedule, scale of the latents, vocabulary, padding."""
+    """sha256 of all that an image depends on: weights, schedule, scaling of latents, vocabulary, padding."""
     tokenizer = parts["tokenizer"]
     known = {
         "weights": parts["digest"],
@@ -231,7 +232,7 @@ def _digest_of_all(parts: dict, scheduler: dict) -> str:
 
 
 def _prediction_type(scheduler: dict, cfg: Pipeline, source: str) -> str:
-    """What the UNet predicts, from the scheduler config; diffusers' default is epsilon."""
+    """What the UNet predicts, from the scheduler config; epsilon if it says nothing, as in diffusers."""
     found = scheduler.get("prediction_type", "epsilon")
     if found not in ("epsilon", "v_prediction"):
         raise DataError(f"{source}: scheduler's prediction_type is {found!r}; epsilon and v_prediction are known")
@@ -243,7 +244,11 @@ def _prediction_type(scheduler: dict, cfg: Pipeline, source: str) -> str:
 
 
 def _family(unet: torch.nn.Module, text_encoder: torch.nn.Module, scheduler: dict, cfg: Pipeline, source: str) -> str:
-    """lcm: takes its guidance as an input or brings LCM's scheduler; turbo: Euler with trailing steps; sd2: OpenCLIP."""
+    """The pipeline's family, checked against `pipeline.family`.
+
+    lcm: the UNet takes its guidance as an input, or the scheduler is LCM's; turbo: an Euler scheduler with trailing
+    timesteps; sd2: the text encoder is OpenCLIP's (activation gelu); else sd1.
+    """
     kind, spacing = scheduler.get("_class_name", ""), scheduler.get("timestep_spacing")
     if unet.config.time_cond_proj_dim or kind == "LCMScheduler":
         found = "lcm"
@@ -254,7 +259,7 @@ def _family(unet: torch.nn.Module, text_encoder: torch.nn.Module, scheduler: dic
     if cfg.family in ("auto", found):
         return found
     way = f"set it to auto or {found}"
-    if cfg.family in ("lcm", "turbo") and found in ("sd1", "sd2"):  # distilled weights in a folder of their base model
+    if cfg.family in ("lcm", "turbo") and found in ("sd1", "sd2"):  # perhaps distilled weights in their base's folder
         way += (
             f"; if its weights were distilled to a few steps, its scheduler/scheduler_config.json must say so "
             f"({NAMES[cfg.family]}), or pipeline.lora must name the LoRA that makes them so"
@@ -263,7 +268,7 @@ def _family(unet: torch.nn.Module, text_encoder: torch.nn.Module, scheduler: dic
 
 
 def read_folder(folder: Path, dtype: torch.dtype) -> dict:
-    """tokenizer, text_encoder, unet, vae, scheduler (dict) and digest of a folder in diffusers' layout.
+    """Read a folder in diffusers' layout: tokenizer, text_encoder, unet, vae, scheduler (dict) and digest, by name.
 
     Raises:
         DataError: a part is missing, pickled, broken or lacks weights.
@@ -294,7 +299,7 @@ def read_vae(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
 
 
 def vae_config(folder: Path) -> dict:
-    """What the config.json of an AutoencoderKL or AutoencoderTiny says.
+    """The config.json of an AutoencoderKL or AutoencoderTiny.
 
     Raises:
         DataError: the folder or the file is missing, or names another class.

@@ -1,7 +1,7 @@
-"""A LoRA's products, added to the weights of a pipeline for good: all that its file holds, or an error.
+"""Merges a LoRA into the weights of a pipeline for good: everything that its file holds, or an error.
 
-diffusers converts what kohya's scripts, PEFT and its own older releases write. Of a key that it cannot place it only
-warns, so that a file of another model, or of another tool, would change little or nothing and look as if it had.
+diffusers converts the files that kohya's scripts, PEFT and its own older releases write. It only warns about keys that
+it cannot place, so a LoRA for another model or from another tool would seem to work and change little or nothing.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ ADAPTER = "lora"
 
 
 def fuse_lora(parts: dict, path: Path) -> None:
-    """Add a LoRA's products to the weights of the UNet (and of the text encoder, if it has a part for it), at scale 1.
+    """Add a LoRA's products to the weights of the UNet, and of the text encoder if it has any for it, at scale 1.
 
     Raises:
         DataError: the file is missing, not safetensors, made for another model, or has keys that fit nothing.
@@ -51,10 +51,10 @@ def fuse_lora(parts: dict, path: Path) -> None:
 
 
 def _check_whole(carrier: diffusers.StableDiffusionPipeline, path: Path) -> None:
-    """Refuse a LoRA of which a key was not loaded, or which leaves a place empty that was made for it.
+    """Check that every key of a LoRA file was loaded and that every adapter weight was filled from it.
 
     Raises:
-        DataError: a key of the file went nowhere, or a product lacks one of its factors.
+        DataError: a key of the file fits nothing, or a product lacks one of its factors.
     """
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
@@ -66,7 +66,7 @@ def _check_whole(carrier: diffusers.StableDiffusionPipeline, path: Path) -> None
         for name in get_peft_model_state_dict(getattr(carrier, part), adapter_name=ADAPTER, save_embedding_layers=False)
     }
     loaded = {key for place, key in places.items() if place in made}
-    lost = [key for key in keys if key not in loaded and not key.endswith(".alpha")]  # an alpha stands by its factors
+    lost = [key for key in keys if key not in loaded and not key.endswith(".alpha")]  # an alpha belongs to its factors
     if lost or not loaded:
         found = f"{len(lost)} of its {len(keys)} keys fit neither UNet nor text encoder of this pipeline"
         found = f"{found}, the first is {lost[0]}" if lost else "it holds no weights"
@@ -81,9 +81,9 @@ def _check_whole(carrier: diffusers.StableDiffusionPipeline, path: Path) -> None
 
 
 def _places(carrier: diffusers.StableDiffusionPipeline, keys: list[str]) -> dict[str, str]:
-    """Keys of a LoRA file by the names that diffusers loads them under, such as unet.conv_in.lora_A.weight.
+    """The name under which diffusers loads a key, such as unet.conv_in.lora_A.weight -> that key of the LoRA file.
 
-    Found with diffusers' own conversions, which look at names alone, so that numbers can stand for the weights.
+    Found with diffusers' own conversions. They look at names only, so numbers can take the place of the weights.
     """
     state, _ = carrier.lora_state_dict({key: torch.tensor(i) for i, key in enumerate(keys)})
     named = {name: keys[int(i)] for name, i in state.items()}

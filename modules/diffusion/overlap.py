@@ -1,11 +1,12 @@
-"""How generation and training share one GPU: one after the other, or generation on a side stream.
+"""How generation and training share one GPU: one after the other, or with generation on a side stream.
 
-A training step of a small encoder leaves most of a GPU idle, a UNet call of few rows does too; side by side both finish
-sooner, unless each fills the GPU alone. Which holds is measured: a short calibration times a step in either mode on
-copies of the state and keeps the faster.
+A training step of a small encoder leaves most of a GPU idle, and so does a UNet call of few rows. Side by side both
+finish sooner, unless either fills the GPU alone. This is measured: a short calibration times a step in each mode, on
+copies of the state, and keeps the faster mode.
 
-In stream mode the generation of a step is launched once its batch is mixed and is waited for before the next batch is, so
-reading and writing of the reservoir never meet. The images are those of sequential mode; each comes one step later.
+In stream mode the generation of a step is launched once the step's batch is mixed, and the next batch is mixed only
+after it has finished, so the reservoir is never read and written at the same time. The images are the same as in
+sequential mode, but each arrives one step later.
 """
 
 import math
@@ -22,7 +23,7 @@ MODES = ("sequential", "stream")
 
 
 class Overlap:
-    """Runs the generation of each step where its mode says."""
+    """Runs the generation of each step on the current stream or on a side stream, depending on the mode."""
 
     def __init__(
         self,
@@ -30,16 +31,16 @@ class Overlap:
         device: torch.device,
         timed: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        """mode: sequential, or stream on a CUDA device (see `choose_mode`). timed: attributes what a side stream does."""
+        """mode: sequential, or stream on a CUDA device (see `choose_mode`). timed: times work on the side stream."""
         self.mode, self.timed = mode, timed
         self.pending: Callable[[], None] | None = None
         self.side = self.done = None
         if mode == "stream":
-            self.side = torch.cuda.Stream(device)  # of the default priority, which is the lowest there is
+            self.side = torch.cuda.Stream(device)  # the default priority is the lowest
             self.done = torch.cuda.Event()
 
     def generate(self, advance: Callable[[], None]) -> None:
-        """The generation of this step: now, or, in stream mode, at `launch`; what was launched before is waited for."""
+        """Wait for the previous launch, then run `advance` at once or, in stream mode, keep it for `launch`."""
         self.join()
         if self.side is None:
             advance()
@@ -47,7 +48,7 @@ class Overlap:
             self.pending = advance
 
     def launch(self) -> None:
-        """Start what `generate` left pending, beside whatever follows; called once the batch is mixed."""
+        """Start what `generate` kept, beside the work that follows; called once the batch is mixed."""
         if self.pending is None:
             return
         self.side.wait_stream(torch.cuda.current_stream())
@@ -58,12 +59,12 @@ class Overlap:
         self.pending = None
 
     def join(self) -> None:
-        """Let the current stream wait for what was launched: before a mix, a checkpoint or an evaluation."""
+        """Make the current stream wait for the last launch: before mixing a batch, a checkpoint or an evaluation."""
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
 
     def wait(self) -> None:
-        """Let the current stream wait for whatever the side stream was handed, of a launch that failed as well."""
+        """Make the current stream wait for all work on the side stream, including that of a launch that failed."""
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
 
@@ -73,13 +74,13 @@ def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float
 
     Args:
         asked: generation.mode: auto | sequential | stream.
-        measure: milliseconds of a step in a mode, on copies of the state, infinite where memory runs out; called for auto
-            on a GPU only.
-        judged: whether gate or controller look at images with the encoder that is being trained; it must not change
-            under them, so generation then stays sequential.
+        measure: returns the milliseconds of a step in a mode, on copies of the state, or infinity if memory runs out;
+            called only for auto on a GPU.
+        judged: whether gate or controller judge images with the encoder that is being trained. It must not change while
+            they do, so generation then stays sequential.
 
     Raises:
-        ConfigError: stream is asked for where it cannot run.
+        ConfigError: stream is asked for but cannot be used.
     """
     if asked == "stream" and device.type != "cuda":
         raise ConfigError("generation.mode is stream, which needs a CUDA GPU; set it to auto or sequential")

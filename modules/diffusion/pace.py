@@ -1,8 +1,8 @@
-"""How much generation an optimizer step pays for: ticks spread evenly although images cost differently.
+"""How many ticks an optimizer step takes: spread evenly, although images differ in cost.
 
-An image costs its number of UNet calls, a tick pays one for each slot that works. What a step releases is paid at the mean
-cost of the images that come next, so that a few expensive ones do not make one step long; each image's own cost is
-counted exactly once, so that over many steps both are the same.
+An image costs as many UNet rows as it takes steps; a tick pays for one row per working slot. The images that a step
+releases are charged at the mean cost of the images that come next, so that a few expensive ones do not make one step
+long. Over many steps this equals the sum of the images' own costs.
 """
 
 import math
@@ -11,19 +11,19 @@ from collections.abc import Callable
 
 
 class Pace:
-    """Rows of UNet calls owed to the images that steps have released."""
+    """Keeps account of the UNet rows owed for the images that steps have released."""
 
     def __init__(self, slots: int):
         self.slots = slots
-        self.costs: deque[int] = deque()  # of the images that come next in index order, not released yet
-        self.pending = 0.0  # share of an image that is not released yet
-        self.credit = 0.0  # rows owed
+        self.costs: deque[int] = deque()  # costs of the next images in index order that are not yet released
+        self.pending = 0.0  # fraction of an image that is charged but not yet released
+        self.credit = 0.0  # UNet rows owed
 
     def release(self, images: float, next_cost: Callable[[], int]) -> None:
-        """Owe what `images` more images cost, at the mean of the coming 2 S and some.
+        """Charge `images` more images at the mean cost of the next 2 S + ceil(images) ones.
 
         Args:
-            next_cost: the cost of the image after the last whose cost was asked for.
+            next_cost: returns the cost of the next image in order, one further with each call.
         """
         window = 2 * self.slots + math.ceil(images)
         while len(self.costs) < window:
@@ -35,12 +35,12 @@ class Pace:
             self.costs.popleft()
 
     def settle(self) -> None:
-        """Owe nothing: what was made until here was made as needed."""
+        """Owe nothing, after ticks that were taken as needed and not paced."""
         self.credit = 0.0
 
     @property
     def tick_is_due(self) -> bool:
-        """Whether a tick of all slots is owed."""
+        """Whether the rows owed make up a tick of all slots."""
         return self.credit >= self.slots
 
     def state_dict(self) -> dict:

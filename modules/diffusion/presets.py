@@ -1,8 +1,8 @@
-"""Presets: how much of the exact sampler to give up for speed, as a plan that says what it changed and why.
+"""Presets trade the exact sampler for speed; the resulting plan says what was changed and why.
 
-exact takes the settings as they stand. fast takes fewer steps of a second-order solver and no guidance at low noise,
-where it changes least. faster adds a tiny decoder and a smaller image. turbo is for weights distilled to a few steps.
-The lossy ones have to pass a quality gate (benchmarks/quality.py) before a figure of theirs is quoted.
+exact uses the settings as they are. fast takes fewer steps of a second-order solver and drops guidance at low noise,
+where it matters least. faster adds a tiny decoder and a smaller image. turbo is for weights distilled to a few steps.
+The lossy presets have to pass a quality gate (benchmarks/quality.py) before any of their figures is quoted.
 """
 
 from dataclasses import dataclass, replace
@@ -12,20 +12,20 @@ from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import Grid, time_grid
 from modules.errors import ConfigError
 
-FAST_SHARE = 0.4  # steps of fast per step of exact: 10 calls for 25
-UNGUIDED_SHARE = 0.15  # of the whole grid, at its low-noise end: 3 of the 10 calls of strength .5
-FASTER_SHARE = 0.75  # of the UNet's own resolution: 384 px for 512
+FAST_SHARE = 0.4  # steps of fast per step of exact: 10 calls instead of 25
+UNGUIDED_SHARE = 0.15  # share of the whole grid, at its low-noise end: 3 of the 10 calls at strength .5
+FASTER_SHARE = 0.75  # of the UNet's own resolution: 384 px instead of 512
 TURBO_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a preset makes of the settings."""
+    """The settings of generation as a preset changes them."""
 
     preset: str
     solver: str
     num_inference_steps: int
-    guided_steps: int  # steps from the noisy end that guidance acts on
+    guided_steps: int  # number of steps, from the noisy end, that are guided
     guidance_scale: float
     resolution: int
     reasons: tuple[str, ...]
@@ -36,7 +36,7 @@ class Plan:
         return replace(grid, most_steps=TURBO_STEPS if self.preset == "turbo" else None)
 
     def settings(self, generation: Generation) -> Generation:
-        """Config section `generation` as the plan runs it."""
+        """Config section `generation` with the plan's changes."""
         return replace(
             generation,
             solver=self.solver,
@@ -46,13 +46,13 @@ class Plan:
 
 
 def plan(preset: str, generation: Generation, pipeline: StableDiffusion, resolution_is_set: bool = False) -> Plan:
-    """What a preset makes of config section `generation` on a pipeline.
+    """The plan of a preset for config section `generation` on a pipeline.
 
     Args:
-        resolution_is_set: the user chose pipeline.resolution, which no preset then changes.
+        resolution_is_set: the user chose pipeline.resolution; then no preset changes it.
 
     Raises:
-        ConfigError: the preset needs weights that are absent, or the solver does not suit the weights.
+        ConfigError: the preset needs weights that the pipeline lacks, or the solver does not suit the weights.
     """
     steps, scale, own = generation.num_inference_steps, generation.guidance_scale, pipeline.resolution
     if pipeline.family == "lcm" and preset != "turbo" and generation.solver != "lcm":
@@ -84,7 +84,7 @@ def plan(preset: str, generation: Generation, pipeline: StableDiffusion, resolut
 
 
 def preset_resolution(preset: str, own: int, resolution_is_set: bool) -> int:
-    """Pixels a side at which a pipeline of `own` pixels generates under a preset."""
+    """The resolution, in pixels a side, at which a pipeline with resolution `own` generates under a preset."""
     if preset != "faster" or resolution_is_set:
         return own
     return int(own * FASTER_SHARE) // 64 * 64 or own

@@ -1,11 +1,11 @@
-"""Prompt templates, condition words, initializers and placeholder names: their only owner.
+"""Prompt templates, condition words, initializers and placeholder names: this module alone defines them.
 
-The 27 object templates follow the list of Textual Inversion (2208.01618), less its "clean" and "dirty" lines: here
-those words are conditions that a caption may contradict.
+The 27 object templates follow the list of Textual Inversion (2208.01618), without its "clean" and "dirty" lines: here
+those words are conditions, which a caption may contradict.
 
-A small text encoder knows the words of its captions and no others: an unknown word is split into byte pairs that were
-never trained together and moves the picture at random. A pipeline that lists its words (`training.json`, key
-"trained_words") has every word of a prompt checked against the list; one that does not (Stable Diffusion) is trusted.
+A small text encoder knows only the words of its captions: an unknown word is split into byte pairs that were never
+trained together and changes the image at random. If a pipeline lists its words (`training.json`, key "trained_words"),
+every word of a prompt is checked against the list; if it does not (Stable Diffusion), it is trusted.
 """
 
 import difflib
@@ -50,24 +50,26 @@ OBJECT_TEMPLATES = (
 )
 LINKING = frozenset(
     ["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with", "without"]
-)  # start no class vector
-FALLBACK = "object"  # initializer of a class without a keyword that could be one
-KEYWORDS = "keywords"  # as initializer or condition: each class's own words, as MVIP's meta.json describes it
+)  # words of a description that cannot initialize a class vector
+FALLBACK = "object"  # initializer of a class none of whose keywords can be one
+KEYWORDS = (
+    "keywords"  # as initializer or condition: each class's own words, such as the description in MVIP's meta.json
+)
 CAPTION_PREFIX = re.compile(r"^(a|an|the) (photo|picture|image|rendering) of (a|an|the) ", re.IGNORECASE)
 
 
 def phrase_of(caption: str) -> str:
-    """What a caption shows, without its opening: "a photo of a rusty chip" -> "rusty chip"."""
+    """The caption without its opening: "a photo of a rusty chip" -> "rusty chip"."""
     return CAPTION_PREFIX.sub("", caption.strip())
 
 
 def fill(template: str, token: str, condition: str = "") -> str:
-    """The prompt that shows `token` (a word or placeholders) in a condition: ("a photo of a {}", "<t>", "rusty")."""
+    """The prompt for a word or placeholder: ("a photo of a {}", "<t>", "rusty") -> "a photo of a rusty <t>"."""
     return template.format(f"{condition} {token}".strip())
 
 
 def placeholder(label: str) -> str:
-    """The placeholder token of a class: a slug plus 8 digits of a hash, which tell labels without ASCII letters apart.
+    """The placeholder token of a class: a slug, and 8 hash digits that also distinguish labels without ASCII letters.
 
     "M8 x 20 / zinc" -> "<m8-x-20-zinc-f39b20e7>"
     """
@@ -76,12 +78,12 @@ def placeholder(label: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a prompt in lower case, slots and punctuation aside: "a close-up of the {}" -> a, close, up, of, the."""
+    """Lowercase words of a prompt without slots and punctuation: "a close-up of the {}" -> a, close, up, of, the."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def trained_words(folder: str | Path) -> frozenset[str] | None:
-    """The words a pipeline's text encoder was trained on, or None for a pipeline that does not list them.
+    """The words that a pipeline's text encoder was trained on; None if the pipeline does not list them.
 
     Raises: DataError for a training.json that is not JSON or whose "trained_words" is not a list of words.
     """
@@ -100,7 +102,7 @@ def trained_words(folder: str | Path) -> frozenset[str] | None:
 
 
 def refuse_untrained(text: str, trained: frozenset[str] | None, setting: str) -> None:
-    """Refuse a prompt, condition or word that holds an untrained word; with `trained` None every word counts as trained.
+    """Check that every word of a prompt, condition or word list is trained; with `trained` None all are.
 
     Raises: ConfigError naming the setting, the word and the closest trained words.
     """
@@ -116,21 +118,21 @@ def refuse_untrained(text: str, trained: frozenset[str] | None, setting: str) ->
 
 
 def check_prompts(templates: Iterable[str], conditions: Iterable[str], trained: frozenset[str] | None) -> None:
-    """Refuse templates and condition words of generation with a word that the text encoder was not trained on.
+    """Check that the templates and condition words of generation hold only words the text encoder was trained on.
 
     Raises: ConfigError naming the setting, the word and the closest trained words.
     """
     for template in templates:
         refuse_untrained(template, trained, "generation.templates")
     for condition in conditions:
-        if condition != KEYWORDS:  # a class's words are checked where they are known
+        if condition != KEYWORDS:  # keywords of classes are checked by `check_keywords`
             refuse_untrained(condition, trained, "generation.conditions")
 
 
 def initializer_id(word: str, tokenizer, trained: frozenset[str] | None) -> int:
-    """The vocabulary row of the word that starts every class vector.
+    """The vocabulary row of a word that initializes class vectors.
 
-    Raises: ConfigError for an empty or untrained word, and for one the tokenizer splits (its parts are no word's row).
+    Raises: ConfigError for a text that is not one trained word, or a word that the tokenizer splits: it has no row.
     """
     if len(words_of(word)) != 1:
         raise ConfigError(f"inversion.initializer: {word!r} is not one word; a known noun such as 'object' would do")
@@ -146,12 +148,12 @@ def initializer_id(word: str, tokenizer, trained: frozenset[str] | None) -> int:
 
 
 def class_initializers(keywords: Sequence[Sequence[str]], tokenizer, trained: frozenset[str] | None) -> tuple[str, ...]:
-    """The word that starts each class's vectors: its first keyword that is one trained token, else "object".
+    """The word that initializes each class's vectors: its first keyword that is one trained token, else "object".
 
-    A keyword of several words, as where a description is prose, offers each of them, the last first: of "a round metal
-    part" that is the noun.
+    Keywords of one word come first. Of a keyword of several words, because the description is prose, each word is a
+    candidate, starting with the last: in "a round metal part" that is the noun.
 
-    Raises: ConfigError where no class has such a keyword: the setting would do nothing.
+    Raises: ConfigError if no class has such a keyword: the setting would have no effect.
     """
     words = []
     for candidates in keywords:
@@ -182,9 +184,9 @@ def _has_row(word: str, tokenizer, trained: frozenset[str] | None) -> bool:
 
 
 def check_keywords(keywords: Sequence[Sequence[str]], trained: frozenset[str] | None) -> None:
-    """Refuse class keywords that cannot serve as condition words.
+    """Check that class keywords can serve as condition words.
 
-    Raises: ConfigError where no class has any, or one holds a word the text encoder was not trained on.
+    Raises: ConfigError if no class has keywords, or one holds a word that the text encoder was not trained on.
     """
     if not any(keywords):
         raise ConfigError(
@@ -197,9 +199,9 @@ def check_keywords(keywords: Sequence[Sequence[str]], trained: frozenset[str] | 
 def drawn_prompts(
     templates: Iterable[str], conditions: Mapping[str, float], keywords: Sequence[Sequence[str]], token: str
 ) -> list[str]:
-    """Every prompt that generation may show `token` in: each template in each condition of some weight.
+    """Every prompt in which generation may show `token`: each template with each condition of positive weight.
 
-    The condition `keywords` stands for the keywords of each class, and for none where a class has none.
+    The condition `keywords` stands for the keywords of all classes, and for no condition if a class has none.
     """
     words = [word for word, weight in conditions.items() if weight > 0 and word != KEYWORDS]
     if conditions.get(KEYWORDS, 0) > 0:
@@ -210,13 +212,13 @@ def drawn_prompts(
 def check_generation(
     pipeline: StableDiffusion, generation: Generation, inversion: Inversion, keywords: Sequence[Sequence[str]]
 ) -> None:
-    """Refuse settings that may make a prompt, however rare, that the pipeline cannot read.
+    """Check that the pipeline can read every prompt that these settings may ever make.
 
     Args:
         keywords: of each class.
 
-    Raises: ConfigError for a word the text encoder was not trained on, and a prompt that is longer than it reads: one of
-    generation, or one that class tokens are learned in.
+    Raises: ConfigError for a word that the text encoder was not trained on, and for a prompt that is too long for it,
+    whether it is used to generate or to learn class tokens.
     """
     trained = trained_words(pipeline.source)
     check_prompts(generation.templates, generation.conditions, trained)
@@ -230,7 +232,7 @@ def check_generation(
 
 
 def _single_word_like(word: str, tokenizer, trained: frozenset[str] | None) -> str:
-    """The word closest in spelling that has a row of its own; "object" where none is close."""
+    """The word closest in spelling that has its own row; "object" if none is close."""
     whole = {entry.removesuffix("</w>") for entry in tokenizer.get_vocab() if entry.endswith("</w>")}
     candidates = sorted(w for w in (whole if trained is None else whole & trained) if w.isalpha())
     return (difflib.get_close_matches(word.lower(), candidates, 1, 0.75) or ["object"])[0]

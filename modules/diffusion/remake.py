@@ -1,4 +1,4 @@
-"""Images from requests in hand: one again from its provenance, or the few of a contact sheet.
+"""Makes images from given requests: an earlier image again from its provenance, or the few of a contact sheet.
 
 Shapes: N images, T tokens of a prompt, E text width, H W pixels.
 """
@@ -27,8 +27,8 @@ def make(
 ) -> torch.Tensor:
     """The images of requests, in their order: pixels [N, 3, H, W], nominally in [-1, 1].
 
-    So an image is made again from its provenance; with other neighbors in its UNet call than the first time, it agrees
-    to rounding (1e-4 in fp32), not to the bit.
+    An image made again from its provenance has other neighbors in its UNet calls than the first time, so it agrees up
+    to rounding (1e-4 in fp32) and not bit for bit.
 
     Raises:
         DataError: an image was made by another pipeline, or at another resolution.
