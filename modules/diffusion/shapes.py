@@ -1,8 +1,8 @@
-"""The shapes of Stable Diffusion 1.x and 2.x, written out: what a single file leaves unsaid, and what timing needs.
+"""The configurations of Stable Diffusion 1.x and 2.x, for single files and for pipelines of random weights.
 
-A .safetensors file in CompVis layout holds weights and no configuration; these are the configurations its families
-share. The same shapes filled with random numbers stand in for a checkpoint where only time is measured, which does not
-depend on the values (but on their being neither zero nor not-a-number).
+A .safetensors file in CompVis layout holds weights and no configuration; these are the configurations that all models
+of a family share. The same shapes filled with random numbers replace a checkpoint when only time is measured, which
+does not depend on the values (as long as they are neither zero nor NaN).
 """
 
 import json
@@ -24,7 +24,7 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
 }
-FEW_STEPS = {  # how weights distilled to a few steps are sampled, in place of what their base model's scheduler says
+FEW_STEPS = {  # scheduler settings for weights distilled to a few steps, replacing those of their base model
     "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading"},
     "turbo": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
 }
@@ -63,7 +63,7 @@ TEXT = {
 TEXT_2 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
-    "num_hidden_layers": 23,  # of OpenCLIP's 24: Stable Diffusion 2 reads the last but one
+    "num_hidden_layers": 23,  # of OpenCLIP's 24: Stable Diffusion 2 reads the output of the last but one
     "num_attention_heads": 16,
     "hidden_act": "gelu",
     "pad_token_id": 0,
@@ -77,9 +77,9 @@ UNET_2 = {
 
 
 def shapes_of(family: str, prediction_type: str = "epsilon") -> dict[str, dict]:
-    """Configurations of unet, vae, text_encoder and scheduler of sd1 or sd2.
+    """The configurations of unet, vae, text_encoder and scheduler for family sd1 or sd2.
 
-    Stable Diffusion 2 that predicts v was trained at 768 px, all others at 512.
+    Stable Diffusion 2 with v-prediction was trained at 768 px, all others at 512.
     """
     side = 96 if family == "sd2" and prediction_type == "v_prediction" else 64
     second = family == "sd2"
@@ -92,7 +92,7 @@ def shapes_of(family: str, prediction_type: str = "epsilon") -> dict[str, dict]:
 
 
 def write_configs(shapes: dict[str, dict], folder: Path) -> Path:
-    """Write configurations as the folder that diffusers' single-file loaders read; returns it."""
+    """Write configurations to a folder in the layout that diffusers' single-file loaders read; returns the folder."""
     classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     for name, config in shapes.items():
         part = folder / name
@@ -106,10 +106,10 @@ def write_configs(shapes: dict[str, dict], folder: Path) -> Path:
 
 
 def random_parts(family: str, device: torch.device, dtype: torch.dtype) -> dict:
-    """tokenizer, text_encoder, unet, vae and scheduler of a family's exact shape with random weights on the device.
+    """tokenizer, text_encoder, unet, vae and scheduler of a family's exact shape, with random weights on the device.
 
-    Matrices and kernels are normal with variance 1 / fan-in, embeddings with .02, biases 0, norms the identity; drawn
-    on the device, since a thousand million numbers take a while.
+    Matrices and convolution kernels are normal with variance 1 / fan-in, embeddings normal with standard deviation .02;
+    biases are 0 and norms the identity. They are drawn on the device, because there are about 1e9 numbers.
     """
     shapes = shapes_of(family)
     with torch.device("meta"):
@@ -129,7 +129,7 @@ def random_parts(family: str, device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def _fill(module: torch.nn.Module, generator: torch.Generator) -> None:
-    """Random values for a module's own parameters."""
+    """Fill a module's own parameters with random values."""
     for name, parameter in module.named_parameters(recurse=False):
         if name == "bias":
             parameter.data.zero_()
@@ -141,7 +141,7 @@ def _fill(module: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def letter_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer of the usual size that knows letters only; the other entries are never used."""
+    """A CLIP tokenizer of the usual vocabulary size that knows only letters; the other entries are never used."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())

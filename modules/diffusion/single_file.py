@@ -1,8 +1,8 @@
-"""A checkpoint in one .safetensors file (CompVis layout) to parts, without asking anybody else's server.
+"""Reads a checkpoint in one .safetensors file (CompVis layout) into parts, without asking any server for its settings.
 
-The file holds weights only. What it leaves unsaid comes from a folder of configurations beside it (the file's stem, or
-its own folder, in diffusers' layout) or from the shapes of its family. The vocabulary is in neither: it comes from a
-`tokenizer/` folder beside the file or from the local Hugging Face cache.
+The file holds only weights. The configurations come from a folder beside it in diffusers' layout (named as the file
+without its suffix, or the file's own folder), or else from the shapes of its family. The vocabulary comes from a
+`tokenizer/` folder beside the file or from the local Hugging Face cache; it is downloaded only if that is allowed.
 """
 
 import tempfile
@@ -26,11 +26,11 @@ from modules.diffusion import shapes
 from modules.diffusion.files import digest, read_json, read_tokenizer
 from modules.errors import ConfigError, DataError, first_line
 
-CLIP = "openai/clip-vit-large-patch14"  # the vocabulary of every Stable Diffusion 1.x and 2.x
-PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}  # what prompts are filled up with; the vocabulary is the same
+CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of every Stable Diffusion 1.x and 2.x
+PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}  # padding token of prompts; the vocabulary is the same
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-CLASSES = "model.diffusion_model.label_emb."  # of a UNet that is told a class, an image or a noise level
-GUIDANCE = tuple(  # of a UNet that takes its guidance as an input (LCM), under the names that converters give it
+CLASSES = "model.diffusion_model.label_emb."  # in a UNet that takes a class, an image or a noise level as an input
+GUIDANCE = tuple(  # in a UNet that takes its guidance as an input (LCM), by the names that converters write
     f"model.diffusion_model.{name}.cond_proj.weight" for name in ("time_embed", "time_embedding")
 )
 WIDTHS = {768: "sd1", 1024: "sd2"}
@@ -42,11 +42,12 @@ DECLARED = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_pred
 
 
 def read_single_file(path: Path, dtype: torch.dtype, cfg: Pipeline) -> dict:
-    """tokenizer, text_encoder, unet, vae, scheduler (dict) and digest of a single file.
+    """Read a single file: tokenizer, text_encoder, unet, vae, scheduler (dict) and digest, by name.
 
     Raises:
-        DataError: not safetensors, not a Stable Diffusion 1.x or 2.x, or weights are missing.
-        ConfigError: a Stable Diffusion 2 file that does not say what its UNet predicts, undeclared.
+        DataError: not safetensors, not a Stable Diffusion 1.x or 2.x, or weights or the vocabulary are missing.
+        ConfigError: neither a Stable Diffusion 2 file nor pipeline.prediction_type says what the UNet predicts, or they
+            contradict each other.
     """
     header = _header(path)
     beside = _configs_beside(path)
@@ -68,16 +69,16 @@ def read_single_file(path: Path, dtype: torch.dtype, cfg: Pipeline) -> dict:
     for name in ("unet", "vae", "text_encoder"):
         parts[name].to(dtype)
     parts["tokenizer"] = _tokenizer(path, beside, cfg.allow_download)
-    # whichever was found: any Stable Diffusion's vocabulary will do, and each says its own padding
+    # whichever vocabulary was found: they are all the same, but differ in the padding that they declare
     parts["tokenizer"].pad_token = PADDING["sd2" if parts["text_encoder"].config.hidden_act == "gelu" else "sd1"]
     return parts | {"digest": digest([path], path.parent)}
 
 
 def configurations(path: Path, cfg: Pipeline) -> tuple[dict, dict]:
-    """The settings of unet and vae of a single file, of which the header alone is read.
+    """The configurations of unet and vae for a single file, of which only the header is read.
 
     Raises:
-        DataError, ConfigError: as `read_single_file`, for what the header shows.
+        DataError, ConfigError: as `read_single_file`, for faults that show in the header.
     """
     header = _header(path)
     if (beside := _configs_beside(path)) is not None:
@@ -88,11 +89,11 @@ def configurations(path: Path, cfg: Pipeline) -> tuple[dict, dict]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file shows without its weights being read."""
+    """What is known of a file without reading its weights."""
 
     metadata: dict[str, str]
-    text_width: int  # of the texts that its UNet attends to
-    guidance_width: int  # of the guidance embedding that its UNet takes; 0: none
+    text_width: int  # width of the text embeddings that its UNet attends to
+    guidance_width: int  # width of the guidance embedding that its UNet takes; 0: none
 
 
 def _header(path: Path) -> Header:
@@ -118,10 +119,10 @@ def _header(path: Path) -> Header:
 
 
 def _shapes(path: Path, header: Header, cfg: Pipeline) -> dict[str, dict]:
-    """The configurations of the family to which a file without any belongs.
+    """The configurations of a file's family, for a file without any beside it.
 
-    The weights of Turbo and LCM are those of their base model in all but their values, so that pipeline.family has to say
-    what they are; but for a UNet that takes its guidance as an input, which is an LCM's.
+    The weights of Turbo and LCM have the same names and shapes as those of their base model, so pipeline.family has to
+    say what they are. The exception is a UNet that takes its guidance as an input: that is an LCM.
     """
     width, base = header.text_width, WIDTHS.get(header.text_width)
     if base is None:
@@ -139,7 +140,7 @@ def _shapes(path: Path, header: Header, cfg: Pipeline) -> dict[str, dict]:
 
 
 def _configs_beside(path: Path) -> Path | None:
-    """The folder of configurations that stands beside a file, if there is one."""
+    """The folder of configurations beside a file, or None."""
     for folder in (path.with_suffix(""), path.parent):
         if (folder / "unet" / "config.json").is_file():
             return folder
@@ -147,7 +148,7 @@ def _configs_beside(path: Path) -> Path | None:
 
 
 def _declared(metadata: dict, cfg: Pipeline, path: Path, family: str, few_steps: str | None) -> str:
-    """What the UNet predicts: what the file's metadata says, or the setting, or epsilon for 1.x and SD Turbo."""
+    """What the UNet predicts: from the file's metadata, else from the setting, else epsilon for 1.x and SD Turbo."""
     said = DECLARED.get(metadata.get("modelspec.prediction_type", ""))
     if said and cfg.prediction_type and said != cfg.prediction_type:
         raise ConfigError(f"pipeline.prediction_type is {cfg.prediction_type}, but {path} says {said}; leave it empty")
@@ -160,7 +161,11 @@ def _declared(metadata: dict, cfg: Pipeline, path: Path, family: str, few_steps:
 
 
 def _read(part: str, path: Path, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """A part from its builder; a part that does not fit the file's family, or lacks weights, is named."""
+    """The model that `build` returns.
+
+    Raises:
+        DataError: the part does not fit the file's family, or lacks weights; the message names it.
+    """
     try:
         model = build()
     except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
@@ -176,7 +181,7 @@ def _read(part: str, path: Path, build: Callable[[], torch.nn.Module]) -> torch.
 
 
 def _converted(kind, convert, weights: dict[str, torch.Tensor], config: Path) -> torch.nn.Module:
-    """A diffusers model from CompVis weights; weights that the file lacks stay on the meta device."""
+    """A diffusers model with converted CompVis weights; weights that the file lacks stay on the meta device."""
     settings = kind.load_config(config)
     with torch.device("meta"):
         model = kind.from_config(settings)
@@ -185,7 +190,7 @@ def _converted(kind, convert, weights: dict[str, torch.Tensor], config: Path) ->
 
 
 def _convert_unet(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:
-    """A UNet's weights under diffusers' names, with the one that diffusers' own conversion leaves out."""
+    """A UNet's weights by diffusers' names, including the guidance weight that diffusers' own conversion omits."""
     found = convert_ldm_unet_checkpoint(weights, settings)
     for name in GUIDANCE:
         if name in weights:
@@ -199,7 +204,11 @@ def _text_encoder(weights: dict[str, torch.Tensor], configs: Path) -> CLIPTextMo
 
 
 def _tokenizer(path: Path, beside: Path | None, allow_download: bool) -> CLIPTokenizer:
-    """The vocabulary: beside the file, else in the local cache, else fetched if that is allowed."""
+    """The vocabulary: from beside the file, else from the local cache, else downloaded if that is allowed.
+
+    Raises:
+        DataError: it was not found.
+    """
     for folder in (beside, path.parent):
         if folder is not None and (folder / "tokenizer").is_dir():
             return read_tokenizer(folder / "tokenizer")
@@ -207,7 +216,7 @@ def _tokenizer(path: Path, beside: Path | None, allow_download: bool) -> CLIPTok
         tokenizer = CLIPTokenizer.from_pretrained(CLIP, local_files_only=not allow_download)
     except OSError:
         tokenizer = None
-    if tokenizer is None or len(tokenizer) < shapes.TEXT["vocab_size"]:  # offline, transformers makes one without words
+    if tokenizer is None or len(tokenizer) < shapes.TEXT["vocab_size"]:  # offline, transformers returns an empty one
         raise DataError(
             f"pipeline.path: {path} brings no vocabulary; put the tokenizer/ folder of any Stable Diffusion beside it "
             f"({path.parent / 'tokenizer'}), or set pipeline.allow_download=true to fetch {CLIP}'s"

@@ -1,9 +1,9 @@
-"""Whether generated images are of use: do they still show their class, are they diverse, are they more than copies?
+"""Measures whether generated images are useful: do they show their class, are they diverse, are they more than copies?
 
-A learner that judges its own food approves what it already believes, so the judge is handed in: a classifier fixed
-before training (fitted to the real train images), as a callable. Distances are Euclidean between its features and are
-also given as a share of the real images' own spread, because a feature has no natural unit: a share of 0 is a copy of
-the source, a share of 1 lies as far away as another real image of the class.
+A learner that judged its own training data would confirm what it already believes, so the judge is passed in: a
+callable classifier that was fitted to the real train images before training and then fixed. Distances are Euclidean
+distances of its features. Since features have no natural unit, they are also given as a share of the spread of the real
+images: 0 means a copy of the source, 1 means as far away as another real image of the class.
 
 Shapes: N generated images, D real images, F features, H W pixels.
 """
@@ -20,7 +20,7 @@ ALL = "all"  # stands for every class in a row
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge said of a set of images."""
+    """A judge's features and predictions for a set of images."""
 
     features_NF: torch.Tensor  # float32, CPU
     predicted_N: torch.Tensor  # int64, CPU
@@ -33,7 +33,7 @@ class Judged:
 def judge_images(judge: Judge, images_NHWC: torch.Tensor, batch_size: int = 256) -> Judged:
     """The judge's features and predicted classes of uint8 images, on the CPU.
 
-    Raises: ValueError for images that are not uint8 [N, H, W, 3], and for a judge whose rows do not match.
+    Raises: ValueError for images that are not uint8 [N, H, W, 3], and for a judge that does not return a row per image.
     """
     if images_NHWC.dtype != torch.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3:
         raise ValueError(
@@ -61,11 +61,11 @@ def suitability(
     real_labels_D: Sequence[int],
     classes: Sequence[str],
 ) -> list[dict]:
-    """Rows by recipe and class, then one row a recipe with class "all"; only pairs that occur have a row.
+    """One row per (recipe, class) that occurs, then one row per recipe with class "all".
 
     recipe, class, images
     agreement           share of images whose predicted class is that of their source
-    real_agreement      the same of the real images handed in
+    real_agreement      the same for the given real images
     agreement_share     agreement / real_agreement
     diversity           median distance of two generated images of a class and recipe
     real_diversity      median distance of two real images of the class
@@ -73,15 +73,16 @@ def suitability(
     distance            median distance of a generated image to its source
     distance_share      median of that distance / real_diversity of its class
 
-    In a recipe's row diversity is the median over all pairs within a class, and real_diversity, like real_agreement,
-    is over the real images of the classes that occur. A figure without two images, or with a zero below the line, is
-    None. For near-OOD recipes the agreement tells how far the class is left behind.
+    In the row of class "all", diversity is the median over all pairs within a class, and real_diversity and
+    real_agreement are over the real images of the classes that occur. Diversity of fewer than two images is None, and
+    so is a share whose denominator is zero. For near-OOD recipes a low agreement means that the class was left behind.
 
     Args:
-        labels_N, recipes_N, sources_N: class of the source, recipe and row of the source among `real`, of each image.
+        labels_N, recipes_N, sources_N: for each image the class of its source, its recipe, and its source's row in
+            `real`.
 
     Raises:
-        ValueError: the lengths do not match, or an image's source is of another class than the image.
+        ValueError: the lengths do not match, or a label is not the class of the image's source.
     """
     labels, sources = torch.as_tensor(labels_N).long(), torch.as_tensor(sources_N).long()
     real_labels = torch.as_tensor(real_labels_D).long()
@@ -142,10 +143,10 @@ def _spread(
 
 
 def _pairs(features_NF: torch.Tensor) -> torch.Tensor:
-    """Distances of every pair of rows, [N (N-1) / 2]."""
+    """Euclidean distances of all pairs of rows, [N (N-1) / 2]."""
     return torch.nn.functional.pdist(features_NF)
 
 
 def _median(values: torch.Tensor) -> float | None:
-    """The median, halfway between the middle two of an even number; None of nothing."""
-    return float(np.median(values.numpy())) if len(values) else None  # quantile stops at 16M values
+    """The median (for an even number the mean of the middle two); None if there are no values."""
+    return float(np.median(values.numpy())) if len(values) else None  # torch.quantile is limited to 16M values
