@@ -1,13 +1,13 @@
-"""What a start-up tuner measured: ways to compute one layer, timed on the shapes that a model really meets."""
+"""What a start-up tuner measured: the ways to compute a layer, timed on the shapes that a model really has."""
 
 from dataclasses import dataclass
 
-FASTER = 1.05  # than torch's own way another must be: a tie would be another one's the next time
+FASTER = 1.05  # factor by which another way must beat torch's own; on a tie the choice would vary between runs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One way on one shape."""
+    """The measurement of one way on one shape."""
 
     shape: tuple[int, ...]
     way: str
@@ -16,7 +16,7 @@ class Timing:
 
 
 def best(timings: list[Timing], own: str) -> Timing | None:
-    """The fastest way of one shape, but `own`, torch's, where no other is FASTER than it; None where all refused."""
+    """The fastest way of one shape, or torch's `own` unless another is faster by FASTER; None if all refused."""
     working = [t for t in timings if t.ms is not None]
     if not working:
         return None
@@ -26,13 +26,13 @@ def best(timings: list[Timing], own: str) -> Timing | None:
 
 
 def chosen(timings: list[Timing], own: str) -> dict[str, str]:
-    """The best way at each shape at which one works, by a name of the shape that JSON can hold."""
+    """Name of the shape (a JSON key) -> the best way, for each shape on which some way works."""
     found = {shape: best(rows, own) for shape, rows in by_shape(timings).items()}
     return {name_of(shape): way.way for shape, way in found.items() if way is not None}
 
 
 def by_shape(timings: list[Timing]) -> dict[tuple[int, ...], list[Timing]]:
-    """The timings of each shape, in the order in which they were taken."""
+    """The timings grouped by shape, in the order in which they were taken."""
     rows: dict[tuple[int, ...], list[Timing]] = {}
     for t in timings:
         rows.setdefault(t.shape, []).append(t)
@@ -40,11 +40,11 @@ def by_shape(timings: list[Timing]) -> dict[tuple[int, ...], list[Timing]]:
 
 
 def told(timings: list[Timing]) -> str:
-    """The ways of one shape in a line, the fastest first: each with its time, or why it refused."""
+    """The ways of one shape in one line, fastest first, each with its time or its reason to refuse."""
     tried = sorted(timings, key=lambda t: (t.ms is None, t.ms or 0.0))
     return ", ".join(f"{t.way} {t.ms:.3f} ms" if t.ms is not None else f"{t.way} no ({t.reason})" for t in tried)
 
 
 def name_of(shape: tuple[int, ...]) -> str:
-    """64x4096x4096x8x40."""
+    """A shape as text, such as 64x4096x4096x8x40."""
     return "x".join(map(str, shape))

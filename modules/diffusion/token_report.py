@@ -1,8 +1,9 @@
-"""What each learned token did: its norm, its way from the initializer, its denoising loss against the initializer's.
+"""Reports what each token has learned: its norm, its distance from the initializer, and its denoising loss against the
+initializer's.
 
-"The token has no effect" is the commonest complaint about textual inversion, and the training loss does not show it:
-the timestep moves that loss far more than the token does. So both losses are taken on images inversion never saw, from
-the same latents, noise and timesteps, and their difference is given with its standard error.
+"The token has no effect" is the most common complaint about textual inversion, and the training loss does not show it,
+because it depends far more on the timestep than on the token. So both losses are measured on images that inversion
+never saw, with the same latents, noise and timesteps, and their difference is reported with its standard error.
 
 Shapes: D images, C classes, N draws, K vectors a token, E embedding width.
 """
@@ -32,10 +33,10 @@ def token_report(
     draws: int = 8,
     batch_size: int = 32,
 ) -> list[dict]:
-    """One row a class: class, placeholder, initializer, norm, vocabulary_norm, cosine, held-out losses, gain and a note.
+    """One row per class: class, placeholder, initializer, and these figures.
 
     norm                mean over the K vectors of ||V_y||
-    vocabulary_norm     median of ||row|| over the rows of trained words, or over all rows where none are listed
+    vocabulary_norm     median of ||row|| over the rows of trained words, or over all rows if no words are listed
     cosine              mean over the K vectors of their cosine to the initializer's row
     moved               mean over the K vectors of ||V_y - initializer|| / ||initializer||
     loss_token          held-out denoising loss with the token, mean over `draws` (images in turn, t spread evenly)
@@ -44,7 +45,7 @@ def token_report(
     images              held-out images used; 0 leaves the losses None
     note                "" or what looks wrong
 
-    `moments_D8hw` are VAE moments of images inversion was not handed (val), `labels_D` their class ids.
+    `moments_D8hw` are VAE moments of images that inversion did not use (val), `labels_D` their class ids.
     """
     vocabulary_norm = vocabulary_norms(pipeline, trained_words(pipeline.source)).median().item()
     words = [tokens.initializer_of(c) for c in range(len(tokens.classes))]
@@ -82,7 +83,7 @@ def token_report(
 
 
 def _note(row: dict) -> str:
-    """What a person should look at, or nothing."""
+    """What looks wrong in a row of the report; "" if nothing does."""
     if row["moved"] < UNMOVED:
         return "did not move from the initializer; raise inversion.images_per_class or inversion.lr"
     if row["images"] == 0:
@@ -100,7 +101,7 @@ def _held_out(
     draws: int,
     batch_size: int,
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Class -> (loss_N with the token, loss_N with the initializer), of the same N draws, float32 on the CPU."""
+    """Class -> (loss_N with the token, loss_N with the initializer) over the same N draws, float32 on the CPU."""
     denoising = Denoising(pipeline)
     token_context = pipeline.embed_vectors([fill(TEMPLATE, "*")] * len(own), tokens.vectors_CKE.to(pipeline.device))
     word_context = pipeline.embed([fill(TEMPLATE, tokens.initializer_of(c)) for c in range(len(own))])

@@ -1,8 +1,8 @@
-"""Class tokens: vectors learned by textual inversion, their files, and the prompts made of them in a bounded bank.
+"""Class tokens: vectors learned by textual inversion, their files, and a bank of the prompt embeddings made with them.
 
-A token's commonest fault elsewhere is that it was never loaded, or was learned on another model, and nobody noticed:
-here a missing file and a foreign base model are errors. Files have the form diffusers' `load_textual_inversion` reads,
-so that a run's tokens serve any other tool.
+The most common fault with tokens elsewhere is that one was not loaded, or was learned on another model, and nobody
+noticed. Here a missing file and a different base model are errors. The files have the format that diffusers'
+`load_textual_inversion` reads, so that a run's tokens can be used in other tools.
 
 Shapes: C classes, K vectors a token, E embedding width, N prompts, T tokens of a prompt.
 """
@@ -36,9 +36,9 @@ class Tokens:
     vectors_CKE: torch.Tensor  # float32
     base_model: str  # digest of the pipeline they were learned on
     initializer: str
-    images_seen: int  # training images a class
+    images_seen: int  # training images per class, repetitions included
     seed: int
-    initializers: tuple[str, ...] = ()  # the word of each class where they differ; (): all have `initializer`
+    initializers: tuple[str, ...] = ()  # the word of each class if they differ; (): all have `initializer`
 
     def initializer_of(self, label: int) -> str:
         """The word that a class's vectors started from."""
@@ -50,16 +50,16 @@ class Tokens:
 
 
 def safe_name(label: str) -> str:
-    """A directory name for a class label: slug plus hash, the same on every file system, never a path of its own."""
+    """A directory name for a class label: slug plus hash, the same on every file system and never itself a path."""
     slug = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")[:40]
     return f"{slug or 'class'}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
-    """One `<directory>/<class>/learned_embeds.safetensors` a class; each file appears whole or not at all.
+    """Write `<directory>/<class>/learned_embeds.safetensors` for each class, each file atomically; returns the paths.
 
-    A file holds exactly one key, the placeholder, float32 [K, E], and as metadata the base model's digest, the class,
-    the initializer, the images seen and the seed.
+    A file holds exactly one tensor, float32 [K, E], under the placeholder as key, and as metadata the base model's
+    digest, the class, the initializer, the images seen and the seed.
     """
     paths = []
     for row, (label, name, vectors_KE) in enumerate(
@@ -79,14 +79,14 @@ def save_tokens(tokens: Tokens, directory: str | Path) -> list[Path]:
 
 
 def replace_tokens(tokens: Tokens, directory: str | Path) -> None:
-    """`save_tokens` in place of the tokens at `directory`; a kill leaves a whole set of classes there, or no directory.
+    """Replace the tokens at `directory`; if the process is killed, the directory is complete or does not exist.
 
-    Raises: StorageError if the files cannot be written or put there.
+    Raises: StorageError if the files cannot be written or moved into place.
     """
     directory = Path(directory)
     partial, former = (directory.with_name(f"{directory.name}.{word}") for word in ("partial", "former"))
     try:
-        for left in (partial, former):  # by a kill
+        for left in (partial, former):  # from a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         save_tokens(tokens, partial)
         if directory.exists():
@@ -108,10 +108,11 @@ def load_tokens(
     base_model: str,
     remedy: str = "learn the tokens of this run again",
 ) -> Tokens:
-    """The saved tokens of `classes`, as `save_tokens` wrote them.
+    """Load the tokens of `classes` that `save_tokens` wrote.
 
-    Raises: DataError for a class without a file, a file that is broken or of another class, width or number of
-    vectors, and a token learned on another base model (both digests are named); each ends with `remedy`.
+    Raises: DataError for a class without a file, for a file that is broken or of another class, for vectors whose shape
+    differs between classes, and for a token learned on another base model (naming both digests). The messages end with
+    `remedy`.
     """
     vectors, words, metadata = [], [], {}
     for label in classes:
@@ -144,9 +145,9 @@ def load_tokens(
 
 
 def _read(path: Path, label: str, remedy: str) -> tuple[torch.Tensor, dict[str, str]]:
-    """The vectors [K, E] and metadata of one file.
+    """The vectors [K, E] and the metadata of one file.
 
-    Raises: DataError for anything `save_tokens` would not have written.
+    Raises: DataError for a file that `save_tokens` would not have written.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -173,7 +174,7 @@ def _read(path: Path, label: str, remedy: str) -> tuple[torch.Tensor, dict[str, 
 def cached_tokens(cache_dir: str | Path, key: str, classes: tuple[str, ...], base_model: str) -> Tokens | None:
     """The tokens stored under a `token_cache_key`, or None.
 
-    Raises: DataError for an entry that is broken or of other tokens; it names the folder to delete.
+    Raises: DataError for an entry that is broken or holds other tokens; it names the folder to delete.
     """
     entry = Path(cache_dir) / "tokens" / key
     if not entry.is_dir():
@@ -182,9 +183,9 @@ def cached_tokens(cache_dir: str | Path, key: str, classes: tuple[str, ...], bas
 
 
 def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
-    """Store tokens under their key; the entry appears whole, and of two processes that store it the first stays.
+    """Store tokens under their key, atomically; if two processes store the same entry, that of the first is kept.
 
-    Raises: StorageError if it can be neither written nor found.
+    Raises: StorageError if the entry cannot be written and does not exist.
     """
     entry = Path(cache_dir) / "tokens" / key
     partial = entry.with_name(f"{key[:16]}.{uuid.uuid4().hex}.partial")
@@ -203,7 +204,7 @@ def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
 
 
 def vocabulary_norms(pipeline: StableDiffusion, trained: frozenset[str] | None = None) -> torch.Tensor:
-    """||row|| of the token embedding, float32: of the words in `trained` that have a row, or of the whole vocabulary."""
+    """||row|| of the token embedding, float32, of the words in `trained` that have a row, or of the whole vocabulary."""
     rows = pipeline.text_encoder.get_input_embeddings().weight.detach()
     if trained is not None:
         entries = pipeline.tokenizer.get_vocab()
@@ -212,7 +213,7 @@ def vocabulary_norms(pipeline: StableDiffusion, trained: frozenset[str] | None =
 
 
 def initializer_rows(pipeline: StableDiffusion, words: Sequence[str]) -> torch.Tensor:
-    """The rows [C, E] of the token embedding, float32, that class vectors start from: one a word.
+    """The rows [C, E] of the token embedding, float32, that class vectors start from: one row per word.
 
     Raises: ConfigError as `initializer_id`.
     """
@@ -221,15 +222,15 @@ def initializer_rows(pipeline: StableDiffusion, words: Sequence[str]) -> torch.T
     return pipeline.text_encoder.get_input_embeddings().weight[rows].detach().float()
 
 
-INITIALIZER = -1  # in place of a class: the word that tokens are learned from
+INITIALIZER = -1  # in place of a class label: the initializer word
 
 
 class PromptBank:
-    """Prompt embeddings on the device: fixed prompts are encoded once and kept, the last used longest.
+    """Prompt embeddings on the device; those of fixed prompts are kept in a least-recently-used cache.
 
-    A fixed prompt is (template, condition, class); its embedding takes T x E x 2 bytes in fp16 (118 kB in SD 1.5), so
-    that 27 templates x 20 classes x 7 conditions stay under .5 GB. The bank is bounded by entries, and an entry that
-    was dropped is simply encoded again. Mixed and noised tokens are encoded when they are asked for and not kept.
+    A fixed prompt is (template, condition, class). Its embedding takes T x E x 2 bytes in fp16 (118 kB in SD 1.5), so
+    that 27 templates x 20 classes x 7 conditions stay under .5 GB. The number of entries is limited; an entry that was
+    dropped is encoded again. Mixed and noised tokens are encoded on request and not kept.
 
     With `tokens` None every prompt shows the initializer word (class-agnostic prompts, the control of Real Guidance).
     """
@@ -255,15 +256,15 @@ class PromptBank:
         self.encoded = 0  # prompts that went through the text encoder so far
 
     def fixed(self, template: str, condition: str, label: int) -> torch.Tensor:
-        """The embedding [T, E] of a template in a condition with the class's own token, or the initializer word."""
+        """The embedding [T, E] of a template with a condition and the class's token, or else the initializer word."""
         return self._keep((template, condition, label if self.tokens else INITIALIZER))
 
     def empty(self) -> torch.Tensor:
-        """The embedding [T, E] of the empty prompt, the unconditional side of guidance."""
+        """The embedding [T, E] of the empty prompt, used for the unconditional rows of guidance."""
         return self._keep(("", "", INITIALIZER))
 
     def mixed(self, template: str, condition: str, vectors_KE: torch.Tensor) -> torch.Tensor:
-        """The embedding [T, E] of a template in a condition with any vectors in the token's place; not kept."""
+        """The embedding [T, E] of a template with a condition and arbitrary vectors as the token; not kept."""
         self.encoded += 1
         with torch.no_grad():
             return self.pipeline.embed_vectors([fill(template, "*", condition)], vectors_KE[None])[0]

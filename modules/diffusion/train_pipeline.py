@@ -1,12 +1,12 @@
-"""Train a small Stable Diffusion pipeline from scratch: tokenizer, VAE, then text encoder and UNet together.
+"""Trains a small Stable Diffusion pipeline from scratch: tokenizer, VAE, then text encoder and UNet together.
 
-The result is a diffusers folder that loads through the same code as Stable Diffusion 1.5. Two things make a small one
-useful for textual inversion:
+The result is a diffusers folder that loads through the same code as Stable Diffusion 1.5. Two things make a small
+pipeline useful for textual inversion:
 
-- captions are re-worded with every inversion template, so that no template holds an untrained word;
-- with probability `instance_tokens` the noun of a caption is replaced by a token of that very object (the `model` of
-  the pack). Their rows are trained with the rest and dropped at the end: what stays is a text encoder and a UNet that
-  are used to being told "this thing" by a single learned vector, which is what a class token is.
+- captions are reworded with every inversion template, so that no template holds an untrained word;
+- with probability `instance_tokens` the noun of a caption is replaced by a token of this particular object (the `model`
+  of the pack). The rows of these tokens are trained with everything else and dropped at the end. What remains is a text
+  encoder and a UNet that can be told "this thing" by a single learned vector, which is what a class token is.
 
 Shapes: B rows, T tokens, N images, h w the latent grid.
 """
@@ -28,7 +28,7 @@ from modules.rules import NORM_GROUPS
 from modules.runtime import seeded, stream
 
 MOMENTS_BATCH = 64  # images encoded at once
-CAPTIONS_KEPT = 2**16  # texts whose token ids are kept, those seen last
+CAPTIONS_KEPT = 2**16  # size of the cache of tokenized texts
 
 
 def build_tokenizer(captions: list[str], shape: PipelineShape) -> CLIPTokenizer:
@@ -59,7 +59,7 @@ def _merges(bpe: Tokenizer) -> list:
 
 
 def build_vae(shape: PipelineShape, seed: int) -> AutoencoderKL:
-    """An untrained AutoencoderKL: pixels -> a grid of 4 channels, 4 times smaller a side."""
+    """An untrained AutoencoderKL with 4 latent channels and a grid 2^(levels - 1) times smaller a side."""
     with seeded(seed, "vae"):
         levels = len(shape.vae_channels)
         return AutoencoderKL(
@@ -126,9 +126,9 @@ def copy_vae(pipeline: StableDiffusion) -> AutoencoderKL:
 
 
 class Stage:
-    """What both stages share: AdamW with warm-up and cosine, an averaged copy, a whole state that can be saved.
+    """What both stages share: AdamW with warm-up and cosine decay, a moving average of the weights, a saveable state.
 
-    All of it is where the modules are, `device`; what a step draws on the CPU is moved there.
+    Everything is on `device`, where the modules are; random numbers are drawn on the CPU and moved there.
     """
 
     def __init__(self, modules: dict, extra: list, steps: int, lr: float, recipe: PipelineTraining, seed: int):
@@ -140,12 +140,12 @@ class Stage:
         self.extra, self.step = extra, 0
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then a cosine to zero; a pure function of the step."""
+        """Linear warm-up times a cosine to zero; a pure function of the step."""
         warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
 
     def update(self, loss: torch.Tensor) -> None:
-        """One AdamW step with the gradient norm clipped to 1, then the moving average."""
+        """One AdamW step with the gradient norm clipped to 1, then an update of the moving average."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
@@ -186,7 +186,7 @@ def vae_stage(
 
 
 def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:
-    """One reconstruction step: mean squared error of a sampled latent's decode plus a small KL term; returns the error."""
+    """One reconstruction step: squared error of a sampled latent after decoding, plus a small KL term; returns the error."""
     recipe, vae = stage.recipe, stage.modules["vae"]
     draw = stream(stage.seed, "vae step", stage.step)
     rows = torch.randint(len(pixels_NHWC), (recipe.vae_batch,), generator=draw)
@@ -221,7 +221,7 @@ def latent_statistics(vae: AutoencoderKL, pixels_NHWC: torch.Tensor) -> tuple[to
 
 
 class Captions:
-    """Draws a wording for a row: template, noun, "object" or the object's own token, or nothing."""
+    """Draws a wording for a caption: a template with its noun, with "object" or with the object's token, or no text."""
 
     def __init__(
         self,
@@ -237,11 +237,11 @@ class Captions:
         names = {name: i for i, name in enumerate(sorted(set(objects)))}
         self.objects = [names[name] for name in objects]
         self.num_objects = len(names)
-        self.mark = tokenizer.convert_tokens_to_ids("*</w>")  # stands where the object's own vector goes
+        self.mark = tokenizer.convert_tokens_to_ids("*</w>")  # marks the place of the object's own vector
         self._encode = lru_cache(maxsize=CAPTIONS_KEPT)(self._tokenized)
 
     def ids(self, rows: list[int], draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids_BT int64 and own_B int64: the object whose vector replaces the mark in a row, or -1."""
+        """Token ids_BT int64, and own_B int64: the object whose vector replaces the mark in each row, or -1."""
         uniforms = torch.rand(len(rows), 3, generator=draw).tolist()
         texts, own = [], []
         for row, (u_drop, u_noun, u_template) in zip(rows, uniforms, strict=True):
@@ -271,7 +271,7 @@ def unet_stage(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Stage:
-    """The second stage, on `device`: text encoder and UNet, with one extra row of the embedding table an object."""
+    """The second stage, on `device`: text encoder and UNet, with an extra row of the embedding table per object."""
     width = text.config.hidden_size
     table = torch.randn(num_objects, width, generator=stream(seed, "object rows")) * 0.02
     modules = {"text_encoder": text.to(device), "unet": unet.to(device, memory_format=torch.channels_last)}
@@ -281,7 +281,7 @@ def unet_stage(
 def unet_step(
     stage: Stage, moments_M8hw: torch.Tensor, scaling: float, captions: Captions, alphas: torch.Tensor
 ) -> float:
-    """One step of noise prediction with min-SNR weights; rows and their mirror images are drawn alike; returns the loss.
+    """One step of noise prediction with min-SNR weights, on images and mirror images alike; returns the loss.
 
     Source: min-SNR weighting, 2303.09556 eq. 9: w(t) = min(SNR, gamma) / SNR for a predicted noise.
     """
@@ -309,7 +309,7 @@ def unet_step(
 def text_with_rows(
     text: CLIPTextModel, ids_BT: torch.Tensor, mark: int, own_B: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    """Text embeddings [B, T, E] of ids in which row b's mark stands for table[own_B[b]] (where own_B[b] >= 0)."""
+    """Text embeddings [B, T, E] of ids in which the mark in row b stands for table[own_B[b]] if own_B[b] >= 0."""
 
     def splice(module, inputs, embedded_BTE):
         swap = (inputs[0] == mark) & (own_B >= 0)[:, None]

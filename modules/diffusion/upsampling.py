@@ -1,7 +1,7 @@
-"""Upsampling layers of a frozen UNet or VAE without the upsampled image (kernels/upsample.py), in the form that is fastest.
+"""Upsampling layers of a frozen UNet or VAE, computed without the upsampled image (kernels/upsample.py) where faster.
 
-On a CPU in float32 the form is fixed, so that a run gives the same bits again; on a GPU a start-up tuner times all of
-them at every shape that the layers really meet. Parameters and names stay as they were.
+On a CPU in float32 the form is fixed, so that a run can be reproduced bit for bit. On a GPU a start-up tuner times all
+forms on every shape that the layers really have. Parameters and their names do not change.
 """
 
 from collections import Counter
@@ -23,18 +23,18 @@ class FoldedUpsample(Upsample2D):
     form = OWN
 
     def set_form(self, form: str) -> None:
-        """Compute it in this form from here on; ValueError for one that is unknown."""
+        """Use this form from now on; raises ValueError for an unknown one."""
         folded = fold(self.conv.weight.detach(), form)
         self.form = form
         self.register_buffer("folded", None if form == OWN else folded, persistent=False)
 
     def reset_form(self) -> None:
-        """The form that is taken without timing: transposed in float32 on a CPU, else diffusers' own."""
+        """Use the form that is the default without timing: transposed in float32 on a CPU, else diffusers' own."""
         weight = self.conv.weight
         self.set_form("transposed" if weight.device.type == "cpu" and weight.dtype == torch.float32 else OWN)
 
     def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """[N, I, h, w] to [N, O, 2h, 2w], or to `output_size` where the UNet's grid is no multiple of its own factor."""
+        """[N, I, h, w] -> [N, O, 2h, 2w], or to `output_size` if the grid is no multiple of the UNet's total factor."""
         h, w = hidden_states.shape[2:]
         if self.form == OWN or (output_size is not None and tuple(output_size) != (2 * h, 2 * w)):
             return super().forward(hidden_states, output_size)
@@ -42,7 +42,7 @@ class FoldedUpsample(Upsample2D):
 
 
 def freeze_upsampling(model: torch.nn.Module) -> int:
-    """Make every plain upsampling layer of a frozen model a FoldedUpsample, in place; returns how many it has now."""
+    """Turn every plain upsampling layer of a frozen model into a FoldedUpsample, in place; returns how many it has."""
     for layer in model.modules():
         if type(layer) is Upsample2D and _is_plain(layer):
             layer.__class__ = FoldedUpsample
@@ -51,13 +51,13 @@ def freeze_upsampling(model: torch.nn.Module) -> int:
 
 
 def set_forms(form: str, *models: torch.nn.Module) -> None:
-    """Every FoldedUpsample in one form."""
+    """Set every FoldedUpsample to one form."""
     for layer in _layers(models):
         layer.set_form(form)
 
 
 def reset_forms(*models: torch.nn.Module) -> None:
-    """Every FoldedUpsample as it is before a tuner has seen it."""
+    """Set every FoldedUpsample to its default form, as before tuning."""
     for layer in _layers(models):
         layer.reset_form()
 
@@ -69,15 +69,15 @@ def tune(
     timer: Callable[[Callable[[], object]], float],
     kept: dict[str, str] | None = None,
 ) -> tuple[dict[str, str], list[Timing]]:
-    """Time the forms of every FoldedUpsample on the inputs that `call` gives it, and set the best at each shape.
+    """Time the forms of every FoldedUpsample on the inputs that it gets in `call`, and set the best one per shape.
 
-    They are timed in the layout of the weights.
+    They are timed in the memory layout of the weights.
 
     Args:
-        timer: milliseconds of a function.
-        kept: form by shape as returned before; it is taken again, untimed.
+        timer: returns the milliseconds that a function takes.
+        kept: the form by shape as returned earlier; it is used again without timing.
 
-    Returns the form of each shape, and what was timed.
+    Returns the form of each shape, and the timings.
     """
     inputs: dict[tuple[int, ...], tuple[FoldedUpsample, torch.Tensor]] = {}
     shapes: dict[FoldedUpsample, tuple[int, ...]] = {}
@@ -103,12 +103,12 @@ def tune(
 
 
 def folded_bytes(model: torch.nn.Module) -> int:
-    """Of the summed weights that a tuner may still add, 16 sums for 9 weights: those of layers in diffusers' own form."""
+    """Bytes of folded weights that a tuner may still add, for layers in diffusers' own form: 16 sums per 9 weights."""
     return sum(layer.conv.weight.nbytes * 16 // 9 for layer in _layers([model]) if layer.form == OWN)
 
 
 def describe(timings: list[Timing]) -> list[str]:
-    """A line for each shape: every form with its time, or why it refused, the fastest first."""
+    """One line per shape: every form with its time or its reason to refuse, fastest first."""
     return [
         f"upsampling, {rows} images of {channels} x {h} x {w} to {made} channels: {told(found)}"
         for (rows, channels, h, w, made), found in by_shape(timings).items()
@@ -116,7 +116,7 @@ def describe(timings: list[Timing]) -> list[str]:
 
 
 def summary(*models: torch.nn.Module) -> str:
-    """How many layers are in which form: transposed in 5 layers, torch in 1 layers."""
+    """How many layers use which form, such as "transposed in 5 layers, torch in 1 layers"."""
     taken = Counter(layer.form for layer in _layers(models))
     return ", ".join(f"{form} in {count} layers" for form, count in taken.most_common()) or "no layer of its kind"
 
@@ -144,5 +144,5 @@ def _time(
         if not upsample_conv(x, folded, bias, form=form).isfinite().all():
             return Timing(shape, form, None, "its output is not finite")
         return Timing(shape, form, timer(lambda: upsample_conv(x, folded, bias, form=form)))
-    except RuntimeError as error:  # no algorithm, no memory for its workspace
+    except RuntimeError as error:  # no algorithm, or no memory for its workspace
         return Timing(shape, form, None, first_line(error))
