@@ -1,8 +1,8 @@
-"""What was computed once and can be used again: tensors in files named by a hash of all they were made from.
+"""A cache of tensors in files, each named by a hash of everything that its tensors were made from.
 
-The key holds everything the result depends on, so a file is either right or not found: nothing is ever invalidated by
-hand. Files are written whole or not at all, checked when read, and several processes may ask for the same one at once:
-the first makes it, the others wait for it and read it.
+The key holds everything that the result depends on, so a file is either right or not found: nothing ever has to be
+invalidated. Files are written atomically and verified when read. If several processes ask for the same file at once,
+the first makes it, and the others wait and read it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from modules.state import write_atomic
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and values, hex; the same on every device and for every layout."""
+    """Hex sha256 of a tensor's dtype, shape and values; independent of device and memory layout."""
     hasher = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     hasher.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
@@ -30,10 +30,10 @@ def digest_tensor(tensor: torch.Tensor) -> str:
 
 
 def digest_of(key: dict) -> str:
-    """sha256 of a key of plain values (str, int, float, bool, None, lists, tuples, dicts with str keys), hex.
+    """Hex sha256 of a key of plain values (str, int, float, bool, None, lists, tuples, dicts with str keys).
 
     Raises:
-        TypeError: the key holds something else, whose text might not tell two values apart.
+        TypeError: the key holds something else, whose text form might be the same for different values.
     """
     return hashlib.sha256(_canonical(key).encode()).hexdigest()
 
@@ -45,10 +45,10 @@ def cached_tensors(
     make: Callable[[], dict[str, torch.Tensor]],
     say: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `make` makes from what `key` describes: read from `folder` if they are there, else made and kept.
+    """The tensors that `key` describes: read from `folder` if they are cached there, else made by `make` and stored.
 
-    The file is <name>-<hash of the key>.safetensors, with the key and a hash of its content beside the tensors. `say`
-    is told where the tensors came from, and if a damaged file was made again.
+    The file is <name>-<hash of the key>.safetensors and also holds the key and a hash of the tensors. `say` is called
+    with where the tensors came from, and if a damaged file is made again.
 
     Returns:
         the tensors on the CPU, whether read or made.
@@ -73,7 +73,7 @@ def cached_tensors(
 
 
 def _read(path: Path, key: dict) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """(tensors, "") of a sound file, (None, reason) of a damaged one, (None, "") where there is none."""
+    """(tensors, "") for a valid file, (None, reason) for a damaged one, (None, "") if there is none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file beside `path`; the system lets go of it when its holder dies. `say` is told of a wait.
+    """Hold a lock on a file beside `path`; the system releases it if the holder dies. `say` is called before waiting.
 
     Raises:
         StorageError: the folder cannot be written.

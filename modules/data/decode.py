@@ -1,9 +1,9 @@
-"""Bytes of an image file -> pixels, safely and rightly.
+"""Decodes the bytes of an image file to pixels, safely and correctly.
 
-Safely: the header's size is checked before a pixel is decoded, only known formats are tried, and the whole file is
-decoded, so that a truncated one is found now and not in step 900. Rightly: 16-bit gray is scaled, not clipped (Pillow's
-`convert("RGB")` turns it white), transparency is laid over gray instead of uncovering what it hid, and a photograph is
-turned as its EXIF tag says.
+Safely: the size in the header is checked before any pixel is decoded, only known formats are tried, and the whole file
+is decoded, so that a truncated file is found now and not in step 900. Correctly: 16-bit gray is scaled, not clipped
+(Pillow's `convert("RGB")` turns it white), transparent pixels are blended with gray instead of showing the colors under
+them, and a photograph is rotated as its EXIF tag says.
 
 Shapes: H W pixels.
 """
@@ -13,12 +13,12 @@ import io
 import numpy as np
 from PIL import Image
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound would stand before, and above, the one of `_load`
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would apply before that of `_load`, which is the one that counts
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
-GRAY = 128  # what stands where there is no image: under transparency, beyond the border, outside the object
+GRAY = 128  # fills what is not image: under transparency, beyond the border, outside the object
 ORIENTATION_TAG = 0x0112
-TURNS = {  # EXIF orientation -> what shows the image upright
+TURNS = {  # EXIF orientation -> the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -30,18 +30,19 @@ TURNS = {  # EXIF orientation -> what shows the image upright
 
 
 class BadImage(Exception):
-    """Why one file cannot be used; `load_images` gathers these into one DataError or skips the files."""
+    """One file cannot be used, and why; `load_images` collects these into one DataError or skips the files."""
 
 
 class NoObject(BadImage):
-    """The image has no mask, or an empty one, where the object is needed."""
+    """The image has no mask, or an empty one, but its object is needed."""
 
 
 def decode_image(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
-    """An upright RGB image and the EXIF orientation it was stored in (1: upright).
+    """The image, upright and in RGB, and the EXIF orientation it was stored in (1: upright).
 
     Raises:
-        BadImage: no known format, a header of more than `max_pixels`, truncated, or pixels without a fixed range.
+        BadImage: the format is unknown, the header says more than `max_pixels`, the file is truncated or broken, or its
+            pixels have no fixed range.
     """
     image, orientation = _load(data, max_pixels)
     return _to_rgb(image), orientation
@@ -50,12 +51,12 @@ def decode_image(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
 def decode_mask(data: bytes, max_pixels: int, size: tuple[int, int], orientation: int = 1) -> np.ndarray:
     """The object mask of an upright image of `size` (width, height): bool [H, W], True on the object.
 
-    Object is what is not 0 (in a JPEG, what is at least half white; in a palette, what is not entry 0). A mask with an
-    EXIF orientation of its own is turned by that. One without is taken as drawn on the pixels of the image file and
-    turned as that was, by `orientation`, unless only the upright image has its size.
+    Pixels other than 0 are object (in a JPEG those of at least 128, in a palette those that are not entry 0). A mask
+    with its own EXIF orientation is rotated by that. A mask without one is taken to match the pixels stored in the
+    image file and is rotated like them, by `orientation`, unless its size matches the upright image only.
 
     Raises:
-        BadImage: as `decode_image`, or a mask of another size.
+        BadImage: as `decode_image`, or the mask is not of the image's size.
     """
     image, own = _load(data, max_pixels)
     threshold = 127 if image.format == "JPEG" else 0
@@ -85,7 +86,7 @@ def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
             f"its header says {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels:,}"
         )
     form = image.format
-    stored = _orientation(image) if form == "TIFF" else 1  # Pillow turns a TIFF while it loads it, and drops the tag
+    stored = _orientation(image) if form == "TIFF" else 1  # Pillow rotates a TIFF while loading, and drops the tag
     try:
         image.load()
     except Exception as error:  # and the same on broken pixels: OSError, SyntaxError, struct.error, ...
@@ -98,7 +99,11 @@ def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; what the tag cannot say counts as 1."""
+    """The EXIF orientation, 1 to 8; 1 if the tag is missing or holds another value.
+
+    Raises:
+        BadImage: the EXIF block cannot be read.
+    """
     try:
         found = image.getexif().get(ORIENTATION_TAG, 1)
         return found if found in TURNS else 1
@@ -116,7 +121,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_wide_gray(image: Image.Image) -> Image.Image:
-    """16-bit gray, full range 0..65535, to 8 bits: round(value / 257)."""
+    """16-bit gray with the full range 0..65535 to 8 bits, as RGB: round(value / 257)."""
     values = np.asarray(image)
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise BadImage(f"its pixels are {values.dtype}, which has no fixed range; save it with 8 or 16 bits a channel")

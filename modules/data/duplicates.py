@@ -1,7 +1,7 @@
-"""Near-duplicates across splits: the leak that splitting by name cannot see.
+"""Finds near-duplicates across splits: a leak that splitting by names and groups cannot prevent.
 
-The same photograph, saved again, scaled or brightened, in train and in test makes the test easier than it is. Such
-pairs are reported, not removed: which of the two is right is the user's to say.
+If the same photograph is in train and, saved again, scaled or brightened, in test, the test is easier than it seems.
+Such pairs are reported and not removed, because only the user knows which of the two is right.
 
 Shapes: D images, E width of a descriptor, H W C pixels.
 """
@@ -15,12 +15,12 @@ from modules.data.images import Images
 from modules.data.items import Item
 
 GRID = 16
-# Measured on parts64 and grocery96: cosine of an image to itself with noise, scaled by half or darker .989-1 (5 %
+# Measured on parts64 and grocery96: the cosine of an image to itself with noise, scaled by half or darker is .989-1 (5 %
 # quantile), to the nearest image of another split at most .981 over 7,586 images
 THRESHOLD = 0.985
-LEAST_CONTRAST = 1 / 255  # standard deviation below which an image is too plain to be told from another one
+LEAST_CONTRAST = 1 / 255  # an image of lower standard deviation is too plain to be distinguished from others
 CHUNK = 4096  # rows of the similarity matrix at a time
-NAMED_PAIRS = 3  # in a message
+NAMED_PAIRS = 3  # number of pairs listed in a message
 
 
 class Pair(NamedTuple):
@@ -34,8 +34,8 @@ class Pair(NamedTuple):
 def near_duplicates(*sets: Images, threshold: float = THRESHOLD) -> tuple[Pair, ...]:
     """Pairs across (role, split) whose files are equal or whose descriptors have a cosine of `threshold` or more.
 
-    The descriptor is the gray image averaged to 16 x 16, less its mean, of unit length: blind to brightness and
-    contrast, hardly moved by noise and scaling. Pairs stand in path order, each once.
+    The descriptor is the gray image averaged to 16 x 16, minus its mean, normalized to unit length. It is invariant to
+    brightness and contrast and hardly affected by noise and scaling. Each pair is listed once, in path order.
 
     Raises:
         ValueError: no sets.
@@ -66,7 +66,7 @@ def near_duplicates(*sets: Images, threshold: float = THRESHOLD) -> tuple[Pair, 
 
 
 def describe_duplicates(pairs: tuple[Pair, ...]) -> str:
-    """One line on the pairs found, with the first few by name."""
+    """One line that says how many pairs were found and names the first few."""
     listed = "; ".join(
         f"{a.path} ({a.role} {a.split}) and {b.path} ({b.role} {b.split}), {similarity:.3f}"
         for a, b, similarity in pairs[:NAMED_PAIRS]
@@ -75,7 +75,7 @@ def describe_duplicates(pairs: tuple[Pair, ...]) -> str:
 
 
 def _descriptors(pixels_DHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(unit descriptors [D, E] float32, True where the image is too plain to have one)."""
+    """(unit descriptors [D, E] float32, bool [D] that is True for images too plain to have one)."""
     rows = []
     for pixels_bHWC in pixels_DHWC.split(CHUNK // 4):
         gray_b1HW = pixels_bHWC.float().mean(dim=3)[:, None] / 255

@@ -1,7 +1,7 @@
-"""Read files below a root, a folder or a zip pack, and nothing outside it.
+"""Reads files below a root, which is a folder or a zip pack, and nothing outside it.
 
-A path in a CSV file is somebody else's word. It is normalized, refused if it leaves the root (`..`, an absolute path,
-a symbolic link), and a zip pack is read in place: nothing is ever unpacked.
+A path in a CSV file is untrusted input: it is normalized, and refused if it leaves the root (by `..`, an absolute path
+or a symbolic link). A zip pack is read in place and never unpacked.
 """
 
 import lzma
@@ -17,22 +17,22 @@ from pathlib import Path
 from modules.errors import DataError
 
 MAX_PACK_MEMBERS = 2_000_000
-DAMAGE = (  # what zipfile raises; RuntimeError is how it says "encrypted", NotImplementedError "unknown compression"
+DAMAGE = (  # what zipfile raises; RuntimeError means "encrypted", NotImplementedError "unknown compression"
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError,
 )  # fmt: skip
 
 
 class Files:
-    """The files below `root` (a folder or a .zip), opened for reading; a context manager. Threads may share it.
+    """Read access to the files below `root` (a folder or a .zip); a context manager. Threads may share it.
 
     Raises:
-        DataError: the root does not exist, or is no folder and no readable zip.
+        DataError: the root does not exist, or is neither a folder nor a readable zip.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self._zip = None
-        self._links: dict[str, str] = {}  # folder as written -> real folder; links are resolved once a folder
+        self._links: dict[str, str] = {}  # folder as written -> real folder; links are resolved once per folder
         if self.root.is_dir():
             self._real_root = os.path.realpath(self.root)
         elif self.root.is_file() and zipfile.is_zipfile(self.root):
@@ -54,7 +54,7 @@ class Files:
             self._zip.close()
 
     def normalize(self, path: str, where: str) -> str:
-        """`path` as the identity of a file below the root: "./a//b.jpg" -> "a/b.jpg". `where` names its source.
+        """Canonical form of a path below the root: "./a//b.jpg" -> "a/b.jpg". Messages name its source by `where`.
 
         Raises:
             DataError: the path is empty, absolute, leads out of the root, or is written as on Windows.
@@ -82,7 +82,7 @@ class Files:
         return normal
 
     def obstacle(self, path: str) -> str:
-        """Why the file at the normalized `path` cannot be read, or "": one look at names, nothing is opened."""
+        """Why the file at the normalized `path` cannot be read, or ""; looks at names only and opens nothing."""
         if self._zip is not None:
             member = self._members.get(path)
             if member is None:
@@ -116,11 +116,11 @@ class Files:
             raise DataError(f"{self.root}: {path} cannot be read ({error})") from error
 
     def folders(self, path: str = "") -> list[str]:
-        """Sorted names of the folders in the folder `path`; hidden ones and archive litter are left out.
+        """Sorted names of the folders in the folder `path`, without hidden ones and those that archivers leave behind.
 
         Raises:
-            DataError: one is a symbolic link: it may leave the root, close a circle, or show images under two labels; or
-                its name is not UTF-8; or the folder cannot be read.
+            DataError: one is a symbolic link (which may leave the root, form a cycle, or show images under two labels),
+                a name is not UTF-8, or the folder cannot be read.
         """
         found = [e for e in self._entries(path) if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
         for entry in found:
@@ -131,10 +131,10 @@ class Files:
         return self._utf8(path, [entry.name for entry in found])
 
     def names(self, path: str) -> list[str]:
-        """Sorted names of the visible files in the folder `path` ("": the root), links to files among them.
+        """Sorted names of the visible files in the folder `path` ("": the root), including links to files.
 
         Raises:
-            DataError: a name is not UTF-8, as one from an old archive or a Latin-1 share may be, or the folder cannot be
+            DataError: a name is not UTF-8 (as may come from an old archive or a Latin-1 share), or the folder cannot be
                 read.
         """
         names = [e.name for e in self._entries(path) if not e.is_dir() and not e.name.startswith(".")]

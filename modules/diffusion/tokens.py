@@ -204,7 +204,7 @@ def store_tokens(cache_dir: str | Path, key: str, tokens: Tokens) -> Path:
 
 
 def vocabulary_norms(pipeline: StableDiffusion, trained: frozenset[str] | None = None) -> torch.Tensor:
-    """||row|| of the token embedding, float32, of the words in `trained` that have a row, or of the whole vocabulary."""
+    """||row|| of the token embedding, float32, of the words in `trained` that have a row; None: of the vocabulary."""
     rows = pipeline.text_encoder.get_input_embeddings().weight.detach()
     if trained is not None:
         entries = pipeline.tokenizer.get_vocab()

@@ -186,7 +186,7 @@ def vae_stage(
 
 
 def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:
-    """One reconstruction step: squared error of a sampled latent after decoding, plus a small KL term; returns the error."""
+    """A reconstruction step on the mean squared error of a decoded latent sample plus a small KL term, returning the error."""
     recipe, vae = stage.recipe, stage.modules["vae"]
     draw = stream(stage.seed, "vae step", stage.step)
     rows = torch.randint(len(pixels_NHWC), (recipe.vae_batch,), generator=draw)
