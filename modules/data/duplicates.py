@@ -15,8 +15,8 @@ from modules.data.images import Images
 from modules.data.items import Item
 
 GRID = 16
-# Measured on parts64 and grocery96: the cosine of an image to itself with noise, scaled by half or darker is .989-1 (5 %
-# quantile), to the nearest image of another split at most .981 over 7,586 images
+# Measured on parts64 and grocery96: the cosine of an image to itself with noise, scaled by half or darker is .989-1
+# (5 % quantile), to the nearest image of another split at most .981 over 7,586 images
 THRESHOLD = 0.985
 LEAST_CONTRAST = 1 / 255  # an image of lower standard deviation is too plain to be distinguished from others
 CHUNK = 4096  # rows of the similarity matrix at a time

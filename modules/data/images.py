@@ -1,8 +1,9 @@
-"""Items -> pixels of one size, all decoded once before anything else starts.
+"""Decodes items to pixels of one or more sizes, once, before anything else starts.
 
-Every file is decoded in full, so a bad one is named before the GPU is touched. Real and generated images must come out
-of the same pixel pipeline, or the encoder learns the difference: each image is cropped to a square and then resized
-once, straight to each stored size, by the antialiased triangle filter that `kernels.pixels` uses for generated images.
+Every file is decoded in full, so a bad one is named before the GPU is touched. Real and generated images must go
+through the same pixel processing, or the encoder learns the difference: each image is cropped to a square and then
+resized once, directly to each stored size, by the antialiased triangle filter that `kernels.pixels` uses for generated
+images.
 
 Shapes: D images, H W C pixels.
 """
@@ -32,12 +33,12 @@ class Images:
 
     items: tuple[Item, ...]
     pixels_DHWC: torch.Tensor  # uint8
-    masks_DHW: torch.Tensor | None  # uint8, 1 on the object; None where they were not read
+    masks_DHW: torch.Tensor | None  # uint8, 1 on the object; None if they were not read
     skipped: tuple[tuple[str, str], ...]  # (path, reason) of files left out
     digests: tuple[str, ...]  # sha256 of the bytes of each image file
-    notes: tuple[str, ...] = ()  # counts worth saying: enlarged, cut to a square, left out
-    sides: tuple[int, ...] = ()  # pixels a side of each image's square before it was resized
-    forgiven: tuple[tuple[str, str], ...] = ()  # (path, reason) of files kept that on_bad_image fail would have refused
+    notes: tuple[str, ...] = ()  # counts worth reporting: enlarged, cut to a square, left out
+    sides: tuple[int, ...] = ()  # side in pixels of each image's square before it was resized
+    forgiven: tuple[tuple[str, str], ...] = ()  # (path, reason) of kept files that on_bad_image=fail would have refused
 
 
 def load_images(
@@ -53,21 +54,24 @@ def load_images(
 ) -> Images:
     """The pixels of `items` at `size`, uint8 [D, size, size, 3].
 
-    `masks`: True reads the object masks (for masked recipes), False none that cropping does not need, None reads them
-    where every item has one. A file that cannot be used is an error or is left out, as data.on_bad_image says. An image
-    without an object in its mask is one such where cropping or background need the object, but in an MVIP tree, where
-    that is known to occur, it is left out in any case. Where only recipes need masks it stays, with an empty one, if it
-    need not be an error, and so does one whose mask is broken: which images an arm learns from must not depend on its
-    recipes.
+    A file that cannot be used is an error or is left out, as data.on_bad_image says. What happens to an image whose
+    mask is missing, empty or broken depends on what needs the mask:
+
+    - cropping or data.background: the image counts as a file that cannot be used. In an MVIP tree, where images without
+      an object are known to occur, such an image is always left out and never an error.
+    - recipes only: the image is kept, with an empty mask, unless on_bad_image=fail makes it an error (in an MVIP tree
+      only a broken mask is one). Which images an arm learns from must not depend on its recipes.
 
     Args:
-        min_size: side in pixels below which a cropped image is refused, because it would have to be enlarged for the
-            pipeline; 0 accepts any and counts the enlarged ones in `notes`.
-        learning: every class must keep an image; False where images are only judged.
+        masks: True reads the object masks (for masked recipes); False reads them only if cropping or background need
+            them; None reads them if every item has one.
+        min_size: a cropped image with a smaller side, in pixels, is refused, because it would have to be enlarged for
+            the pipeline; 0 accepts any size. Enlarged images are counted in `notes`.
+        learning: every class must keep an image; False if images are only judged.
 
     Raises:
         ConfigError: cropping, background or `masks` ask for masks and the set has none.
-        DataError: no items; bad files under on_bad_image fail; a class, or a set, of which no image is left.
+        DataError: there are no items, files are bad under on_bad_image=fail, or no image of a class or set is left.
     """
     sizes = {size: range(len(items))}
     return load_at_sizes(index, items, sizes, data, progress, masks=masks, min_size=min_size, learning=learning)[0]
@@ -84,9 +88,10 @@ def load_at_sizes(
     min_size: int = 0,
     learning: bool = True,
 ) -> tuple[Images, ...]:
-    """One Images for each size, in their order, of one decode: `sizes` names the positions in `items` that each keeps.
+    """Decode `items` once and return one Images for each size, in the order of `sizes`.
 
-    Notes are about the first size. For the rest see `load_images`.
+    `sizes` maps a size to the positions in `items` that are kept at it. Notes refer to the first size. For everything
+    else see `load_images`.
     """
     if not items:
         raise DataError(f"{index.root}: no image to load, because this role and split are empty; add images to it")
@@ -126,19 +131,19 @@ def load_at_sizes(
 
 @dataclass
 class _Result:
-    """What became of one file."""
+    """The outcome of decoding one file."""
 
     digest: str = ""
-    reason: str = ""  # why it cannot be used
-    may_skip: bool = False  # left out whatever on_bad_image says
-    side: int = 0  # of the square that was resized
-    was_cut: bool = False  # the sides beyond the central square were cut off
-    no_object: bool = False  # nothing in its mask; kept, but not to be edited within
-    forgiven: str = ""  # why on_bad_image fail would have refused what was kept
+    reason: str = ""  # why it cannot be used; "" if it can
+    may_skip: bool = False  # to be left out even under on_bad_image=fail
+    side: int = 0  # of the square that was resized, in pixels
+    was_cut: bool = False  # parts outside the central square were cut off
+    no_object: bool = False  # its mask shows no object; it is kept, but cannot be edited within the mask
+    forgiven: str = ""  # why on_bad_image=fail would have refused it, although it is kept
 
 
 class _Stored:
-    """Preallocated rows at one size for the items at some positions."""
+    """Preallocated pixels and masks at one size for the items at the given positions."""
 
     def __init__(self, size: int, positions: Sequence[int], with_masks: bool):
         self.size = size
@@ -150,7 +155,7 @@ class _Stored:
 
 @dataclass
 class _Decoder:
-    """Decodes items into the rows of every size that keeps them; threads share it, each writes its own rows."""
+    """Decodes items into the rows of every size that keeps them. Threads share it; each item has its own rows."""
 
     files: Files
     kind: str
@@ -217,7 +222,7 @@ class _Decoder:
 
 
 def cut(image: Image.Image, square: Square, fill: int | tuple[int, int, int]) -> Image.Image:
-    """The square region of an image; what lies beyond the border is `fill`."""
+    """The square region of an image; parts beyond the image's border are `fill`."""
     left, top, side = square
     if left >= 0 and top >= 0 and left + side <= image.width and top + side <= image.height:
         return image.crop((left, top, left + side, top + side))
@@ -243,7 +248,11 @@ def _check_masks(items: Sequence[Item], needs_masks: bool, data: Data, root: str
 def _sort_out(
     index: Index, items: Sequence[Item], results: list[_Result], data: Data, learning: bool
 ) -> tuple[list[int], tuple[tuple[str, str], ...]]:
-    """(rows kept, (path, reason) of those left out), or one error that names the bad files."""
+    """(positions kept, (path, reason) of the files left out).
+
+    Raises:
+        DataError: as `load_images`; it names the bad files.
+    """
     bad = [i for i, result in enumerate(results) if result.reason]
     fatal = [i for i in bad if not results[i].may_skip] if data.on_bad_image == "fail" else []
     if fatal:

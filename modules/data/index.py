@@ -1,8 +1,8 @@
-"""Any supported image set, read, split and checked: the one way from `data.root` to an `Index`.
+"""Reads, splits and checks an image set of any supported kind: the only way from `data.root` to an `Index`.
 
-Everything a later step relies on is checked here, on names alone, before an image is decoded or a GPU is touched:
-labels are distinct, no class is both ID and near-OOD, no group straddles splits, every class can be learned. What was
-decided on the way (splits made, classes held out, images drawn) becomes a line of `notes`.
+Everything that later steps rely on is checked here, by names only, before an image is decoded or a GPU is touched:
+labels are distinct, no class is both ID and near-OOD, no group is divided among splits, every class can be learned.
+Every decision (splits made, classes held out, images drawn) becomes a line of `notes`.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from modules.errors import ConfigError, DataError
 
 
 def read_raw(root: str) -> Index:
-    """The image set below `root` as declared: role and split may be "", labels too; for captioned packs.
+    """The image set below `root` as it is declared: role, split and label may be ""; for captioned packs.
 
     Raises:
         ConfigError, DataError: as `sources.read_source`.
@@ -31,10 +31,10 @@ def read_raw(root: str) -> Index:
 
 
 def read_index(data: Data, seed: int) -> Index:
-    """The image set that `data` describes; every item has a role and a split, `classes` are the ID classes.
+    """The image set that `data` describes; every item has a role and a split, and `classes` are the ID classes.
 
     Raises:
-        ConfigError: a setting that does not fit this set.
+        ConfigError: a setting does not fit this set.
         DataError: the set is missing, empty or inconsistent; the message names the file, class or group.
     """
     source = read_source(data.root, data)
@@ -60,12 +60,13 @@ def read_index(data: Data, seed: int) -> Index:
 
 
 def read_far_ood(data: Data) -> Index | None:
-    """The ID test images of `data.far_ood_root` as role far_ood, split test; all its ID images where it has no test
-    split; None where no such root is set.
+    """The ID test images of `data.far_ood_root`, or all its ID images if it has no test split, as far-OOD test images.
+
+    None if no `data.far_ood_root` is set.
 
     Raises:
-        ConfigError: the root is that of the set itself.
-        DataError: as `read_index`.
+        ConfigError: it is the same as `data.root`.
+        DataError: the set is missing, empty or unreadable, or has no ID image.
     """
     if not data.far_ood_root:
         return None
@@ -83,15 +84,15 @@ def read_far_ood(data: Data) -> Index | None:
 
 
 def _as_yaml_reads(word: str) -> str:
-    """What a setting holds of a word that is not quoted: a number or a truth value loses its spelling."""
+    """The text of a setting into which `word` was written without quotes: YAML changes numbers and truth values."""
     try:
         return str(yaml.safe_load(word)) if re.fullmatch(r"[\w.+-]+", word) else word
-    except (ValueError, yaml.YAMLError):  # 4711-23-99 looks like a date and is none
+    except (ValueError, yaml.YAMLError):  # such as 4711-23-99, which looks like a date but is not one
         return word
 
 
 def _with_near_ood(items: list[Item], data: Data, kind: str) -> tuple[list[Item], list[str]]:
-    """Items with the held-out classes made near-OOD and divided into val and test classes, and notes."""
+    """The items, with held-out classes made near-OOD and divided into val and test classes, and notes."""
     declared_near = [item for item in items if item.role == "near_ood"]
     if data.near_ood_classes and kind != "mvip":
         if declared_near:
@@ -118,7 +119,7 @@ def _with_near_ood(items: list[Item], data: Data, kind: str) -> tuple[list[Item]
     declared = {item.split for item in id_items} - {""}
     if not any(item.split for item in declared_near):
         declared = set()
-    named = data.near_ood_classes if kind == "mvip" else None  # of an MVIP tree the draw leaves the others
+    named = data.near_ood_classes if kind == "mvip" else None  # in an MVIP tree the other classes were left by the draw
     near, line = splits.hold_out(declared_near, data.near_ood_val_fraction, declared, named)
     return [item for item in items if item.role != "near_ood"] + near, [line]
 
@@ -176,7 +177,7 @@ def _check_id_classes(items: list[Item]) -> None:
 
 
 def _unjudged_classes(items: list[Item]) -> list[str]:
-    """A note for each of val and test that lacks some ID class: its figures then say nothing of that class."""
+    """A note for each of val and test that lacks an ID class: its figures then say nothing about that class."""
     labels = {item.label for item in items}
     notes = []
     for split in ("val", "test"):
@@ -217,7 +218,7 @@ def _check_groups(items: list[Item]) -> None:
 
 
 def _census(items: tuple[Item, ...]) -> list[str]:
-    """One line a role: classes, images and groups by split."""
+    """One line per role: the number of classes, and of images and groups in each split."""
     lines = []
     for role in ROLES:
         of_role = [item for item in items if item.role == role]

@@ -1,4 +1,4 @@
-"""Object masks: the crop and background they define, how they grow, and what they mean on the latent grid.
+"""Object masks: cropping and background by mask, dilation, and masks on the latent grid.
 
 Shapes: N images, H W pixels, h w latent grid. Masks are 0/1; 1 is the object.
 """
@@ -13,7 +13,7 @@ from modules.data.decode import GRAY
 
 
 class Square(NamedTuple):
-    """A square region of an image, in pixels; it may stand over the border."""
+    """A square region of an image, in pixels; it may extend beyond the border."""
 
     left: int
     top: int
@@ -21,7 +21,7 @@ class Square(NamedTuple):
 
 
 def object_square(mask_HW: np.ndarray, margin: float) -> Square:
-    """The square round the object with a margin of `margin` x its longer side, moved into the image where it fits.
+    """The square around the object with a margin of `margin` x its longer side, shifted into the image if it fits.
 
     Raises:
         ValueError: the mask is empty.
@@ -47,10 +47,10 @@ def gray_background(pixels_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
 
 
 def shrink(mask_HW: np.ndarray, size: int, resized_HW: np.ndarray) -> np.ndarray:
-    """The 0/1 mask at `size` of a square mask, given its antialiased resize (uint8, 255 is full cover).
+    """The 0/1 mask at `size` of a square mask, given its antialiased resize (uint8; 255: fully covered).
 
-    A pixel is object where at least half of it is covered; of an object so thin that this leaves none, every pixel it
-    touches. So an object never vanishes.
+    A pixel is object if at least half of it is covered. If the object is so thin that there is no such pixel, every
+    pixel that it touches is object, so an object never vanishes.
     """
     small = resized_HW >= 128
     if not small.any():
@@ -60,9 +60,9 @@ def shrink(mask_HW: np.ndarray, size: int, resized_HW: np.ndarray) -> np.ndarray
 
 
 def dilate(masks_NHW: torch.Tensor, radius_px: int) -> torch.Tensor:
-    """Masks grown by a maximum filter with a window of 2 r + 1 pixels a side; same shape and dtype.
+    """Masks dilated by a maximum filter with a window of 2 r + 1 pixels a side; same shape and dtype.
 
-    Source: DA-Fusion (2302.07944), which takes a window of 16 at 512 px.
+    Source: DA-Fusion (2302.07944), which uses a window of 16 at 512 px.
     """
     if radius_px == 0:
         return masks_NHW
@@ -74,12 +74,12 @@ def dilate(masks_NHW: torch.Tensor, radius_px: int) -> torch.Tensor:
 def latent_edit_mask(masks_NHW: torch.Tensor, edit: str, dilation_px: int, latent_size: int) -> torch.Tensor:
     """m [N, h, w] float32: 1 where a cell of the latent grid may change, 0 where it keeps its source.
 
-    With M the object mask dilated by `dilation_px`: for `object` the editable pixels are M and a cell is editable where
-    it touches one of them; for `background` they are 1 - M and a cell is editable where all of its pixels are. So the
-    two complement each other, and the object is never cut: what borders on it goes with it.
+    Let M be the object mask dilated by `dilation_px`. For `object` a cell is editable if it touches a pixel of M; for
+    `background` it is editable if all its pixels are outside M. So the two are complements, and cells on the border
+    always belong to the object, which is never cut.
 
     Raises:
-        ValueError: an unknown `edit`, or a latent grid that does not divide the mask.
+        ValueError: `edit` is unknown, or the latent grid does not divide the mask.
     """
     if edit not in ("object", "background"):
         raise ValueError(f"edit is {edit!r}; it is object or background")
@@ -92,7 +92,7 @@ def latent_edit_mask(masks_NHW: torch.Tensor, edit: str, dilation_px: int, laten
 
 
 def _place(start: int, end: int, side: int, length: int) -> int:
-    """Where a span of `side` round [start, end) begins: centered, inside [0, length) where it fits, else over both."""
+    """Start of a span of `side` around [start, end): centered, but inside [0, length), or over both ends if longer."""
     first = (start + end - side) // 2
     if side > length:
         return (length - side) // 2

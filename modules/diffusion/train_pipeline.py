@@ -186,7 +186,7 @@ def vae_stage(
 
 
 def vae_step(stage: Stage, pixels_NHWC: torch.Tensor) -> float:
-    """A reconstruction step on the mean squared error of a decoded latent sample plus a small KL term, returning the error."""
+    """One step on the mean squared error of a decoded latent sample plus a small KL term; returns the squared error."""
     recipe, vae = stage.recipe, stage.modules["vae"]
     draw = stream(stage.seed, "vae step", stage.step)
     rows = torch.randint(len(pixels_NHWC), (recipe.vae_batch,), generator=draw)
