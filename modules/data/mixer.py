@@ -1,10 +1,10 @@
-"""Class-balanced batches: the same real rows in every arm of an experiment, generated rows added.
+"""Makes class-balanced batches: the same real rows in every arm of an experiment, plus generated rows.
 
-A batch is P classes x K real rows drawn from (seed, "batch", step), then further real rows where an arm asks for them,
-then generated positives of the batch's classes, then near-OOD rows. Generated rows accrue as exact fractions, so over a
-run their number meets `synthetic_fraction` and its split `near_ood_fraction` to less than one row, whatever the batch
-size. What generation costs (`images_per_step`) never enters a draw of real rows, so arms of different ratios see the
-same real images under the same views.
+A batch is P classes x K real rows drawn from (seed, "batch", step), then further real rows if an arm asks for them,
+then generated positives of the batch's classes, then near-OOD rows. Generated rows accumulate as exact fractions, so
+over a run their number matches `synthetic_fraction`, and their split `near_ood_fraction`, to within one row, whatever
+the batch size. The cost of generation (`images_per_step`) has no influence on the real rows drawn, so arms with
+different ratios see the same real images under the same views.
 
 Legend: D images, B rows, N rows of one kind, P classes and K rows a class in a batch, H W C pixels.
 """
@@ -28,17 +28,17 @@ COUNTED = ("batches", "rows", "positives", "near_ood", "positives_short", "near_
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in this order: P x K real, further real, generated positives, near-OOD (shortfalls are real rows there)."""
+    """Rows in this order: P x K real, further real, generated positives, near-OOD. Real rows replace missing ones."""
 
     images_BHWC: torch.Tensor  # uint8, device
-    labels_B: torch.Tensor  # int64, device: source class, >= 0 also of near-OOD rows
+    labels_B: torch.Tensor  # int64, device: class of the source, >= 0 for near-OOD rows too
     is_ood_B: torch.Tensor  # bool, device
     sources: list[int]  # train-set row of each row's source image, on the host
-    entries: list[int]  # image_index of generated rows, -1 of real ones, on the host
+    entries: list[int]  # image_index of generated rows, -1 for real ones, on the host
 
 
 class Mixer:
-    """Makes the batch of any step; beside the reservoir's uses, its only state is what it has counted."""
+    """Makes the batch of any step; apart from the reservoir's use counts, its only state is its own counters."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Mixer:
     ):
         """A mixer over the train split: uint8 pixels and int64 labels in [0, reservoir.num_classes).
 
-        roundtrip_DHWC: the same images after encode and decode, needed where `generation.roundtrip_fraction` > 0.
+        roundtrip_DHWC: the same images after encode and decode, needed if `generation.roundtrip_fraction` > 0.
 
         Raises:
-            DataError: a class without an image.
-            ConfigError: more classes a batch than there are, or a roundtrip share without images.
+            DataError: a class has no image.
+            ConfigError: a batch has more classes than there are, or roundtrip images are needed and missing.
         """
         self.reservoir, self.seed = reservoir, seed
         self._pixels_DHWC, self._roundtrip_DHWC = pixels_DHWC, roundtrip_DHWC
@@ -66,7 +66,7 @@ class Mixer:
             self._rows_of[label].append(row)
         self._learning = learning
         self._fraction, self._near_ood_fraction, self._roundtrip_fraction = (
-            Fraction(str(share))  # the decimal that was written, so that .4 of 80 rows is 32 and not 31.999
+            Fraction(str(share))  # exactly the decimal in the config, so that .4 of 80 rows is 32 and not 31.999
             for share in (generation.synthetic_fraction, generation.near_ood_fraction, generation.roundtrip_fraction)
         )
         self._check()
@@ -76,8 +76,8 @@ class Mixer:
     def requested(self, step: int) -> tuple[int, int]:
         """How many (positives, near-OOD rows) the batch of `step` asks for.
 
-        With p positives and o near-OOD rows a step on average, the sums over steps 0 to t-1 are floor(t p) and
-        ceil(t o): each is within one row of its own target, and so is their sum of t (p + o).
+        With p positives and o near-OOD rows per step on average, the sums over steps 0 to t-1 are floor(t p) and
+        ceil(t o). Each is within one row of its target, and their sum is within one row of t (p + o).
         """
         balanced = self._learning.classes_per_batch * self._learning.rows_per_class
         generated = balanced * self._fraction / (1 - self._fraction)
@@ -89,10 +89,10 @@ class Mixer:
         )
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`; generated rows come from the reservoir as it is now, and their uses grow by one.
+        """The batch of `step`; generated rows come from the reservoir's current content, and their uses grow by one.
 
-        Where the reservoir falls short, a real image of the batch's classes stands in for a positive; a near-OOD image
-        past `max_uses` serves again, or a real image where there is none. Both are counted.
+        If the reservoir falls short, a missing positive is replaced by a real image of the batch's classes, and a
+        missing near-OOD image by one that has reached `max_uses`, or else by a real image. Both cases are counted.
         """
         classes = self._classes(step)
         queues = [self._queue(label, step) for label in classes]
@@ -127,7 +127,7 @@ class Mixer:
         return self._assemble(blocks)
 
     def statistics(self) -> dict[str, float]:
-        """Shares asked for and realized over all batches so far; shortfalls as shares of the rows asked for."""
+        """Requested and realized shares over all batches so far; shortfalls relative to the generated rows requested."""
         counts = self._counts
         generated = counts["positives"] + counts["near_ood"]
         short = counts["positives_short"] + counts["near_ood_short"]
@@ -141,11 +141,11 @@ class Mixer:
         }
 
     def state_dict(self) -> dict:
-        """What was counted, JSON-ready; draws are functions of the step and need no state."""
+        """The counters, JSON-ready; draws are functions of the step and need no state."""
         return {"counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting from a `state_dict`."""
+        """Restore the counters of a `state_dict`."""
         self._counts = dict(state["counts"])
 
     def _check(self) -> None:
@@ -161,13 +161,13 @@ class Mixer:
         return order[: self._learning.classes_per_batch].tolist()
 
     def _queue(self, label: int, step: int) -> Iterator[int]:
-        """This step's images of a class, endlessly; none comes twice before each came once."""
+        """An endless iterator over a class's images in this step's order; none comes twice before each came once."""
         rows = self._rows_of[label]
         order = torch.randperm(len(rows), generator=stream(self.seed, "batch", step, label)).tolist()
         return itertools.cycle([rows[position] for position in order])
 
     def _real(self, rows: list[int], step: int) -> torch.Tensor:
-        """The pixels of `rows`; the share that is due of them has passed through encode and decode."""
+        """The pixels of `rows`, of which `roundtrip_fraction` have passed through encode and decode."""
         images_NHWC = self._pixels(self._pixels_DHWC, rows)
         due = self._roundtrip_fraction * len(rows)
         count = math.floor((step + 1) * due) - math.floor(step * due)
@@ -186,7 +186,7 @@ class Mixer:
         return upload(picked_NHWC, self.reservoir.device)
 
     def _assemble(self, blocks: list[tuple[torch.Tensor, list[int], bool]]) -> Batch:
-        """Join blocks of (pixels, rows, is generated): rows of the reservoir, or else of the train set."""
+        """Join blocks of (pixels, rows, is generated); rows are the reservoir's if generated, else the train set's."""
         entries = [self.reservoir.entry(row) if generated else None for _, rows, generated in blocks for row in rows]
         rows = [row for _, block_rows, _ in blocks for row in block_rows]
         sources = [row if entry is None else entry.source for row, entry in zip(rows, entries, strict=True)]
@@ -206,11 +206,11 @@ class Mixer:
 
 
 def check_balance(learning: Learning, images_per_class: list[int]) -> None:
-    """Whether class-balanced batches can be drawn from these train images a class; to be asked before anything is learned.
+    """Check that class-balanced batches can be drawn from these numbers of train images, before anything is learned.
 
     Raises:
-        DataError: a class without an image.
-        ConfigError: more classes a batch than there are.
+        DataError: a class has no image.
+        ConfigError: a batch has more classes than there are.
     """
     if 0 in images_per_class:
         raise DataError(
@@ -225,7 +225,7 @@ def check_balance(learning: Learning, images_per_class: list[int]) -> None:
 
 
 def pair_warnings(learning: Learning, images_per_class: list[int]) -> tuple[str, ...]:
-    """What SupCon's positives will lack with these train images a class, one sentence each; empty if nothing."""
+    """What SupCon's positives lack with these numbers of train images, one sentence each; () if nothing."""
     if learning.method != "supcon":
         return ()
     K = learning.rows_per_class

@@ -1,13 +1,13 @@
-"""Read an MVIP / EIBA tree (Fraunhofer IPK, doi 10.24406/fordatis/300, arXiv 2502.15448) in its published layout.
+"""Reads an MVIP / EIBA tree (Fraunhofer IPK, doi 10.24406/fordatis/300, arXiv 2502.15448) in its published layout.
 
     <root>/<class>/meta.json                                            super_class, description
-    <root>/<class>/train_data/<position>/<rotation>/cam_XX/XX_rgb.png   one sample, turned on a table
+    <root>/<class>/train_data/<position>/<rotation>/cam_XX/XX_rgb.png   one sample, rotated on a table
     <root>/<class>/valid_data/<sample>/cam_XX/XX_rgb.png                other samples
     <root>/<class>/test_data/<sample>/cam_XX/XX_rgb.png
     beside each image: XX_rgb_mask_gen.png, XX_depth.png, XX_meta.json
 
-The cameras of one rotation (or sample) look at the same thing at the same time, so that set of images is the group.
-The ID classes are drawn from a super class; near-OOD are its other classes, far-OOD the classes of other super classes.
+The cameras of one rotation (or sample) show the same thing at the same time, so their images form a group. The ID
+classes are drawn from a super class; its other classes are near-OOD, and the classes of other super classes far-OOD.
 """
 
 import json
@@ -25,13 +25,13 @@ from modules.errors import ConfigError, DataError
 from modules.runtime import stream
 
 SPLIT_FOLDERS = {"train_data": "train", "valid_data": "val", "test_data": "test"}
-BACKGROUND = "background"  # a position: the empty scene
-LISTED = {"far_ood": ("test_data",)}  # role -> folders that can be used; all where absent
+BACKGROUND = "background"  # the position that shows the empty scene
+LISTED = {"far_ood": ("test_data",)}  # role -> folders that are read; all of them for other roles
 
 
 @dataclass(frozen=True)
 class ClassMeta:
-    """What meta.json says of a class."""
+    """What meta.json says about a class."""
 
     super_classes: tuple[str, ...]
     keywords: tuple[str, ...]
@@ -43,14 +43,14 @@ def is_mvip(files: Files) -> bool:
 
 
 def read_mvip(files: Files, data: Data | None) -> Index:
-    """The items of an MVIP tree; with `data` (config.Data) each has a role, without it all classes are read, role "".
+    """The items of an MVIP tree. With `data` (config.Data) each has a role; without it all classes are read, role "".
 
-    Far-OOD classes give their test samples only, and `splits.hold_out` takes the valid or the test samples of a near-OOD
-    class: what is scored against ID test samples must have been photographed like them.
+    Far-OOD classes contribute only their test samples, and of a near-OOD class `splits.hold_out` takes the valid or the
+    test samples: images that are scored against ID test samples must have been photographed like them.
 
     Raises:
         ConfigError: an unknown super class, or more classes wanted than there are.
-        DataError: a class without meta.json or with one that cannot be read.
+        DataError: the meta.json of a class is missing or cannot be read.
     """
     metas = {name: read_meta(files.root / name) for name in files.folders()}
     roles = dict.fromkeys(metas, "") if data is None else choose_roles(metas, data)
@@ -76,7 +76,7 @@ def read_meta(folder: Path) -> ClassMeta:
     """Super classes and keywords of a class; `super_class` and `description` are a text or a list of texts.
 
     Raises:
-        DataError: no meta.json, or not of that form.
+        DataError: meta.json is missing or not of that form.
     """
     path = folder / "meta.json"
     form = '{"super_class": "CarComponent", "description": "metal, round"}'
@@ -95,11 +95,12 @@ def read_meta(folder: Path) -> ClassMeta:
 
 
 def choose_roles(metas: dict[str, ClassMeta], data: Data) -> dict[str, str]:
-    """Role of every class: a pure function of the class names, their super classes and the settings.
+    """The role of each class, a pure function of the class names, their super classes and the settings.
 
-    `near_ood_classes` are held out first; of the remaining classes of `super_class`, sorted by name, `num_classes` are
-    drawn from `class_seed` as ID. Without `near_ood_classes` the undrawn ones are near-OOD. Classes that share no super
-    class with an ID class are far-OOD. Others have no role and are left out.
+    `near_ood_classes` are held out first. Of the remaining classes of `super_class`, sorted by name, `num_classes` are
+    drawn with `class_seed` as ID. Without `near_ood_classes`, those not drawn are near-OOD. Classes outside of
+    `super_class` (if it is empty: that share no super class with an ID class) are far-OOD. Others have no role and are
+    left out.
 
     Raises:
         ConfigError: an unknown super class or class, or more classes wanted than there are.
@@ -159,7 +160,7 @@ def _split_items(
 
 
 def _scene_items(files: Files, scene: str, counts: Counter) -> list[tuple[str, str]]:
-    """(image, mask) paths of the cameras of a scene; the mask is "" where there is none."""
+    """(image, mask) paths of a scene's cameras; the mask is "" if there is none."""
     found = []
     for camera in files.folders(scene):
         stem = f"{scene}/{camera}/{re.sub('^cam_?', '', camera)}"
@@ -175,7 +176,7 @@ def _scene_items(files: Files, scene: str, counts: Counter) -> list[tuple[str, s
 
 
 def _texts(value: object, path: Path, key: str) -> tuple[str, ...]:
-    """A text (parts divided by "," ";" or line ends) or a list of texts, as a tuple of non-empty words."""
+    """The non-empty parts of a text or of a list of texts, divided at "," ";" or line ends."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{path}: `{key}` is {value!r}; it must be a text or a list of texts")

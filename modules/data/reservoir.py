@@ -1,8 +1,8 @@
-"""Rings of generated images on the device, one for each (class, role); the oldest goes first.
+"""Ring buffers of generated images on the device, one for each (class, role); new images replace the oldest.
 
-Painting is the dearest thing in a step, so an image serves in several batches before it leaves. Two bounds keep it
-from growing stale: `max_uses` batches and `max_age` optimizer steps. All bookkeeping is plain Python on the host, so no
-decision waits for the device; only pixels live there.
+Generation is the most expensive part of a step, so an image is used in several batches. Two limits keep images from
+becoming stale: `max_uses` batches and `max_age` optimizer steps. All bookkeeping is plain Python on the host, so no
+decision waits for the device; only the pixels are there.
 
 Legend: S rows of all rings, N images, H W C pixels.
 """
@@ -17,25 +17,25 @@ from kernels.staging import upload
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one generated image: enough to label it, and its identity for the provenance record."""
+    """What is known about one generated image: enough to label it, and its identity for the provenance record."""
 
-    label: int  # source class, >= 0, also of a near-OOD image
+    label: int  # class of the source, >= 0 for a near-OOD image too
     is_ood: bool
     source: int  # row of the source image in the train set
     recipe: str
     born: int  # optimizer step at which it was put in
-    image_index: int  # the stream its randomness came from
+    image_index: int  # selects the random stream it was made with
 
 
 class Reservoir:
-    """Generated images waiting for batches: `put` them in, `take` the least used, `gather` their pixels."""
+    """Generated images for batches: `put_batch` stores them, `take` picks the least used, `gather` reads pixels."""
 
     def __init__(
         self, num_classes: int, ring_size: int, size: int, device: torch.device, max_uses: int, max_age: int = 0
     ):
         """Empty rings for `num_classes` x {ID, near-OOD} x `ring_size` images of `size` pixels a side.
 
-        max_uses: batches an image may serve in, >= 1; max_age: optimizer steps it may live, 0: no bound.
+        max_uses: batches an image may be used in, >= 1; max_age: its lifetime in optimizer steps, 0: no limit.
         """
         self.num_classes, self.ring_size = num_classes, ring_size
         self.max_uses, self.max_age = max_uses, max_age
@@ -44,22 +44,22 @@ class Reservoir:
         self.device = self.pixels_SHWC.device
         self._entries: list[Entry | None] = [None] * rows
         self._uses = [0] * rows
-        self._next = [0] * (num_classes * 2)  # the oldest position of each ring, written next
+        self._next = [0] * (num_classes * 2)  # position of each ring that is written next; when full, the oldest
         self._step = 0  # newest step seen, for ages in statistics
         self._totals = {"put": 0, "prefilled": 0, "taken": 0, "evicted_unused": 0}
 
     def put_batch(self, pixels_NHWC: torch.Tensor, entries: list[Entry]) -> None:
-        """Store N uint8 images with one entry each, in order, over the oldest of their rings.
+        """Store N uint8 images with one entry each, in order, replacing the oldest of their rings.
 
         Raises:
-            ValueError: pixels of another dtype, size or count, or a label outside [0, num_classes).
+            ValueError: pixels have the wrong dtype, size or count, or a label is outside [0, num_classes).
         """
         expected = (len(entries), *self.pixels_SHWC.shape[1:])
         if pixels_NHWC.dtype != torch.uint8 or tuple(pixels_NHWC.shape) != expected:
             raise ValueError(
                 f"pixels_NHWC is {pixels_NHWC.dtype} {tuple(pixels_NHWC.shape)}; expected torch.uint8 {expected}"
             )
-        written: dict[int, int] = {}  # row -> the last image of this call that went there
+        written: dict[int, int] = {}  # row -> position of the last image of this call that was written there
         for position, entry in enumerate(entries):
             if not 0 <= entry.label < self.num_classes:
                 raise ValueError(f"entry.label is {entry.label}; expected 0 to {self.num_classes - 1}")
@@ -80,7 +80,7 @@ class Reservoir:
         self.pixels_SHWC.index_copy_(0, upload(list(written), self.device), pixels_NHWC)
 
     def end_prefill(self) -> None:
-        """All images put in so far were the prefill: reuse, the quotient of the two ratios, is of those that follow."""
+        """Mark all images put in so far as the prefill; the statistic `reuse` divides by those that follow."""
         self._totals["prefilled"] = self._totals["put"]
 
     def take(
@@ -94,11 +94,11 @@ class Reservoir:
         worn: bool = False,
         excluding: Sequence[int] = (),
     ) -> list[int]:
-        """Up to `count` distinct rows of the classes `labels` (None: all) and a role; their uses grow by 1.
+        """Take up to `count` distinct rows of the classes `labels` (None: all) and one role; their uses grow by 1.
 
-        Classes are served in turn, one image each, so that they stay even; fewest uses first, ties broken by
-        `generator`. Rows used `max_uses` times are left out unless `worn`; rows older than `max_age` and rows in
-        `excluding` always. Fewer rows than `count` is a shortfall, which the caller counts.
+        Classes take turns, one image each, so that they stay balanced. The least used rows come first, with ties broken
+        by `generator`. Rows used `max_uses` times are left out unless `worn` is set; rows older than `max_age` and rows
+        in `excluding` always are. It is up to the caller to count a shortfall if fewer rows are returned.
         """
         self._step = max(self._step, step)
         if not count:
@@ -125,7 +125,7 @@ class Reservoir:
         return self.pixels_SHWC.index_select(0, upload(rows, self.device, torch.int64))
 
     def entry(self, row: int) -> Entry:
-        """What is known of the image now in `row`; KeyError if the row is empty."""
+        """The entry of the image now in `row`; KeyError if the row is empty."""
         entry = self._entries[row]
         if entry is None:
             raise KeyError(f"row {row} of the reservoir is empty")
@@ -144,10 +144,10 @@ class Reservoir:
         return len(self.held(label, is_ood))
 
     def statistics(self) -> dict[str, float]:
-        """Fill, ages (in steps) and uses of what is held now; counts so far.
+        """Fill level, ages (in steps) and uses of the images now held, and counts so far.
 
-        reuse = uses / images put in since the prefill, which over a run is generated rows / images_per_step where none
-        is rejected; uses_per_image = uses / all images put in.
+        reuse = uses / images put in since the prefill; if no image is rejected, over a run this is the number of
+        generated rows per batch / images_per_step. uses_per_image = uses / all images put in.
         """
         held = self.filled()
         ages = [self._step - self._entries[row].born for row in held]
@@ -165,7 +165,7 @@ class Reservoir:
         }
 
     def state_dict(self) -> dict:
-        """All of it: the pixels of filled rows as one tensor, the rest as JSON-ready lists and numbers."""
+        """The full state: the pixels of filled rows as one tensor, the rest as JSON-ready lists and numbers."""
         held = self.filled()
         return {
             "pixels_NHWC": self.gather(held),
@@ -178,10 +178,10 @@ class Reservoir:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Become the reservoir whose `state_dict` this is.
+        """Restore a `state_dict`.
 
         Raises:
-            ValueError: the state belongs to rings of another number or size.
+            ValueError: the state has another number or size of rings.
         """
         pixels_NHWC = state["pixels_NHWC"]
         rows = state["rows"]
