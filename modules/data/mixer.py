@@ -127,7 +127,7 @@ class Mixer:
         return self._assemble(blocks)
 
     def statistics(self) -> dict[str, float]:
-        """Requested and realized shares over all batches so far; shortfalls relative to the generated rows requested."""
+        """Requested and realized shares over all batches so far; shortfalls as shares of generated rows requested."""
         counts = self._counts
         generated = counts["positives"] + counts["near_ood"]
         short = counts["positives_short"] + counts["near_ood_short"]

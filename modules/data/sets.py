@@ -1,6 +1,6 @@
-"""The image sets of a run, decoded once: train, val, test, and the OOD sets kept for choosing and for testing.
+"""The image sets of a run, decoded once: train, val, test, and the OOD sets for choosing settings and for testing.
 
-Training, inversion and generation are handed `train` alone; val chooses settings; test is read once, at the end.
+Training, inversion and generation get only `train`; val serves to choose settings; test is read once, at the end.
 """
 
 from collections import Counter
@@ -22,27 +22,27 @@ SETS = (  # (name, role, split)
     ("test", "id", "test"),
     ("near_ood_val", "near_ood", "val"),
     ("near_ood_test", "near_ood", "test"),
-    ("far_ood_test", "far_ood", "test"),  # the set's own, as an MVIP tree's other super classes
+    ("far_ood_test", "far_ood", "test"),  # the set's own, such as the other super classes of an MVIP tree
 )
 
-JUDGED_IMAGES = 256  # val images, about, kept at the size of generation for the token report and the warning light
-JUDGED_PER_CLASS = 8  # at least, where a class has them
+JUDGED_IMAGES = 256  # about as many val images are kept at generation size, for the token report and the warning light
+JUDGED_PER_CLASS = 8  # but at least this many per class, as far as it has them
 
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Decoded images by name: train, val, test, near_ood_val, near_ood_test, far_ood_test; those that exist.
+    """Decoded images by name: those of train, val, test, near_ood_val, near_ood_test and far_ood_test that exist.
 
-    At the size of generation there are the train images, row for row, and some val images of each class; where that is
-    the stored size, the very same objects.
+    `at_generation` holds the train images, in the same rows, and some val images of each class at the size of
+    generation. If that is the stored size, it holds the same objects as `images`.
     """
 
     index: Index
     far_index: Index | None
     images: dict[str, Images]
     labels_D: torch.Tensor  # int64, class of each train image
-    generation_size: int | None = None  # pixels a side
-    at_generation: dict[str, Images] = field(default_factory=dict)  # train and val, where something is generated
+    generation_size: int | None = None  # pixels a side; None: nothing is generated
+    at_generation: dict[str, Images] = field(default_factory=dict)  # train and val, if something is generated
 
     @property
     def train(self) -> Images:
@@ -59,7 +59,7 @@ class ImageSets:
         )
 
     def scored(self, test: bool) -> dict[str, Images]:
-        """The sets that are scored, by name: without `test` those that settings may be chosen on."""
+        """The sets to score, by name; without `test` only those on which settings may be chosen."""
         return {name: found for name, found in self.images.items() if test or not name.endswith("test")}
 
     def labels(self, name: str) -> torch.Tensor:
@@ -70,7 +70,7 @@ class ImageSets:
         """The train images at the size of generation.
 
         Raises:
-            DataError: one of them is smaller; generating from it would enlarge it first.
+            DataError: one of them is smaller and would have to be enlarged.
         """
         train, size = self.at_generation["train"], self.generation_size
         small = [(side, item.path) for side, item in zip(train.sides, train.items, strict=True) if side < size]
@@ -84,12 +84,12 @@ class ImageSets:
         return train
 
     def judged(self) -> tuple[Images, list[int]]:
-        """The val images kept at the size of generation, and the rows of those that need not be enlarged to it."""
+        """The val images at the size of generation, and the rows of those that were not enlarged to it."""
         val = self.at_generation["val"]
         return val, [row for row, side in enumerate(val.sides) if side >= self.generation_size]
 
     def changes(self, before: dict) -> str:
-        """Which files differ from those of an earlier `summary`, in words; empty where only their order or role does."""
+        """Which files differ from an earlier `summary` in content, label, set or group, in words; "" if none does."""
         now, then = self.summary()["files"], before.get("files", {})
         found = {
             "new": sorted(now.keys() - then.keys()),
@@ -99,7 +99,7 @@ class ImageSets:
         return "; ".join(f"{what}: {first_of(paths)}" for what, paths in found.items() if paths)
 
     def summary(self) -> dict:
-        """What data.json says: every file with its hash and split, what was skipped and why, what was decided."""
+        """The content of data.json: every file with its hash and split, what was skipped and why, what was decided."""
         files = {}
         for name, images in self.images.items():
             other = name == "far_ood_test" and self.far_index is not None
@@ -126,14 +126,14 @@ def load_sets(
     generation_size: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ImageSets:
-    """Every image of a run at `data.image_size`, uint8; far-OOD are those of `data.far_ood_root`, else the set's own.
+    """Load all images of a run at `data.image_size`, uint8. Far-OOD is `data.far_ood_root` if set, else the set's own.
 
     Args:
-        masks: object masks are needed of every train image.
-        generation_size: pixels a side at which images are generated, if they are.
+        masks: read the object masks of the train images.
+        generation_size: pixels a side at which images are generated; None: none are.
 
     Raises:
-        ConfigError, DataError: as `read_index` and `load_images`; an ID split without images.
+        ConfigError, DataError: as `read_index` and `load_images`, or an ID split has no images.
     """
     index = read_index(data, seed)
     far_index = read_far_ood(data)
@@ -149,7 +149,7 @@ def load_sets(
     sources = [(name, index, items) for name, items in chosen.items() if items]
     if far_index is not None:
         sources.append(("far_ood_test", far_index, far_index.items))
-    kept = {}  # name -> positions of the images that are also wanted at the size of generation
+    kept = {}  # name -> positions of the images that are also kept at the size of generation
     if generation_size is not None and generation_size != data.image_size:
         kept = {"train": range(len(chosen["train"])), "val": _some_of_each_class(chosen["val"], len(index.classes))}
     total, before, images, at_generation = sum(len(items) for _, _, items in sources), 0, {}, {}
@@ -169,7 +169,7 @@ def load_sets(
 
 
 def _some_of_each_class(items: tuple[Item, ...], num_classes: int) -> list[int]:
-    """Positions of the first images of each class, of all together about JUDGED_IMAGES."""
+    """Positions of the first images of each class, about JUDGED_IMAGES in total."""
     most, seen, positions = max(JUDGED_PER_CLASS, -(-JUDGED_IMAGES // num_classes)), Counter(), []
     for position, item in enumerate(items):
         seen[item.label] += 1

@@ -1,7 +1,7 @@
-"""Read what is on disk into items: class folders, a CSV file, a zip pack.
+"""Reads class folders, a CSV file or a zip pack into items.
 
-A reader reports what the names say and decides nothing: role and split stay "" where the set does not declare them.
-Every listing is sorted, so that the order in which a file system hands out names never reaches a label.
+A reader reports what names and columns say and decides nothing: role and split stay "" if the set does not declare
+them. Every listing is sorted, so that the order in which a file system lists names never affects a label.
 """
 
 import csv
@@ -30,11 +30,11 @@ COLUMNS = "path,label[,role][,split][,mask][,group|model][,caption][,noun][,keyw
 
 
 def resolve_root(root: str, setting: str = "data.root") -> Path:
-    """The folder or file that `setting` names; "embedded:parts64" is the pack shipped with the program.
+    """The folder or file that `root` names; "embedded:parts64" is the pack shipped with the program.
 
     Raises:
-        ConfigError: the setting is empty or names an unknown embedded pack.
-        DataError: nothing is there.
+        ConfigError: `root` is empty or names an unknown embedded pack; the message names `setting`.
+        DataError: `root` does not exist.
     """
     if not root.strip():
         raise ConfigError(f"`{setting}` is empty; name a folder of class folders, a .csv, a .zip or embedded:parts64")
@@ -44,14 +44,14 @@ def resolve_root(root: str, setting: str = "data.root") -> Path:
         if name not in known:
             raise ConfigError(f"`{setting}` is {root!r}; the embedded packs are {', '.join(known) or 'none'}")
         return EMBEDDED / f"{name}.zip"
-    path = Path(os.path.expanduser(root))  # ~nosuchuser stays as it is, where pathlib raises
+    path = Path(os.path.expanduser(root))  # leaves ~nosuchuser unchanged, where pathlib would raise
     if not path.exists():
         raise DataError(f"`{setting}` {root!r} does not exist; name a folder of class folders, a .csv or a .zip")
     return path
 
 
 def identity(root: str, setting: str = "data.root") -> Path:
-    """What tells one image set from another: its absolute path, where a folder and the index.csv in it are the same.
+    """The absolute path that identifies an image set; a folder and the index.csv in it are the same set.
 
     Raises:
         ConfigError, DataError: as `resolve_root`.
@@ -63,12 +63,12 @@ def identity(root: str, setting: str = "data.root") -> Path:
 def read_source(root: str, data: Data | None = None, setting: str = "data.root") -> Index:
     """All items below `root` as its names and columns declare them; `classes` is empty, roles and splits may be "".
 
-    `data` (config.Data) chooses among the classes of an MVIP tree; without it all of them are read. A message names
-    `root` by its `setting`.
+    `data` (config.Data) chooses among the classes of an MVIP tree; without it all classes are read. `setting` is the
+    setting that holds `root`, for messages.
 
     Raises:
-        ConfigError: `root` names nothing known.
-        DataError: missing, empty or unreadable root; a row, name or link that cannot be right.
+        ConfigError: as `resolve_root`, or the settings in `data` do not fit an MVIP tree.
+        DataError: the root is missing, empty or unreadable, or a row, name or link is wrong.
     """
     path = resolve_root(root, setting)
     if path.suffix.lower() == ".csv" and path.is_file():
@@ -91,14 +91,14 @@ def read_source(root: str, data: Data | None = None, setting: str = "data.root")
 
 
 def read_csv(files: Files, name: str, kind: str) -> Index:
-    """The rows of the CSV file `name` below the root of `files` (UTF-8, comma separated, first line the columns).
+    """The rows of the CSV file `name` below the root of `files` (UTF-8, comma-separated, with a header line).
 
-    Columns: path, label, role, split, mask, group or model, caption, noun, keywords (";" separated); others are
-    ignored. Only `path` is demanded here.
+    Columns: path, label, role, split, mask, group or model, caption, noun, keywords (separated by ";"); others are
+    ignored. Only `path` is required here.
 
     Raises:
-        DataError: not UTF-8, separated otherwise, no `path` column, a row of another width, an unknown role or split, a
-            path twice, outside the root or missing.
+        DataError: the file is not UTF-8, has another separator or no `path` column, or a row has the wrong number of
+            fields, an unknown role or split, or a path that occurs twice, is outside the root or is missing.
     """
     where = f"{files.root}/{name}"
     try:
@@ -140,10 +140,11 @@ def read_csv(files: Files, name: str, kind: str) -> Index:
 def read_folder(files: Files) -> Index:
     """The images of `<class>/**` or of `<split>/<class>/**`; a folder inside a class folder is a group.
 
-    Notes count what is left out: files that are no images, images outside class folders, class folders without images.
+    Notes count what is left out: files that are not images, images outside class folders, class folders without images.
 
     Raises:
-        DataError: no class folders, split folders beside class folders, an empty split folder, a link out of the root.
+        DataError: images without class folders, split folders beside class folders, an empty split folder, or a link
+            out of the root.
     """
     root = files.root
     folders = files.folders()
@@ -187,7 +188,7 @@ def read_folder(files: Files) -> Index:
 
 
 def _refuse_split_like(files: Files, folders: list[str]) -> None:
-    """Class folders that are named nearly as splits are and hold folders alone would silently be taken as classes."""
+    """Refuse folders named much like a split that hold only folders: they would silently be taken for classes."""
     for name in folders:
         if SPLIT_LIKE.fullmatch(name.lower()) and len(files.folders(name)) > 1 and not _images_in(files, name):
             raise DataError(
@@ -250,13 +251,13 @@ def _class_items(files: Files, top: str, label: str, split: str, ignored: Counte
 
 
 def _images_in(files: Files, folder: str) -> list[str]:
-    """Paths of the visible images that lie in the folder itself, sorted."""
+    """Sorted paths of the visible images directly in the folder."""
     inside = f"{folder}/" if folder else ""
     return [inside + name for name in files.names(folder) if name.lower().endswith(EXTENSIONS)]
 
 
 def walk(files: Files, folder: str) -> Iterator[tuple[str, str]]:
-    """(folder, path) of every visible file below `folder` ("": the root), sorted."""
+    """(folder, path) of every visible file below `folder` ("": the root), in a fixed order: files before subfolders."""
     inside = f"{folder}/" if folder else ""
     for name in files.names(folder):
         yield folder, inside + name

@@ -1,9 +1,10 @@
-"""Who may be learned from, who may be chosen by, who is tested: splits by group, held-out classes, few-shot draws.
+"""Decides which images are for learning, for choosing settings and for testing: splits by group, held-out classes,
+few-shot draws.
 
-Images of one group (a model, a sample) show the same thing, so a split never divides a group. Two kinds of draw are
-kept apart. The test split and the choice of near-OOD classes depend on names alone: every seed of a comparison is
-tested on the same images. The validation split and the few-shot draw depend on the seed, and on nothing but seed and
-names, so every arm of one seed learns from the same images.
+Images of one group (a model, a sample) show the same thing, so a split never divides a group. There are two kinds of
+draws. The test split and the division of near-OOD classes depend on names only, so every seed of a comparison is tested
+on the same images. The validation split and the few-shot draw depend on names and the seed only, so all arms with the
+same seed learn from the same images.
 """
 
 from collections import defaultdict
@@ -22,17 +23,17 @@ SAME_FOR_EVERY_SEED = 0
 def hold_out(
     items: list[Item], val_fraction: float, declared: set[str], named: Collection[str] | None = None
 ) -> tuple[list[Item], str]:
-    """Near-OOD items with classes divided into val classes and test classes, and a line that says how.
+    """Divide near-OOD classes into val classes and test classes; returns their items, and a line that says how.
 
-    named: classes that somebody chose as near-OOD (None: all). Of the others, one without an image in the split that it
-    falls into is left out, which the line tells, and the rest is divided anew.
+    A val class contributes its images of the val split, and a test class those of the test split, if ID images have
+    that split (`declared`). If that split will be made from the train split, the class contributes its images of the
+    train split or without a split: images that are scored against ID images must have been taken like them.
 
-    A val class gives its images of the val split, a test class those of the test split, as far as ID images have these
-    splits (`declared`); where they will be made from the train split, it gives its images of that: what is scored
-    against ID images must have been taken like them.
+    named: classes that the user chose as near-OOD (None: all). Any other class without an image in the split that it
+    needs is left out, which the line says, and the remaining classes are divided again.
 
     Raises:
-        DataError: fewer than two classes, or one without an image in the split it needs.
+        DataError: there are fewer than two classes, or a named one has no image in the split that it needs.
     """
     labels = sorted({item.label for item in items})
     if len(labels) < 2:
@@ -64,11 +65,12 @@ def hold_out(
 def without_shared_groups(
     near: list[Item], id_items: list[Item], declared: dict[str, str]
 ) -> tuple[list[Item], list[str]]:
-    """Near-OOD items whose group is in no other split, and a line on those left out, if any.
+    """The near-OOD items whose group is in no other split, and a line about those left out, if any.
 
-    A scene that shows several classes is one group, so holding a class out divides it: an image whose split `hold_out`
-    chose stays where ID images of its group are in that split too, or in none. A group of near-OOD alone that stands in
-    val and in test gives its images to one of them, by turns. What the set itself declares is not touched.
+    A scene that shows several classes is one group, and holding out one of its classes divides it. So an image whose
+    split was chosen by `hold_out` is kept only if the ID images of its group are in the same split, or there are none.
+    If a group has only near-OOD images and is in both val and test, it keeps those of one split, alternating between
+    groups. Items with the split that the set itself declares are always kept.
 
     Args:
         id_items: the ID items, each with its split.
@@ -104,13 +106,13 @@ def without_shared_groups(
 
 
 def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[list[Item], list[str]]:
-    """ID items of which each has a split, and a line for each split that had to be made.
+    """The ID items, each with a split, and a line for each split that had to be made.
 
-    A missing test split is made first, from all images; a missing val split then from the train images of `seed`. Each
-    takes `val_fraction` of the groups of every class, one at least.
+    A missing test split is made first, the same for every seed, then a missing val split, drawn from `seed`. Each takes
+    `val_fraction` of the train groups of every class, and at least one.
 
     Raises:
-        DataError: some items have a split and others none, there is no train split, or as `draw_groups`.
+        DataError: there are no items, some have a split and others none, there is no train split, or as `draw_groups`.
     """
     declared = {item.split for item in items}
     if not items:
@@ -138,11 +140,11 @@ def complete_splits(items: list[Item], seed: int, val_fraction: float) -> tuple[
 
 
 def draw_groups(items: list[Item], name: str, seed: int, fraction: float, keep: int) -> set[str]:
-    """Groups drawn so that each class gives `fraction` of its groups, one at least.
+    """Draw groups so that each class gives up `fraction` of its groups, and at least one.
 
-    It keeps `keep` groups at least, one more where every image is its own group: two images must be left to learn from
-    once every other group kept has gone to a split that is still to be made. A group that holds several classes counts
-    for each of them and is decided once, by the first class in order.
+    Each class keeps at least `keep` groups, and one more if every image is its own group: two images must be left to
+    learn from after the splits still to be made have taken their groups. A group that holds several classes counts for
+    each of them; whether it is drawn is decided once, for the first of them in sorted order.
 
     Raises:
         DataError: a class has too few groups or images for that.
@@ -183,10 +185,11 @@ def _too_few(label: str, images: list[Item], groups: int, split: str, keep: int)
 
 
 def few_shot(items: list[Item], shots: int, seed: int) -> tuple[list[Item], str]:
-    """`shots` train items a class, spread over groups first, and a line that says so; other splits stay whole.
+    """Draw `shots` train items per class, spread over its groups; returns the items and a line that says so.
 
-    Groups are put in a random order and give one image each, then a second one, until there are enough. So fewer shots
-    of the same seed are a subset of more. A class with fewer images gives all it has, and the line counts such classes.
+    Other splits are not changed. The groups are put in a random order, and each gives one image, then each a second
+    one, until there are enough. So with the same seed, fewer shots are a subset of more. A class with fewer images
+    gives all that it has, and the line lists such classes.
     """
     train, rest = [i for i in items if i.split == "train"], [i for i in items if i.split != "train"]
     by_class = defaultdict(lambda: defaultdict(list))

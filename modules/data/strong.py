@@ -1,7 +1,7 @@
-"""Strong classic augmentation for the `ce_strong` arm: TrivialAugmentWide and RandomErasing, each row its own draw.
+"""Strong classic augmentation for the `ce_strong` arm: TrivialAugmentWide and RandomErasing, drawn for each row.
 
-torchvision draws one operation for a whole batch. Here every row has its own, and rows of one operation go through it
-together with their own magnitudes; which rows those are is known on the host, so nothing waits for the device.
+torchvision draws one operation for a whole batch. Here every row has its own; rows with the same operation are
+processed together, each with its own magnitude. The host knows which rows these are, so nothing waits for the device.
 
 Legend: R rows, N rows of one operation, K uniforms of a row, H W pixels.
 """
@@ -26,7 +26,7 @@ UNIFORMS = 3 + 3 + 2 * ERASE_ATTEMPTS  # K: operation, bin, sign, erase or not, 
 
 
 def strong_augment(x_R3HW: torch.Tensor, uniforms_RK: torch.Tensor) -> torch.Tensor:
-    """Rows in [0, 1] (fp32, on any device) after TrivialAugmentWide; `erase` is apart, for it follows normalization.
+    """TrivialAugmentWide on rows in [0, 1] (fp32, any device); `erase` is separate because it follows normalization.
 
     uniforms_RK: float64 in [0, 1) on the CPU, K = `UNIFORMS`.
     Source: Müller & Hutter 2021 (2103.10158), "wide" space, as in torchvision.transforms.v2.TrivialAugmentWide.
@@ -52,7 +52,7 @@ def strong_augment(x_R3HW: torch.Tensor, uniforms_RK: torch.Tensor) -> torch.Ten
 
 
 def apply(name: str, x_N3HW: torch.Tensor, magnitude_N: torch.Tensor) -> torch.Tensor:
-    """One of `OPERATIONS` on rows in [0, 1], each with its own magnitude (CPU), as torchvision defines it on floats."""
+    """Apply one of `OPERATIONS` to rows in [0, 1], each with its own magnitude (CPU), as torchvision does on floats."""
     if name in GEOMETRIC:
         return _warp(x_N3HW, upload(_inverse_affine(name, magnitude_N, *x_N3HW.shape[2:]), x_N3HW.device))
     if name == "autocontrast":
@@ -72,10 +72,10 @@ def apply(name: str, x_N3HW: torch.Tensor, magnitude_N: torch.Tensor) -> torch.T
 
 
 def erase(x_R3HW: torch.Tensor, uniforms_RK: torch.Tensor) -> torch.Tensor:
-    """Normalized rows, of which the share `ERASE_P` has one random box set to 0 (the mean color).
+    """Normalized rows, in which a random box is set to 0 (the mean color) with probability `ERASE_P`.
 
-    Box: area share uniform in `ERASE_SCALE`, log aspect uniform in log `ERASE_RATIO`, the first of ten attempts that
-    is smaller than the image, at a uniform position; none if no attempt fits.
+    The box has an area share uniform in `ERASE_SCALE` and a log aspect uniform in log `ERASE_RATIO`; the first of ten
+    attempts that is smaller than the image is taken, at a uniform position, and none if no attempt fits.
     Source: Zhong et al. 2017 (1708.04896), as in torchvision.transforms.v2.RandomErasing.
     """
     H, W = x_R3HW.shape[2:]
@@ -99,7 +99,7 @@ def erase(x_R3HW: torch.Tensor, uniforms_RK: torch.Tensor) -> torch.Tensor:
 
 
 def _faded(name: str, x_N3HW: torch.Tensor) -> torch.Tensor:
-    """What a blend moves away from: black, gray, the mean gray, or the smoothed image."""
+    """The image that a blend moves away from or towards: black, gray, the mean gray, or the smoothed image."""
     if name == "brightness":
         return torch.zeros_like(x_N3HW)
     if name == "sharpness":
@@ -112,7 +112,7 @@ def _faded(name: str, x_N3HW: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_affine(name: str, magnitude_N: torch.Tensor, H: int, W: int) -> torch.Tensor:
-    """Matrices [N, 2, 3] (fp32) from an output pixel to the input pixel it shows, in pixels from the image's center."""
+    """Matrices [N, 2, 3] (fp32) that map an output pixel to its input pixel, in pixels from the image's center."""
     matrix_N23 = torch.zeros(len(magnitude_N), 2, 3)
     matrix_N23[:, 0, 0] = matrix_N23[:, 1, 1] = 1
     magnitude_N = magnitude_N.float()
@@ -132,7 +132,7 @@ def _inverse_affine(name: str, magnitude_N: torch.Tensor, H: int, W: int) -> tor
 
 
 def _warp(x_N3HW: torch.Tensor, matrix_N23: torch.Tensor) -> torch.Tensor:
-    """Nearest pixel through `matrix_N23`, black outside the image."""
+    """Rows warped by `matrix_N23`: the nearest input pixel, black outside the image."""
     H, W = x_N3HW.shape[2:]
     half_2 = torch.stack([matrix_N23.new_full((), W / 2), matrix_N23.new_full((), H / 2)])
     y_H = torch.arange(H, device=x_N3HW.device) + 0.5 - H / 2

@@ -1,7 +1,7 @@
-"""Negatives that need no diffusion: what any claim for generated ones has to beat.
+"""Negatives that need no diffusion: the baseline that generated negatives have to beat.
 
-A jigsaw keeps an image's colors, texture and patches and loses the object's layout. `jigsaw_roundtrip` is the same
-image passed through encode and decode, which the recipe asks of the pipeline: this file knows no pipeline.
+A jigsaw keeps an image's colors, texture and patches and destroys the object's layout. The recipe `jigsaw_roundtrip`
+also passes the image through encode and decode; the slots do that, as this module knows no pipeline.
 
 Legend: G patches, H W C pixels, h w pixels of a patch.
 """
@@ -12,10 +12,10 @@ from kernels.staging import upload
 
 
 def jigsaw(image_HWC: torch.Tensor, grid: int, generator: torch.Generator) -> torch.Tensor:
-    """The image with its grid x grid patches permuted, never left as it was: same shape, dtype and device.
+    """The image with its grid x grid patches permuted, never by the identity; same shape, dtype and device.
 
     Raises:
-        ValueError: grid below 2, or a size that it does not divide.
+        ValueError: grid is below 2 or does not divide the image's size.
     """
     H, W, C = image_HWC.shape
     if grid < 2 or H % grid or W % grid:
@@ -27,7 +27,7 @@ def jigsaw(image_HWC: torch.Tensor, grid: int, generator: torch.Generator) -> to
 
 
 def _permutation(count: int, generator: torch.Generator) -> torch.Tensor:
-    """A random order of `count` things, drawn again while it is the identity."""
+    """A random permutation of `count` elements that is not the identity."""
     identity = torch.arange(count)
     order = torch.randperm(count, generator=generator)
     while torch.equal(order, identity):

@@ -1,4 +1,4 @@
-"""Images to be judged, not learned from: whatever is below a root, without splits, roles or labels being demanded."""
+"""Reads images to be judged, not learned from: all images below a root; splits, roles and labels are not required."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from modules.errors import DataError
 
 
 def read_images(root: str, classes: tuple[str, ...]) -> Index:
-    """Every image below `root`: a folder with or without folders in it, or a set that `read_raw` reads.
+    """Every image below `root`: a folder with or without subfolders, or a set that `read_raw` reads.
 
-    In a folder, an image's label is the folder on its path that bears the name of one of `classes`, else the topmost
-    one, else "".
+    In a folder, an image's label is the innermost folder on its path that is named like one of `classes`, else the
+    topmost folder, else "".
 
     Raises:
-        ConfigError, DataError: as `read_raw`; a folder without images; a link out of the root.
+        ConfigError, DataError: as `read_raw`, or a folder has no images, or a link leads out of the root.
     """
     path = resolve_root(root)
     if not path.is_dir() or (path / PACK_INDEX).is_file():

@@ -1,8 +1,8 @@
-"""Two random views of a row, through kernels.views; this file only says which random numbers a row sees.
+"""Makes two random views of each row with kernels.views; this module decides which random numbers a row gets.
 
-The parameters of row r at step t depend on (seed, t, r) alone: they are row r of one stream of uniform numbers, which
-does not know how many rows follow. Real rows come first in a batch (mixer.py), so they have the same views in every arm
-of an experiment, however many generated rows were added.
+The parameters of row r at step t depend on (seed, t, r) only: they are row r of one stream of uniform numbers, which
+does not depend on how many rows follow. Real rows come first in a batch (mixer.py), so they get the same views in every
+arm of an experiment, however many generated rows are added.
 
 Legend: B rows, V = 2 views, R = V B, K uniforms of a view, H W pixels.
 """
@@ -16,13 +16,13 @@ from modules.data import strong
 from modules.runtime import stream
 
 VIEWS = 2
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: what torchvision's encoders expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's encoders expect
 
 
 def two_views(
     images_BHWC: torch.Tensor, *, seed: int, step: int, learning: Learning, out_dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """(2B, 3, H, W) normalized views of the uint8 images, channels_last, view-major: rows 0 to B-1 are the first views.
+    """Normalized views (2B, 3, H, W) of uint8 images, channels_last, view-major: rows 0 to B-1 are the first views.
 
     `learning.augment` standard: random-resized-crop, flip, color jitter, gray. strong: random-resized-crop, flip,
     TrivialAugmentWide, RandomErasing.
@@ -48,13 +48,13 @@ def two_views(
 
 
 def plain_view(images_BHWC: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) float32, normalized, channels_last, nothing else done to the uint8 images: for evaluation."""
+    """uint8 images as (B, 3, H, W) float32, normalized, channels_last and not augmented, for evaluation."""
     x_B3HW = images_BHWC.permute(0, 3, 1, 2).float() / 255
     return _normalize(x_B3HW).contiguous(memory_format=torch.channels_last)
 
 
 def _uniforms(seed: int, name: str, step: int, B: int, K: int) -> torch.Tensor:
-    """float64 [B, V, K] in [0, 1), filled row by row: the first rows do not depend on B (a test holds torch to it)."""
+    """float64 [B, V, K] in [0, 1), filled row by row: the first rows do not depend on B (a test checks this of torch)."""
     return torch.rand(B, VIEWS, K, dtype=torch.float64, generator=stream(seed, name, step))
 
 
