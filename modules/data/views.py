@@ -54,7 +54,7 @@ def plain_view(images_BHWC: torch.Tensor) -> torch.Tensor:
 
 
 def _uniforms(seed: int, name: str, step: int, B: int, K: int) -> torch.Tensor:
-    """float64 [B, V, K] in [0, 1), filled row by row: the first rows do not depend on B (a test checks this of torch)."""
+    """float64 [B, V, K] in [0, 1), filled row by row: the first rows do not depend on B (as a test checks)."""
     return torch.rand(B, VIEWS, K, dtype=torch.float64, generator=stream(seed, name, step))
 
 

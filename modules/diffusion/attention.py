@@ -236,7 +236,7 @@ def chosen(timings: list[Timing]) -> dict[str, str]:
 
 
 def describe(timings: list[Timing]) -> list[str]:
-    """One line per shape: every backend with its time or its reason to refuse, fastest first."""
+    """One line per shape: every backend with its time or its reason for refusing, fastest first."""
     return [
         f"attention, {rows} rows of {tokens} x {keys}, {heads} heads of {width}: {ways.told(found)}"
         for (rows, tokens, keys, heads, width), found in ways.by_shape(timings).items()

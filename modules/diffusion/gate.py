@@ -267,7 +267,7 @@ class Gate:
         return rows
 
     def alarms(self) -> list[str]:
-        """A message for each role of which nearly all or nearly none of the last ALARM_WINDOW images were accepted."""
+        """A message per role if nearly all or nearly none of its last ALARM_WINDOW images were accepted."""
         found = []
         for is_ood, verdicts in self.recent.items():
             if len(verdicts) < ALARM_WINDOW:
@@ -300,7 +300,7 @@ class Gate:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from where `state_dict` was taken."""
+        """Restore a `state_dict`."""
         device = self.sources_DHWC.device
         self.known = state["known"] and ClassStatistics(*(tensor.to(device) for tensor in state["known"]))
         self.rejects, self.turn, self.given_up = state["rejects"], state["turn"], state["given_up"]

@@ -40,7 +40,7 @@ def by_shape(timings: list[Timing]) -> dict[tuple[int, ...], list[Timing]]:
 
 
 def told(timings: list[Timing]) -> str:
-    """The ways of one shape in one line, fastest first, each with its time or its reason to refuse."""
+    """The ways of one shape in one line, fastest first, each with its time or its reason for refusing."""
     tried = sorted(timings, key=lambda t: (t.ms is None, t.ms or 0.0))
     return ", ".join(f"{t.way} {t.ms:.3f} ms" if t.ms is not None else f"{t.way} no ({t.reason})" for t in tried)
 

@@ -108,7 +108,7 @@ def folded_bytes(model: torch.nn.Module) -> int:
 
 
 def describe(timings: list[Timing]) -> list[str]:
-    """One line per shape: every form with its time or its reason to refuse, fastest first."""
+    """One line per shape: every form with its time or its reason for refusing, fastest first."""
     return [
         f"upsampling, {rows} images of {channels} x {h} x {w} to {made} channels: {told(found)}"
         for (rows, channels, h, w, made), found in by_shape(timings).items()
