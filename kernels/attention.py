@@ -1,10 +1,11 @@
-"""Attention without a mask, which on some CPUs is two batched products where there are few scores.
+"""Attention without a mask; for short sequences on some CPUs, computed as two batched matrix products.
 
-torch's fused CPU kernel works in tiles and, on AMD's processors, spends most of its time around them where a head has few
-tokens: 64 rows of 64 tokens, 4 heads of 20, took 2.8 ms fused and 1.6 as products; of 16 tokens .77 and .28; from about
-128 x 128 scores on the fused one is ahead (2-core AMD EPYC with AVX2). On an Intel Xeon it is ahead at every shape
-(benchmarks/LOG.md). The compiler would turn written-out products back into the fused kernel, so it is shown one op that
-it cannot look into. Legend: B rows, N tokens, T keys, H heads, K width.
+torch's fused CPU kernel works in tiles. On AMD processors, if a head has few tokens, most of its time is tiling
+overhead: 64 rows of 64 tokens, 4 heads of width 20, took 2.8 ms fused and 1.6 ms as products; with 16 tokens, 0.77 and
+0.28 ms. From about 128 x 128 scores on, the fused kernel is faster (2-core AMD EPYC with AVX2). On an Intel Xeon it is
+faster at every shape (benchmarks/LOG.md). torch.compile would pattern-match written-out products back into the fused
+kernel, so they are registered as a custom op, which is opaque to it. Legend: B rows, N tokens, T keys, H heads, K
+width.
 """
 
 import torch
@@ -14,21 +15,21 @@ from kernels import backend
 from kernels.checks import check_choice
 
 IMPLEMENTATIONS = ("auto", "torch", "products")
-FEW_SCORES = 64 * 64  # N x T up to which products are ahead
+FEW_SCORES = 64 * 64  # N x T up to which the products are faster
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def attention(
     q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, *, implementation: str = "auto"
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v for each head, [B, N, H, K] in any layout in and out.
+    """softmax(q k^T / sqrt(K)) v for each head; input and output are [B, N, H, K], of any memory layout.
 
-    auto is products for float32 on a CPU other than Intel's where N x T <= FEW_SCORES and no gradient is wanted, else
-    torch's scaled_dot_product_attention, in float32 for 16-bit tensors on a CPU that want a gradient: torch's backward pass
-    for these took 33 ms where float32's and two conversions took 5 (80 rows of 64 tokens, 4 heads of 20, an Intel Xeon).
-    Products have no gradient.
+    `auto` selects products for float32 on a non-Intel CPU if N x T <= FEW_SCORES, no gradient is required and autocast
+    is off. Otherwise it selects torch's scaled_dot_product_attention, computed in float32 if 16-bit tensors on a CPU
+    require a gradient: the 16-bit backward pass took 33 ms, the float32 one with both conversions 5 (80 rows of 64
+    tokens, 4 heads of width 20, an Intel Xeon). Products have no gradient.
 
-    Raises ValueError where products are demanded but a gradient is wanted, or tensors are not on a CPU.
+    Raises ValueError if implementation="products" but a gradient is required or the tensors are not on a CPU.
     Source: Vaswani et al. 2017 (1706.03762) eq. 1.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
@@ -48,12 +49,12 @@ def attention(
 
 
 def products_pay(dtype: torch.dtype) -> bool:
-    """Whether products are ahead of torch's fused kernel on this CPU where there are few scores."""
+    """Whether products are faster than torch's fused kernel on this CPU when there are few scores."""
     return dtype == torch.float32 and not backend.is_intel()
 
 
 def attention_reference(q_BNHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor) -> torch.Tensor:
-    """The attention of `attention` by torch."""
+    """`attention` by torch's scaled_dot_product_attention."""
     q, k, v = (x.transpose(1, 2) for x in (q_BNHK, k_BTHK, v_BTHK))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

@@ -1,9 +1,9 @@
-"""Which implementation of an op runs, and why.
+"""Chooses which implementation of an op runs, and gives the reason.
 
-Every op in this folder has a definition in plain torch and a Triton kernel. A kernel that has not beaten the compiled
-definition on a GPU is only a promise, so `auto` takes it once `JUDGED` names the benchmark row that says so, and the
-definition until then. A setting forces either. This is the one place in kernels/ that asks what hardware and libraries
-there are; Triton itself is imported from here, so that the definitions also run where it cannot be installed.
+Every op in `OPS` has a definition in plain torch and a Triton kernel. `auto` selects the kernel only if it has beaten
+the compiled definition on a GPU, that is, if `JUDGED` names the benchmark row that shows it; otherwise it selects the
+definition. A setting forces either. Only this module of kernels/ asks what hardware and libraries are present. The
+other modules import Triton from here, so that the definitions also run where Triton cannot be installed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 
 if importlib.util.find_spec("triton") is None:  # torch's wheels for macOS and Windows bring no Triton
     triton = None
-    tl = types.SimpleNamespace(constexpr=int)  # annotations of the kernels, which then never run
+    tl = types.SimpleNamespace(constexpr=int)  # enough for the kernels' annotations; the kernels never run then
 else:
     import triton
 
@@ -28,29 +28,29 @@ else:
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 OPS = ("views", "supcon", "guided_step", "group_norm", "pixels")
 
-# op -> the GPU row of benchmarks/results/kernels_gpu.csv on which its kernel earned its place (issue rule: >= 1.05x
-# torch.compile in time, or >= 2x better in memory at equal time). An H200 in each.
+# op -> the GPU row of benchmarks/results/kernels_gpu.csv that justifies its kernel (rule: >= 1.05x torch.compile in
+# time, or >= 2x better in memory at equal time). All rows were measured on an H200.
 JUDGED: dict[str, str] = {
     "views": "4.9x torch.compile on an H200, faster since: kernels_gpu.csv of 2026-11-27",
     "supcon": "2.7x torch.compile at R = 8192 on an H200, a 27th of its memory: kernels_gpu.csv of 2026-11-27",
     "pixels": "1.2x torch.compile on an H200, a 25th of its memory, faster since: kernels_gpu.csv of 2026-11-27",
 }
 
-SHARED_BYTES = 227 * 1024  # of a block on the GPU that rows were measured on
+SHARED_BYTES = 227 * 1024  # shared memory available to a block on the GPU that the rows were measured on
 
 _default = "auto"
-_launched = 0  # launches of kernels by this process, compiled graphs apart
+_launched = 0  # kernel launches by this process, not counting those in compiled graphs
 
 
 class Choice(NamedTuple):
-    """The implementation that runs ("torch" or "triton") and the reason that is printed for it."""
+    """The implementation that runs ("torch" or "triton") and the reason to print for it."""
 
     name: str
     reason: str
 
 
 def set_default(implementation: str) -> None:
-    """Set what `implementation="auto"` means from here on: the setting run.kernels.
+    """Set what `implementation="auto"` means from now on (the setting run.kernels).
 
     Raises ValueError if `implementation` is not one of auto, torch, triton.
     """
@@ -61,7 +61,7 @@ def set_default(implementation: str) -> None:
 
 @contextlib.contextmanager
 def using(implementation: str):
-    """Inside, `implementation="auto"` means this one: for measuring one beside the other.
+    """Context manager in which `implementation="auto"` means this one, to measure implementations side by side.
 
     Raises ValueError if `implementation` is not one of auto, torch, triton.
     """
@@ -84,16 +84,16 @@ def has_onednn() -> bool:
 
 
 def is_intel() -> bool:
-    """Whether the processor is Intel's, on which the MKL that torch multiplies with runs at full width."""
+    """Whether this is an Intel processor; only there does MKL, used by torch for products, run at full vector width."""
     return _INTEL
 
 
 def choose(op: str, implementation: str = "auto", device: torch.device | str = "cpu", *, unable: str = "") -> Choice:
     """The implementation of `op` on `device`, with the reason.
 
-    unable: why the kernel cannot take these very arguments, "" if it can.
+    unable: why the kernel cannot take these particular arguments; "" if it can.
 
-    Raises ValueError for an unknown op or implementation, and where Triton is demanded of the op but cannot run.
+    Raises ValueError for an unknown op or implementation, and if Triton is requested but cannot run.
     """
     _check(implementation)
     if op not in OPS:
@@ -104,7 +104,7 @@ def choose(op: str, implementation: str = "auto", device: torch.device | str = "
     if asked == "torch":
         return Choice("torch", by)
     obstacle = _obstacle(kind) or unable
-    if asked == "triton" and unable and implementation == "auto":  # run.kernels speaks of all ops, not of this input
+    if asked == "triton" and unable and implementation == "auto":  # run.kernels is about all ops, not this input
         return Choice("torch", unable)
     if asked == "triton":
         if obstacle:
@@ -122,9 +122,9 @@ def choose(op: str, implementation: str = "auto", device: torch.device | str = "
 
 
 def _unlike_judged(device: torch.device | str) -> str:
-    """Why what a row of an H200 says need not hold on a GPU; "" where it is of that kind or a later one.
+    """Why a result measured on an H200 need not hold on this GPU; "" if the GPU is of that kind or newer.
 
-    Blocks are as large as its shared memory lets them be: on most other GPUs a kernel would not start.
+    The kernels' blocks are as large as an H200's shared memory allows, so on most other GPUs a kernel would not start.
     """
     found = torch.cuda.get_device_properties(device)
     if (found.major, found.minor) >= (9, 0) and found.shared_memory_per_block_optin >= SHARED_BYTES:
@@ -142,11 +142,12 @@ def explain(device: torch.device | str, implementation: str = "auto") -> dict[st
 
 
 def jit(function=None, *, unspecialized: tuple[str, ...] = ()):
-    """`triton.jit`, or `function` itself where there is no Triton; as @jit or @jit(unspecialized=...).
+    """`triton.jit`, or `function` itself if Triton is not installed. Used as @jit or @jit(unspecialized=...).
 
-    unspecialized: integer arguments of which a new value never compiles the kernel anew. Triton compiles another one
-    where an integer becomes or ceases to be 1 or a multiple of 16, which for a size that changes within a run (rows of
-    a batch) falls into a step. Not for strides and widths: aligned, they make loads wide.
+    unspecialized: integer arguments whose value never triggers a recompilation. By default Triton compiles a new
+    variant when an integer starts or stops being 1 or a multiple of 16; for a size that changes during a run (rows of a
+    batch), that would happen in the middle of a step. Do not list strides and widths: knowing their alignment makes
+    loads wide.
     """
     if function is None:
         return lambda function: jit(function, unspecialized=unspecialized)
@@ -154,9 +155,9 @@ def jit(function=None, *, unspecialized: tuple[str, ...] = ()):
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """`kernel[grid](*arguments, **constants)` on the device and the stream of the first argument, a tensor.
+    """`kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor, and that device's stream.
 
-    Triton launches on the current device; given tensors of another one it would follow foreign addresses.
+    Triton launches on the current device; with tensors of another device it would dereference that device's addresses.
     """
     global _launched
     if torch.compiler.is_compiling():  # a compiled graph guards the device itself
@@ -168,7 +169,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
 
 
 def launches_of(call: Callable[[], object]) -> int:
-    """How many kernels `call` launches by `launch`, its backward passes included."""
+    """How many kernels `call` launches through `launch`, including those of backward passes."""
     before = _launched
     call()
     return _launched - before
@@ -182,17 +183,17 @@ def next_power_of_2(n: int) -> int:
 def _processor_is_intel() -> bool:
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return "GenuineIntel" in platform.processor()
 
 
-_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile cannot trace the question
+_ONEDNN = torch.backends.mkldnn.is_available()  # evaluated once: torch.compile cannot trace this call
 _INTEL = _processor_is_intel()
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def too_wide(name: str, tensor: torch.Tensor, columns: int = 0) -> str:
-    """Why a kernel cannot take a tensor: it is float64, or has more than `columns` (0: no bound); "" if it can."""
+    """Why a kernel cannot take a tensor: it is float64 or wider than `columns` (0: no limit); "" if it can."""
     if tensor.dtype == torch.float64 or (columns and tensor.shape[-1] > columns):
         bound = f"[any, <= {columns}]" if columns else ""
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -201,7 +202,7 @@ def too_wide(name: str, tensor: torch.Tensor, columns: int = 0) -> str:
 
 
 def obstacle(device: torch.device | str) -> str:
-    """Why Triton cannot run on a device; empty if it can."""
+    """Why Triton cannot run on a device; "" if it can."""
     return _obstacle(torch.device(device).type)
 
 

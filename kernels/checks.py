@@ -1,7 +1,7 @@
-"""Argument checks shared by the ops: each failure names the argument, what it was and what was expected.
+"""Argument checks shared by the ops: each error names the argument, what it was and what was expected.
 
-Shapes, dtypes and devices are known on the host and always checked. Values (finite, in range) would cost a wait for a
-GPU, so ops check them on CPU tensors only, unless told otherwise.
+Shapes, dtypes and devices are known on the host and always checked. Checking values (finite, in range) would make the
+host wait for a GPU, so by default ops check them on CPU tensors only.
 """
 
 import torch
@@ -22,7 +22,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] = (),
     device: torch.device | None = None,
 ) -> None:
-    """Raise ValueError unless `value` is a tensor of this shape (None: any extent), one of these dtypes, this device."""
+    """Raise ValueError unless `value` is a tensor of this shape (None: any extent), dtype (one of these) and device."""
     wrong = not isinstance(value, torch.Tensor)
     wrong = wrong or (shape is not None and not _fits(tuple(value.shape), shape))
     wrong = wrong or bool(dtypes and value.dtype not in dtypes)

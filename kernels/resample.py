@@ -1,18 +1,19 @@
-"""Antialiased resampling as a matrix: one axis of a crop, resized by the triangle filter.
+"""Antialiased resampling as a matrix: one axis of a crop, resized with the triangle filter.
 
-A resize is separable and linear, so a crop, a flip and a resize of one image are two small matrices, and those of a
-whole batch, each row with its own crop, are two batched products. Legend: R rows, n source pixels of an axis, m output
-pixels of it.
+A resize is linear and separable, so crop, flip and resize of one image amount to two small matrices, one per axis. For
+a whole batch in which each row has its own crop, they are two batched matrix products. Legend: R rows, n source pixels
+and m output pixels along an axis.
 """
 
 import torch
 
 
 def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=None) -> torch.Tensor:
-    """Where each of m output pixels of the crop [start, start + length) looks: source coordinates_Rm, fp32.
+    """Source coordinates_Rm (fp32) at which each of the m output pixels of the crop [start, start + length) samples.
 
-    Pixel i looks at start + (i + 1/2) length/m - 1/2, counted in pixel centers, flip_R (bool) mirroring i. Held inside
-    the crop, so that bilinear interpolation there gives a border pixel all the weight that would fall outside.
+    Pixel i samples at start + (i + 1/2) length/m - 1/2, where whole numbers are pixel centers; flip_R (bool) mirrors i.
+    Coordinates are clamped to the crop, so that bilinear interpolation gives the border pixel all the weight that would
+    fall outside.
     """
     start_R1, length_R1 = start_R.float()[:, None], length_R.float()[:, None]
     center_Rm = _centers(start_R1, length_R1, m, flip_R)
@@ -20,14 +21,15 @@ def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=N
 
 
 def resample_matrix(start_R: torch.Tensor, length_R: torch.Tensor, n: int, m: int, flip_R=None) -> torch.Tensor:
-    """Weights_Rmn (fp32) that turn n source pixels into m pixels of the crop [start, start + length) of each row.
+    """Weights_Rmn (fp32) that turn n source pixels into the m output pixels of each row's crop [start, start + length).
 
-    With c the center of pixel i (as in `crop_centers`) and f = max(length/m, 1) the filter's half width:
+    With c the center of pixel i (as in `crop_centers`, before clamping) and f = max(length/m, 1) the filter's half
+    width:
 
         weight_ij = max(0, 1 - |j - c| / f) for start <= j < start + length, each i summing to 1
 
     which is bilinear interpolation when enlarging and the antialiased triangle filter when shrinking, as Pillow and
-    torchvision define them; pixels outside the crop count for nothing. flip_R (bool) mirrors the output axis.
+    torchvision define them; pixels outside the crop have no weight. flip_R (bool) mirrors the output axis.
     """
     start_R1, length_R1 = start_R.float()[:, None], length_R.float()[:, None]
     j_n = torch.arange(n, device=start_R.device, dtype=torch.float32)

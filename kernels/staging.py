@@ -1,7 +1,7 @@
-"""Host values onto the device without waiting for it.
+"""Copies host values to the device without waiting for it.
 
-A copy from pageable memory makes the host wait until the device has caught up; a copy from pinned memory does not.
-Bookkeeping lives on the host (see reservoir.py), so this is how its decisions reach the device.
+A copy from pageable memory blocks the host until the device has caught up; a copy from pinned memory does not.
+Bookkeeping is done on the host (see modules/data/reservoir.py); its decisions reach the device through `upload`.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 def upload(
     values: torch.Tensor | np.ndarray | list, device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """`values` (a host tensor, array or list) as a tensor on `device`; on CUDA the copy is queued, the host goes on."""
+    """`values` (a host tensor, array or list) as a tensor on `device`; on CUDA the copy is queued without blocking."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
@@ -19,9 +19,10 @@ def upload(
 
 
 def in_use(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, whose memory is not handed out again before the present stream is done with what it was given to do.
+    """`tensor`, after telling the allocator not to reuse its memory before the current stream's queued work is done.
 
-    For tensors that one stream made and another reads: freed on the host, they could be overwritten while they are read.
+    For tensors that were allocated on one stream and are read on another: otherwise, once freed on the host, they could
+    be overwritten while they are still being read.
     """
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,7 +1,7 @@
-"""What a random view of an image is: its crop, flip, jitter and gray, each a pure function of uniform numbers.
+"""The parameters of random views: crop, flip, color jitter and grayscale, as pure functions of uniform random numbers.
 
-Apart from the kernel that applies them, so that whoever owns the random streams (modules/data/views.py) decides which
-numbers a row sees, and the kernel never draws any. Legend: B images, V views, K uniforms of a view.
+They are kept apart from the kernel that applies them: the owner of the random streams (modules/data/views.py) decides
+which numbers a row gets, and the kernel never draws any. Legend: B images, V views, K uniform numbers per view.
 """
 
 import math
@@ -13,14 +13,16 @@ import torch
 from kernels.checks import check_number, check_tensor
 
 CROP_ATTEMPTS = 10
-UNIFORMS = 2 * CROP_ATTEMPTS + 13  # K: crop attempts, position 2, flip, jitter, four factors, order 4, gray
+UNIFORMS = (
+    2 * CROP_ATTEMPTS + 13
+)  # K: area and aspect of each attempt, position 2, flip, jitter, factors 4, order 4, gray
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the entries of `order_BV4`
-NOTHING_4 = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that do nothing
+NOTHING_4 = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that change nothing
 
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """One view of one image per entry, on the CPU, so that the host can group rows without asking the device."""
+    """Parameters of V views of B images; on the CPU, so that the host can group rows without waiting for the device."""
 
     top_BV: torch.Tensor  # int64, source pixels
     left_BV: torch.Tensor
@@ -28,14 +30,14 @@ class ViewParameters:
     width_BV: torch.Tensor
     flip_BV: torch.Tensor  # bool, horizontal
     factor_BV4: torch.Tensor  # fp32: brightness, contrast, saturation factors >= 0 (1 does nothing); hue in [-.5, .5]
-    order_BV4: torch.Tensor  # int64, which of the four is applied first, second, ...
-    gray_BV: torch.Tensor  # bool, after the jitter
+    order_BV4: torch.Tensor  # int64, which of the four jitters is applied first, second, ...
+    gray_BV: torch.Tensor  # bool, grayscale after the jitter
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """View-major tables (row v*B + b is view v of image b), on the host.
+        """View-major host tables geometry_R6, op_R4, factor_R4 (row v*B + b is view v of image b).
 
-        geometry_R6 (fp32): top, left, height, width, flip, gray. op_R4 (int64): the jitters in their order.
-        factor_R4 (fp32): the factor of each of those.
+        geometry_R6 (fp32): top, left, height, width, flip, gray. op_R4 (int64): the jitters in the order they are
+        applied. factor_R4 (fp32): the factor of each jitter in that order.
         """
         geometry_BV6 = np.stack(
             [table.numpy() for table in self.geometry()], axis=2, dtype=np.float32, casting="unsafe"
@@ -45,7 +47,7 @@ class ViewParameters:
         return tuple(t.swapaxes(0, 1).reshape(-1, t.shape[2]) for t in (geometry_BV6, order_BV4, factor_BV4))
 
     def geometry(self) -> tuple[torch.Tensor, ...]:
-        """What is no color: top, left, height, width, flip, gray, each [B, V]."""
+        """The parameters other than the jitter's: top, left, height, width, flip, gray, each [B, V]."""
         return self.top_BV, self.left_BV, self.height_BV, self.width_BV, self.flip_BV, self.gray_BV
 
 
@@ -61,11 +63,11 @@ def draw_view_parameters(
     grayscale_p: float = 0.2,
     flip_p: float = 0.5,
 ) -> ViewParameters:
-    """The parameters of each view, distributed as torchvision draws them, from K = UNIFORMS numbers a view.
+    """The parameters of each view from K = UNIFORMS uniform numbers per view, distributed as torchvision draws them.
 
-    Crop: area share uniform in `crop_scale`, log aspect uniform in log `ratio`, first of ten attempts that fits, then
-    a uniform position; the largest central crop of an allowed aspect if none fits. Jitter with probability `jitter_p`,
-    its four parts in uniformly random order: factors uniform in [max(0, 1-j), 1+j], hue in [-j, j].
+    Crop: area share uniform in `crop_scale`, log aspect uniform in log `ratio`; the first of ten attempts that fits is
+    used, at a uniform position. If none fits, the largest central crop of an allowed aspect. Jitter: with probability
+    `jitter_p`, four parts in uniformly random order, factors uniform in [max(0, 1-j), 1+j], hue in [-j, j].
 
     uniforms_BVK: fp64 in [0, 1) on the CPU. Raises ValueError for a wrong shape or dtype, or a setting out of range.
     Source: torchvision.transforms.v2 RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale.
@@ -79,7 +81,7 @@ def draw_view_parameters(
     for name, strength in zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True):
         check_number(f"jitter {name}", strength, 0, 0.5 if name == "hue" else math.inf)
 
-    # numpy: a hundred operations on a few hundred numbers, each a fraction of torch's time for so small a call
+    # numpy: for a hundred operations on a few hundred numbers each, its overhead per call is a fraction of torch's
     crop_BVK, rest_BVK = np.split(uniforms_BVK.numpy(), [2 * CROP_ATTEMPTS], axis=2)
     height_BV, width_BV, fits_BV = _crop_size(crop_BVK, height, width, crop_scale, ratio)
     y_BV, x_BV, flip_BV, jitter_BV = np.moveaxis(rest_BVK[..., :4], 2, 0)
@@ -102,7 +104,7 @@ def draw_view_parameters(
 
 
 def _crop_size(crop_BVK, height: int, width: int, crop_scale, ratio) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Height and width (int64) of the first attempt that fits, and whether one did; else of the largest allowed crop."""
+    """Height and width (int64) of the first attempt that fits, else of the largest allowed crop; whether one fits."""
     area_BVA, aspect_BVA = np.split(crop_BVK, 2, axis=2)
     area_BVA = height * width * (crop_scale[0] + area_BVA * (crop_scale[1] - crop_scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
