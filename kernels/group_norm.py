@@ -1,10 +1,10 @@
-"""Group normalization with SiLU for channels_last activations, forward and backward, and its swap into diffusers.
+"""Group normalization fused with SiLU for channels_last activations, forward and backward, and its swap into diffusers.
 
-CUDA's GroupNorm answers in NCHW whatever it was given, so an eager channels_last UNet transposes at 61 norms and writes
-the activation once more for SiLU. The kernels read the input twice and write once: statistics of a channel over a chunk
-of pixels, a tiny reduction to a scale and a shift per channel, and the normalization, which begins where the statistics
-ended, so that part of what it reads is still in the cache. Legend: N images, C channels,
-G groups, P = H*W pixels, K chunks of pixels.
+CUDA's GroupNorm returns NCHW whatever the layout of its input, so an eager channels_last UNet transposes at 61 norms
+and writes the activation once more for SiLU. The kernels read the input twice and write it once: the first computes
+statistics of each channel over a chunk of pixels, a tiny one reduces them to a scale and a shift per channel, and the
+third normalizes. It starts with the pixels that the first read last, part of which are still in the cache. Legend: N
+images, C channels, G groups, P = H*W pixels, K chunks of pixels.
 """
 
 import torch
@@ -16,8 +16,8 @@ from kernels.backend import jit, launch, tl
 from kernels.checks import check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PROGRAMS = 2048  # at least, where there are pixels for them: some fifteen a multiprocessor of a large GPU
-MAX_CHUNKS = 256  # of an image's pixels, whose partial sums one program merges
+PROGRAMS = 2048  # at least this many if there are enough pixels: about fifteen per multiprocessor of a large GPU
+MAX_CHUNKS = 256  # of an image's pixels; one program merges their partial sums
 
 
 def group_norm_silu(
@@ -30,16 +30,17 @@ def group_norm_silu(
     silu: bool = True,
     implementation: str = "auto",
 ) -> torch.Tensor:
-    """silu(u) or u, of the same shape and dtype, with u = weight (x - mean) / sqrt(var + eps) + bias.
+    """silu(u), or u without `silu`, in the shape and dtype of x, with u = weight (x - mean) / sqrt(var + eps) + bias.
 
-    mean and (biased) var are those of each image's group of C / groups adjacent channels. Differentiable in x, weight
-    and bias. With m the group's size, x^ = (x - mean) r, r = 1 / sqrt(var + eps), g = dL/dy silu'(u):
+    mean and (biased) var are taken over each group of C / groups adjacent channels of an image. Differentiable in x,
+    weight and bias. With w = weight, r = 1 / sqrt(var + eps), x^ = (x - mean) r, g = dL/dy silu'(u) and means over the
+    group:
 
         dL/dx = r (w g - mean(w g) - x^ mean(w g x^)),  dL/dw_c = sum g x^,  dL/db_c = sum g
 
-    x_NCHW: [N, C, ...] fp32, fp16, bf16 (fp64 in torch); statistics are fp32. The Triton path answers in channels_last
-    and copies an input that is not. Raises ValueError for a wrong shape, dtype, device or number of groups.
-    Source: Wu and He 2018 (1803.08494) eq. 1; Elfwing et al. 2017 (1702.03118).
+    x_NCHW: [N, C, ...] fp32, fp16, bf16 (fp64 in torch only); statistics are fp32. The Triton path returns
+    channels_last and copies an input of another layout. Raises ValueError for a wrong shape, dtype, device or number of
+    groups. Source: Wu and He 2018 (1803.08494) eq. 1; Elfwing et al. 2017 (1702.03118).
     """
     check_tensor("x_NCHW", x_NCHW, dtypes=FLOATS)
     if x_NCHW.ndim < 3 or groups < 1 or x_NCHW.shape[1] % groups or x_NCHW.numel() == 0:
@@ -55,14 +56,16 @@ def group_norm_silu(
     return group_norm_silu_reference(x_NCHW, groups, weight_C, bias_C, eps, silu)
 
 
-def group_norm_silu_reference(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch.Tensor:
-    """The normalization of `group_norm_silu` in plain torch."""
+def group_norm_silu_reference(
+    x_NCHW: torch.Tensor, groups: int, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float, silu: bool
+) -> torch.Tensor:
+    """`group_norm_silu` in plain torch."""
     u = F.group_norm(x_NCHW, groups, weight_C, bias_C, eps)
     return F.silu(u) if silu else u
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """A GroupNorm that runs `group_norm_silu`; with `silu`, the activation that followed it is part of it."""
+    """A GroupNorm that runs `group_norm_silu`; if `silu` is set, it includes the activation that followed it."""
 
     silu = True
     implementation = "auto"
@@ -74,11 +77,11 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def swap_group_norm(module: nn.Module, implementation: str = "auto") -> int:
-    """Make every affine GroupNorm of a diffusers UNet or VAE run `group_norm_silu`; returns how many it changed.
+    """Make every affine GroupNorm of a diffusers UNet or VAE run `group_norm_silu`; return how many were changed.
 
-    Where SiLU follows, as norm1 and norm2 of a resnet and conv_norm_out, it is taken into the norm and the activation
-    module becomes an identity; a resnet's time embedding, which shares that activation, gets its own. Parameters and
-    their names stay, so a state dict loads as before. Norms that are already swapped are left alone.
+    If SiLU follows the norm (norm1 and norm2 of a resnet, conv_norm_out), it is fused into it and the activation module
+    becomes an identity; a resnet's time embedding, which shares that activation, gets its own. Parameters and their
+    names stay the same, so state dicts load as before. Norms that are already swapped are left alone.
     """
     norms = [norm for norm in module.modules() if _is_plain(norm)]
     fused: set[nn.Module] = set()
@@ -103,7 +106,7 @@ def _is_plain(norm: object) -> bool:
 
 
 def _is_resnet(block: nn.Module) -> bool:
-    """Whether `block` computes conv(SiLU(norm(x))) twice with nothing between norm and activation."""
+    """Whether `block` computes conv(SiLU(norm(x))) twice, with nothing between norm and activation."""
     norms = _is_plain(getattr(block, "norm1", None)) and _is_plain(getattr(block, "norm2", None))
     return norms and getattr(block, "time_embedding_norm", "") == "default" and isinstance(block.nonlinearity, nn.SiLU)
 
@@ -112,8 +115,10 @@ def _silu_before(_module: nn.Module, arguments: tuple) -> tuple:
     return (F.silu(arguments[0]), *arguments[1:])
 
 
-def group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch.Tensor:
-    """The normalization of `group_norm_silu` by the kernels."""
+def group_norm_silu_triton(
+    x_NCHW: torch.Tensor, groups: int, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float, silu: bool
+) -> torch.Tensor:
+    """`group_norm_silu` by the kernels."""
     weight_C, bias_C = weight_C.contiguous(), bias_C.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_NCHW, weight_C, bias_C)):
         return _GroupNormSiLU.apply(x_NCHW, groups, weight_C, bias_C, eps, silu)
@@ -121,7 +126,7 @@ def group_norm_silu_triton(x_NCHW, groups, weight_C, bias_C, eps, silu) -> torch
 
 
 def _forward(x_NCHW, groups, weight_C, bias_C, eps, silu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y_NCHW, and what the backward pass reads: x_NPC and the mean and 1/sd of every group."""
+    """y_NCHW, and what the backward pass needs: x_NPC, and the mean and 1/sd of every group."""
     x_NPC = _to_pixels(x_NCHW)
     N, P, C = x_NPC.shape
     blocks, K, size = _plan(N, P, C)
@@ -166,14 +171,14 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 def _to_pixels(x_NCHW: torch.Tensor) -> torch.Tensor:
-    """[N, P, C], contiguous: a view of a channels_last tensor, a copy of any other."""
+    """x as contiguous [N, P, C]: a view of a channels_last tensor, a copy of any other."""
     return x_NCHW.flatten(2).transpose(1, 2).contiguous()
 
 
 def _empty_pixels(x_NPC: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[N, C, ...] whose memory is that of a contiguous [N, P, C], with x's dtype.
+    """An empty [N, C, ...] tensor of x's dtype, laid out in memory as a contiguous [N, P, C].
 
-    Not a view of one: what a Function answers as a view of its own tensor may not be changed in place.
+    It is not made as a view of one, since autograd forbids in-place changes to views that a Function returns.
     """
     N, P, C = x_NPC.shape
     strides, below = [], C
@@ -184,9 +189,10 @@ def _empty_pixels(x_NPC: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _plan(N: int, P: int, C: int) -> tuple[dict, int, int]:
-    """Tile of a program, chunks of an image's pixels, and the pixels of a chunk, a multiple of the tile's.
+    """A program's tile, the number of chunks per image, and the pixels per chunk, a multiple of the tile's.
 
-    A tile is 128 bytes of fp16 channels, which SD's widths all divide, by as many pixels as keep enough loads in flight.
+    A tile is 64 channels wide (128 bytes of fp16; all of SD's widths are multiples of it) and has enough pixels to keep
+    many loads in flight.
     """
     if backend.interpreted():
         blocks, programs = {"BLOCK_C": min(16, backend.next_power_of_2(C)), "BLOCK_P": 8}, 8
@@ -199,7 +205,7 @@ def _plan(N: int, P: int, C: int) -> tuple[dict, int, int]:
 
 
 def _tile(width: int, K: int) -> dict:
-    """Launch settings where one program merges the chunks of one group."""
+    """Launch settings of the kernels in which one program merges the chunks of one group."""
     block_c, block_k = backend.next_power_of_2(width), backend.next_power_of_2(K)
     return {"BLOCK_C": block_c, "BLOCK_K": block_k, "num_warps": 1 if block_c * block_k <= 1024 else 4}
 
@@ -210,8 +216,8 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel over one chunk.
 
-    Every lane of a tile keeps those of its own pixels (Welford 1962), so that nothing is summed across lanes until the
-    end, where they are merged (Chan et al. 1979).
+    Each lane of a tile keeps running statistics of its own pixels (Welford 1962); they are merged across lanes only
+    once, at the end (Chan et al. 1979).
     """
     n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK_P)
@@ -244,7 +250,7 @@ def _affine_kernel(
     chunk_mean_ptr, chunk_m2_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, scale_ptr, shift_ptr,
     P, C, K, size, eps, width, groups, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A group's mean and 1/sd from its chunks and channels, and the scale and shift of each of its channels."""
+    """A group's mean and 1/sd, merged from its channels and chunks, and the scale and shift of each of its channels."""
     g, n = tl.program_id(0), tl.program_id(1)
     k = tl.arange(0, BLOCK_K)
     offset = tl.arange(0, BLOCK_C)
@@ -272,7 +278,7 @@ def _affine_kernel(
 def _normalize_kernel(
     x_ptr, scale_ptr, shift_ptr, y_ptr, P, C, size, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """y = x scale + shift, with SiLU, over one chunk; images from the last, whose pixels the cache still holds."""
+    """y = x scale + shift, then SiLU if set, over one chunk; the last image first, as its pixels are still cached."""
     n, k = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = tl.load(scale_ptr + n * C + c, mask=c < C, other=0.0)
@@ -291,7 +297,7 @@ def _normalize_kernel(
 
 @jit
 def _of_channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, c, group, C):
-    """weight and bias of channels c, mean and 1/sd of the groups they are in."""
+    """weight and bias of channels c, and mean and 1/sd of their groups."""
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     return (
@@ -319,7 +325,7 @@ def _backward_sums_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_g_ptr, sum_gx_ptr, P, C, K, size, width, groups,
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g x^ of each channel over one chunk, kept a lane until the end."""
+    """Sums of g and g x^ of each channel over one chunk, accumulated per lane until the end."""
     n, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     group = n * groups + c // width
@@ -369,7 +375,7 @@ def _backward_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_wg_ptr, mean_wgx_ptr, dx_ptr, P, C, size, width, groups,
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk from the group means of w g and w g x^; images from the last, as in the forward pass."""
+    """dx of one chunk from the group means of w g and w g x^; the last image first, as in the forward pass."""
     n, k = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     group = n * groups + c // width

@@ -1,8 +1,8 @@
-"""Guidance and one solver step of every slot, in place: each slot at its own time, on its own grid, with its own scale.
+"""Guidance and one solver step for every slot, in place. Each slot has its own time, time grid and guidance scale.
 
-The coefficients lie in a table on the device (modules/diffusion/schedule.py makes it), a slot holds a row number, and so
-one launch with the same arguments serves every step of every solver: it can stand in a captured graph. Legend: S slots,
-U unconditional rows, K table rows, N steps with noise, c h w latent.
+The coefficients are in a table on the device (made by modules/diffusion/schedule.py), and each slot holds a row number.
+One launch with the same arguments thus serves every step of every solver and can be part of a captured graph. Legend:
+S slots, U unconditional rows, K table rows, N steps with noise, c h w latent.
 """
 
 import torch
@@ -11,7 +11,7 @@ from kernels import backend
 from kernels.backend import jit, launch, tl
 from kernels.checks import check_choice, check_tensor
 
-COLUMNS = 8  # of the table: alpha, sigma, a, b, c, d, alpha_next, sigma_next
+COLUMNS = 8  # the table's columns: alpha, sigma, a, b, c, d, alpha_next, sigma_next
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,10 +33,10 @@ def guided_step(
     eps_Schw: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> None:
-    """Advance the latents z and the last predicted images x0_prev, in place, by one step each.
+    """Advance the latents z of every slot by one step, in place, and set x0_prev to the predicted images.
 
-    With u = unconditional row unconditional_row_S[s] of slot s (None: row s), w its guidance, and
-    (alpha, sigma, a, b, c, d, alpha', sigma') its table row:
+    For slot s, with e_c its conditional prediction, u the unconditional prediction in row unconditional_row_S[s] (None:
+    row s), w its guidance scale, and (alpha, sigma, a, b, c, d, alpha', sigma') row row_S[s] of the table:
 
         e  = u + w (e_c - u), or e_c where w = 1 or unconditional_row_S[s] < 0
         x0 = (z - sigma e) / alpha  for epsilon,  alpha z - sigma e  for v_prediction
@@ -44,11 +44,13 @@ def guided_step(
 
     then, with a mask m (1 where the latent may change): z <- m z + (1 - m) (alpha' source + sigma' eps).
 
-    Predictions: contiguous or channels_last; they, noise, mask, source and eps: fp32, fp16 or bf16; z, x0_prev, table_K8
-    and guidance_S: fp32; row_S, unconditional_row_S, noise_step_S: int64. Arithmetic is fp32. Raises ValueError for a wrong shape,
-    dtype, device or layout, parts of noise or mask that come without each other, and, on CPU tensors, a row or step
-    that does not exist; on a GPU the kernel makes NaN of that slot instead of waiting for the device.
-    Source: DDIM 2010.02502 eq. 12; DPM-Solver++ 2211.01095; classifier-free guidance 2207.12598 eq. 6.
+    Predictions are contiguous or channels_last. Predictions, noise, mask, source and eps: fp32, fp16 or bf16; z,
+    x0_prev, table_K8 and guidance_S: fp32; row_S, unconditional_row_S and noise_step_S: int64. Arithmetic is fp32.
+
+    Raises ValueError for a wrong shape, dtype, device or layout, if only some of the noise or mask arguments are given,
+    and, on CPU tensors, for a row or step that does not exist. On a GPU, where this check would have to wait for the
+    device, the kernel fills that slot with NaN instead. Source: DDIM 2010.02502 eq. 12; DPM-Solver++ 2211.01095;
+    classifier-free guidance 2207.12598 eq. 6.
     """
     parts = dict(
         unconditional_Uchw=unconditional_Uchw,
@@ -73,7 +75,7 @@ def guided_step_reference(
     conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, *,
     unconditional_Uchw, unconditional_row_S, noise_SNchw, noise_step_S, mask_S1hw, source_Schw, eps_Schw,
 ):  # fmt: skip
-    """The step of `guided_step` in plain torch."""
+    """`guided_step` in plain torch."""
     alpha, sigma, a, b, c, d, alpha_next, sigma_next = table_K8[row_S][:, :, None, None, None].unbind(1)
     e = conditional_Schw.float()
     if unconditional_Uchw is not None:
@@ -98,7 +100,7 @@ def guided_step_triton(
     conditional_Schw, z_Schw, x0_prev_Schw, table_K8, row_S, guidance_S, prediction_type, *,
     unconditional_Uchw, unconditional_row_S, noise_SNchw, noise_step_S, mask_S1hw, source_Schw, eps_Schw,
 ):  # fmt: skip
-    """The step of `guided_step` in one launch; an absent tensor is passed as z and never read."""
+    """`guided_step` in one launch. For a tensor that is None another is passed, which the kernel never reads."""
     S = len(z_Schw)
     latent = z_Schw[0].numel()
     blocks = _blocks()
@@ -136,7 +138,7 @@ def guided_step_triton(
 
 
 def _blocks() -> dict:
-    """Launch settings: numbers of a program, few enough that all programs of a usual tick run at once."""
+    """Launch settings: numbers per program, few enough that all programs of a typical tick run at once."""
     return {"BLOCK": 64} if backend.interpreted() else {"BLOCK": 512, "num_warps": 4}
 
 
@@ -148,9 +150,9 @@ def _guided_step_kernel(
     GUIDED: tl.constexpr, MAPPED: tl.constexpr, EPSILON: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of one slot's latent; a row or step that does not exist is never read, its numbers are NaN.
+    """BLOCK numbers of one slot's latent. A row or step that does not exist is never read; its numbers become NaN.
 
-    FLAT: predictions lie as the latents do. What needs no other number is read first, so that nothing waits twice.
+    FLAT: predictions have the memory layout of the latents. Loads that depend on no other load come first, to overlap.
     """
     s = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -169,7 +171,7 @@ def _guided_step_kernel(
         if MAPPED:
             own = tl.load(unconditional_row_ptr + s)
             guided = guided & (own >= 0)
-            own = tl.where(guided, own, unconditional_rows)  # of no row: nothing is read
+            own = tl.where(guided, own, unconditional_rows)  # one past the last row, so nothing is read
         there = inside & (own < unconditional_rows)
         u = tl.load(unconditional_ptr + own * latent + u_in_slot, mask=there, other=float("nan")).to(tl.float32)
         e = tl.where(guided, u + w * (e - u), e)
@@ -203,16 +205,16 @@ def _coefficient(ptr, known):
 
 
 def _strides(x_Schw: torch.Tensor) -> tuple[int, int]:
-    """Strides of a channel and of a place in the plane, which is 1 or, channels_last, the number of channels."""
+    """The strides of a channel and of a pixel: (h w, 1) if contiguous, (1, channels) in channels_last."""
     channels, plane = x_Schw.shape[1], x_Schw[0, 0].numel()
     return (plane, 1) if x_Schw.is_contiguous() else (1, channels)
 
 
 def _check_rows(table_K8, row_S, parts):
-    """Raise ValueError where a slot asks for a row or a step that does not exist."""
+    """Raise ValueError if a slot asks for a row or a step that does not exist."""
     u, noise_SNchw = parts["unconditional_Uchw"], parts["noise_SNchw"]
     asked = [("row_S", row_S, 0, len(table_K8), "table_K8")]
-    if parts["unconditional_row_S"] is not None:  # any negative number says that there is none
+    if parts["unconditional_row_S"] is not None:  # any negative number means no unconditional row
         asked.append(("unconditional_row_S", parts["unconditional_row_S"], None, len(u), "unconditional_Uchw"))
     if noise_SNchw is not None:
         asked.append(("noise_step_S", parts["noise_step_S"], 0, noise_SNchw.shape[1], "noise_SNchw"))

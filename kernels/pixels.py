@@ -1,7 +1,7 @@
-"""Decoded images to the uint8 pixels that the encoder learns from: clamp, antialiased downscale, round, in one pass.
+"""Decoded images to the uint8 pixels that the encoder learns from: clamp, antialiased resize and round in one pass.
 
-A VAE decodes 512 px and the reservoir keeps 64 or 224: eager code clamps, resizes, rounds and permutes the large image
-in device memory four times. Legend: N images, H W decoded, h w kept.
+A VAE decodes at 512 px while the reservoir keeps 64 or 224 px. Eager code makes four passes through device memory:
+clamp, resize, round and permute. Legend: N images, H W decoded size, h w kept size.
 """
 
 import torch
@@ -17,9 +17,9 @@ def pixels(decoded_N3HW: torch.Tensor, size: int, *, implementation: str = "auto
 
         out = floor(127.5 resize(clamp(x, -1, 1)) + 128), at most 255
 
-    that is 255 (x+1)/2 rounded half up. Not a number counts as -1. decoded_N3HW: fp16, bf16 or fp32, contiguous or
-    channels_last; arithmetic is fp32. Raises ValueError for a wrong shape or dtype, an empty image or a size that is no
-    whole number >= 1.
+    which is 255 (x+1)/2 rounded half up. NaN is treated as -1. decoded_N3HW: fp16, bf16 or fp32, contiguous or
+    channels_last; arithmetic is fp32. Raises ValueError for a wrong shape or dtype, an empty image, or a size that is
+    not an int >= 1.
     """
     check_tensor(
         "decoded_N3HW", decoded_N3HW, shape=(None, 3, None, None), dtypes=(torch.float32, torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ def pixels(decoded_N3HW: torch.Tensor, size: int, *, implementation: str = "auto
 
 
 def pixels_reference(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
-    """The pixels of `pixels` in plain torch."""
+    """`pixels` in plain torch."""
     x = decoded_N3HW.float().nan_to_num(nan=-1.0).clamp(-1, 1)
     if x.shape[2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -43,9 +43,10 @@ def pixels_reference(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
-    """The pixels of `pixels` by the kernel: the decoded image is read where it lies, nothing else is stored.
+    """`pixels` by the kernel, which reads the decoded image in place and stores nothing but the result.
 
-    An image in channels_last is one plane of rows of 3W values, any other three planes of rows of W values.
+    A channels_last image is treated as one plane with rows of 3W values, any other as three planes with rows of W
+    values.
     """
     N, _, H, W = decoded_N3HW.shape
     out_Nhw3 = torch.empty(N, size, size, 3, dtype=torch.uint8, device=decoded_N3HW.device)
@@ -76,44 +77,44 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _blocks(H: int, size: int, channels: int) -> dict[str, int]:
-    """BLOCK_R output rows and BLOCK_Q values of each are a program's, BLOCK_J source values of a row at a time.
+    """Launch settings: a program makes BLOCK_R output rows x BLOCK_Q values, from BLOCK_J source values of a row at a time.
 
-    UNROLL: source rows of an output row that are asked for before the first is waited for.
+    UNROLL: how many source rows of an output row are loaded before the first is used.
     """
     if backend.interpreted():
         return {"BLOCK_R": 16, "BLOCK_Q": 16, "BLOCK_J": 32, "UNROLL": 2}
-    few = 4 * size < H  # output pixels for the pixels read: smaller programs fill a GPU
+    few = 4 * size < H  # few output pixels for the pixels read: it takes smaller programs to fill a GPU
     return {
         "BLOCK_R": 16 if few or channels == 1 else 32,
         "BLOCK_Q": 32,
         "BLOCK_J": 32,
         "UNROLL": min(_taps(H, size), 8),
         "num_warps": 2,
-        "num_stages": 1,  # more would fetch source rows past the cache that the next tap finds them in
+        "num_stages": 1,  # more stages would fetch source rows around the cache in which the next tap finds them
     }
 
 
 def _taps(n: int, m: int) -> int:
-    """How many of n source pixels an output pixel of m has a weight for, at most: 2 max(n/m, 1), rounded up."""
+    """The most source pixels with a weight that an output pixel has, when n pixels become m: ceil(2 max(n/m, 1))."""
     return -(-2 * max(n, m) // m)
 
 
 @jit
 def _first(i, n, m):
-    """The first of n source pixels that output pixel i of m has a weight for: the least j >= 0 of distance < 1."""
+    """The first source pixel with a weight in output pixel i, n pixels becoming m: the least j >= 0 of distance < 1."""
     before = (2 * i + 1) * n - m - 2 * tl.maximum(n, m)
     return tl.where(before < 0, 0, before // (2 * m) + 1)
 
 
 @jit
 def _weight(numerator, half_inverse):
-    """The triangle filter, not divided by its sum yet: max(0, 1 - |numerator| half_inverse)."""
+    """The triangle filter before it is divided by its sum: max(0, 1 - |numerator| half_inverse)."""
     return tl.maximum(1.0 - tl.abs(numerator.to(tl.float32)) * half_inverse, 0.0)
 
 
 @jit
 def _total(i, n, m, half_inverse, TAPS: tl.constexpr):
-    """The sum of the weights of output pixel i of m over its n source pixels."""
+    """The sum of the weights of output pixel i over its source pixels, n pixels becoming m."""
     first = _first(i, n, m)
     total = first.to(tl.float32) * 0.0
     for tap in range(TAPS):
@@ -124,7 +125,7 @@ def _total(i, n, m, half_inverse, TAPS: tl.constexpr):
 
 @jit
 def _clamped(x, NAN_STAYS: tl.constexpr):
-    """x in [-1, 1], not a number as -1. NAN_STAYS: the maximum of NaN and -1 is NaN, as no GPU has it."""
+    """x clamped to [-1, 1], NaN to -1. NAN_STAYS: max(NaN, -1) is NaN, as in the interpreter but on no GPU."""
     if NAN_STAYS:
         x = tl.where(x == x, x, -1.0)
     return tl.minimum(tl.maximum(x, -1.0), 1.0).to(x.dtype)
@@ -132,7 +133,7 @@ def _clamped(x, NAN_STAYS: tl.constexpr):
 
 @jit
 def _halves(x):
-    """x of at most 1 as a sum of two fp16 numbers, right to 3e-8: exact enough for levels, fast in a product."""
+    """x (at most 1) as the sum of two fp16 numbers, exact to 3e-8: enough for uint8 levels, and fast in a product."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
@@ -143,17 +144,18 @@ def _pixels_kernel(
     CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, NAN_STAYS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R output rows x BLOCK_Q output values of a plane: a sum over each row's source rows, then a product across.
+    """BLOCK_R output rows x BLOCK_Q output values of a plane: a vertical sum of source rows, then a horizontal product.
 
         out_rq = sum_j (sum_y v_ry x_yj / sum_y v_ry) h_qj / sum_j h_qj
 
-    A plane's rows have W source pixels of CHANNELS values each: value j is channel j mod CHANNELS of its pixel, and h is
-    zero between different channels. With n source and m output pixels the weight of source pixel j in output pixel i is
+    A row of a plane has W source pixels of CHANNELS values each: value j is channel j mod CHANNELS of its pixel, and h
+    is zero between different channels. With n source and m output pixels, the weight of source pixel j in output pixel
+    i is
 
         1 - |(2j+1) m - (2i+1) n| / (2 max(n, m)), where positive
 
-    of which the numerator is a whole number, so that weights cost no table and lose nothing far from the origin. The
-    products take sum and weights as two fp16 halves each. For images of up to 2^14 pixels a side.
+    The numerator is an integer, so the weights need no table and lose no precision far from the origin. The matrix
+    products split the vertical sums and the weights into two fp16 halves each. For images of up to 2^14 pixels a side.
     """
     planes: tl.constexpr = 3 // CHANNELS
     n, c = tl.program_id(2) // planes, tl.program_id(2) % planes
@@ -165,8 +167,8 @@ def _pixels_kernel(
     column_Q = tl.minimum(value_Q // CHANNELS, size - 1)
     left = _first(q // CHANNELS, W, size)
     right = _first(tl.minimum((q + BLOCK_Q - 1) // CHANNELS, size - 1), W, size) + TAPS_X
-    origin = (2 * left + 1) * size  # numerators from here are small whole numbers, which fp32 and its differences hold
-    apart: tl.constexpr = 4194304.0  # 2^22, so far are different channels from each other: no filter reaches there
+    origin = (2 * left + 1) * size  # relative to it numerators are small integers, exact in fp32 with their differences
+    apart: tl.constexpr = 4194304.0  # 2^22: channels are placed this far apart, beyond the reach of any filter
     center_Q = ((2 * column_Q + 1) * W - origin).to(tl.float32) + (value_Q % CHANNELS) * apart
 
     total_Q = _total(column_Q, W, size, inverse_x, TAPS_X)

@@ -13,9 +13,7 @@ import torch
 from kernels.checks import check_number, check_tensor
 
 CROP_ATTEMPTS = 10
-UNIFORMS = (
-    2 * CROP_ATTEMPTS + 13
-)  # K: area and aspect of each attempt, position 2, flip, jitter, factors 4, order 4, gray
+UNIFORMS = 2 * CROP_ATTEMPTS + 13  # K: area and aspect per attempt, position 2, flip, jitter, factors 4, order 4, gray
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the entries of `order_BV4`
 NOTHING_4 = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that change nothing
 
