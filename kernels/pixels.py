@@ -77,7 +77,7 @@ def pixels_triton(decoded_N3HW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _blocks(H: int, size: int, channels: int) -> dict[str, int]:
-    """Launch settings: a program makes BLOCK_R output rows x BLOCK_Q values, from BLOCK_J source values of a row at a time.
+    """Launch settings: a program makes BLOCK_R output rows x BLOCK_Q values, BLOCK_J source values of a row at a time.
 
     UNROLL: how many source rows of an output row are loaded before the first is used.
     """

@@ -1,7 +1,8 @@
 """Supervised contrastive loss with near-OOD rows, which belong to no class.
 
-The definition builds the R x R similarity matrix; the kernels (supcon_kernels.py) stream over column blocks and keep
-O(R E) numbers, so that large batches and banks of negatives fit. Legend: R = V*B rows, view-major, E embedding width.
+The definition builds the R x R similarity matrix. The kernels (supcon_kernels.py) stream over blocks of columns and
+keep only O(R E) numbers, so that large batches and banks of negatives fit. Legend: R = V*B rows, view-major, E
+embedding width.
 """
 
 import math
@@ -12,7 +13,7 @@ from kernels import backend
 from kernels.checks import check_choice, check_number, check_tensor
 from kernels.supcon_kernels import OOD_COLUMNS, supcon_triton
 
-MAX_WIDTH = 256  # E up to which a block of rows fits in a program
+MAX_WIDTH = 256  # largest E at which a block of rows fits in a program
 LABELS = 2**30  # the kernel packs label and kind into 32 bits
 
 
@@ -32,30 +33,31 @@ def supcon(
 ) -> torch.Tensor:
     """Mean contrastive loss (scalar, fp32; fp64 for fp64 input) of unit embeddings, differentiable in `z_RE`.
 
-    I are the ID rows, O the near-OOD rows, s_ij = z_i.z_j / temperature, P(i) = {p in I\\{i}: y_p = y_i}, N(i) all
-    other columns of i, O_i the columns of O it sees, I+ the anchors with P(i) not empty:
+    I are the ID rows, O the near-OOD rows, s_ij = z_i.z_j / temperature, P(i) = {p in I\\{i}: y_p = y_i} the positives
+    of anchor i, N(i) all its other columns, O_i the near-OOD columns it sees, I+ the anchors whose P(i) is not empty:
 
         L    = 1/|I+| sum_{i in I+} [ log D_i - 1/|P(i)| sum_{p in P(i)} s_ip ]
         D_i  = sum_{j in P(i)} e^{s_ij} + sum_{j in N(i)} c_j w_ij e^{s_ij}
-        c_j  = 1 for j in I, ood_weight for j in O_i, 0 for the rest
+        c_j  = 1 for j in I, ood_weight for j in O_i, 0 otherwise
         w_ij = e^{hardness s_ij} sum_{n in N(i)} c_n / sum_{n in N(i)} c_n e^{hardness s_in},  not differentiated
 
-    O_i is empty (`none`), all of O (`global`), its rows of i's source class (`own_class`) or of the other classes
-    (`foreign_class`). Rows of O are never anchors; with `ood_anchors` they are, their other views the one positive.
-    Anchors without a positive leave the mean; if none has one, the loss is 0. With hardness 0 every w is 1.
+    `ood_columns` selects O_i: empty (`none`), all of O (`global`), or the rows of O whose source class is that of i
+    (`own_class`) or another (`foreign_class`). Rows of O are anchors only with `ood_anchors`; their only positives are
+    their other views. Anchors without a positive are left out of the mean; if no anchor has one, the loss is 0. With
+    hardness 0 every w is 1.
 
-    Gradient, with q_ij = c_j w_ij e^{s_ij} / D_i (c = w = 1 on positives) and G_ij = [q_ij - 1{j in P(i)}/|P(i)|]/|I+|
-    on the rows of I+, zero elsewhere:
+    Gradient, with q_ij = c_j w_ij e^{s_ij} / D_i (c = w = 1 for positives) and G_ij = [q_ij - 1{j in P(i)}/|P(i)|]/|I+|
+    for i in I+, 0 for other rows:
 
         dL/dz = (G + G^T) z / temperature
 
     z_RE: fp16, bf16, fp32 or fp64, unit rows; similarities and sums are fp32 (fp64 for fp64). labels_R: int64 source
-    class in [0, 2^30), of OOD rows too. is_ood_R: bool. R is view-major, a multiple of num_views. `check_values` also checks
-    labels and finiteness, None on CPU tensors only: on a GPU it waits for the device.
+    class in [0, 2^30), for OOD rows too. is_ood_R: bool. R is view-major, a multiple of num_views. check_values: also
+    check labels and finiteness, which on a GPU waits for the device; None does so for CPU tensors only.
 
-    Raises ValueError for a wrong shape, dtype, device, label or setting, for non-finite embeddings, and for one view
-    of rows of which no two share a class. Source: Khosla et al. 2020 (2004.11362) eq. 2; Robinson et al. 2021
-    (2010.04592) eq. 4; near-OOD columns as in OPSupCon (2310.01942).
+    Raises ValueError for a wrong shape, dtype, device or setting; with checked values also for a wrong label,
+    non-finite embeddings, and a single view in which no two ID rows share a class. Source: Khosla et al. 2020
+    (2004.11362) eq. 2; Robinson et al. 2021 (2010.04592) eq. 4; near-OOD columns as in OPSupCon (2310.01942).
     """
     _check(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness)
     if check_values or (check_values is None and z_RE.device.type == "cpu"):
@@ -70,7 +72,7 @@ def supcon(
 
 
 def supcon_reference(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness, ood_anchors):
-    """The loss of `supcon` by its formula, with the whole similarity matrix."""
+    """`supcon` in plain torch: its formula on the whole similarity matrix."""
     z_RE = z_RE if z_RE.dtype == torch.float64 else z_RE.float()
     positive_RR, negative_RR, ood_negative_RR = masks(labels_R, is_ood_R, num_views, ood_columns, ood_anchors)
     count_R = positive_RR.sum(1)
@@ -81,7 +83,7 @@ def supcon_reference(z_RE, labels_R, is_ood_R, num_views, temperature, ood_colum
         weighted_RR = logits_RR + math.log(ood_weight) * ood_negative_RR.to(logits_RR.dtype)
     if hardness > 0:
         weighted_RR = weighted_RR + _log_hard_weights(logits_RR, weighted_RR, negative_RR, hardness)
-    # Rows that are no anchors may have no column at all: all of theirs are let in, which keeps logsumexp finite.
+    # Rows that are not anchors may have no column at all; none of theirs is excluded, which keeps logsumexp finite.
     excluded_RR = ~(positive_RR | negative_RR) & anchor_R[:, None]
     log_denominator_R = weighted_RR.masked_fill(excluded_RR, -math.inf).logsumexp(1)
     mean_positive_R = (logits_RR * positive_RR).sum(1) / count_R.clamp(min=1)
@@ -89,7 +91,7 @@ def supcon_reference(z_RE, labels_R, is_ood_R, num_views, temperature, ood_colum
 
 
 def _log_hard_weights(logits_RR, weighted_RR, negative_RR, hardness: float) -> torch.Tensor:
-    """log w_ij of negatives, 0 of other columns; not differentiated. weighted_RR: s_ij + log c_j."""
+    """log w_ij for negatives, 0 for other columns; not differentiated. weighted_RR: s_ij + log c_j."""
     logits_RR, weighted_RR = logits_RR.detach(), weighted_RR.detach()
     log_c_RR = (weighted_RR - logits_RR).masked_fill(~negative_RR, -math.inf)
     hard_RR = hardness * logits_RR
@@ -97,12 +99,14 @@ def _log_hard_weights(logits_RR, weighted_RR, negative_RR, hardness: float) -> t
     return torch.where(negative_RR, log_weight_RR, 0.0)
 
 
-def masks(labels_R, is_ood_R, num_views: int, ood_columns: str, ood_anchors: bool = False):
-    """Which columns j of each anchor i are positives, negatives, and negatives from O: three bool R x R tensors.
+def masks(
+    labels_R: torch.Tensor, is_ood_R: torch.Tensor, num_views: int, ood_columns: str, ood_anchors: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three bool R x R tensors: which columns j of each anchor i are positives, negatives, and negatives from O.
 
-    Rows that are no anchors are False throughout. The sum over a row of the first two counts its denominator's terms.
+    Rows that are not anchors are all False. A row's True entries in the first two are the terms of its denominator.
     """
-    # One number a row that is equal for positives: the class of ID rows, something no other row has for OOD rows.
+    # A key per row, equal for positives of each other: an ID row's class, an OOD row's own number (or its image's).
     row_R = torch.arange(len(labels_R), device=labels_R.device)
     identity_R = row_R % (len(labels_R) // num_views) if ood_anchors else row_R
     key_R = torch.where(is_ood_R, -1 - identity_R, labels_R)
@@ -121,7 +125,7 @@ def masks(labels_R, is_ood_R, num_views: int, ood_columns: str, ood_anchors: boo
 def reference_level(
     labels_R, is_ood_R, *, num_views: int = 2, ood_columns: str = "global", ood_weight: float = 1.0
 ) -> torch.Tensor:
-    """The loss when all embeddings coincide: mean over I+ of log(|I| - 1 + ood_weight |O_i|), fp32, for any hardness."""
+    """The loss if all embeddings coincide, at any hardness: mean over I+ of log(|I| - 1 + ood_weight |O_i|), fp32."""
     positive_RR, negative_RR, ood_negative_RR = masks(labels_R, is_ood_R, num_views, ood_columns)
     anchor_R = positive_RR.any(1)
     ood_R = ood_negative_RR.sum(1)

@@ -1,20 +1,21 @@
-"""The contrastive loss of supcon.py as kernels, which never hold the R x R matrix.
+"""The contrastive loss of supcon.py as Triton kernels, which never hold the R x R matrix.
 
-Four launches, and a sum where columns are split: rows are prepared (_prepare_kernel), blocks of anchors stream over the
-columns (_forward_kernel), partial sums of a row become its log-denominator and the loss (_merge_kernel), and the
-gradient streams once more (_backward_kernel). Memory is O(R E): a copy of z, some numbers a row, and where R is small
-up to MAX_SPLITS partial sums a row, a constant number of programs altogether. No atomics: equal input, equal bits.
+Four launches: _prepare_kernel converts the rows, _forward_kernel streams blocks of anchors over the columns,
+_merge_kernel turns each row's partial sums into its log-denominator and the loss, and _backward_kernel streams over the
+columns again for the gradient, whose parts are summed if the columns were split. Memory is O(R E): a copy of z, some
+numbers per row and, if R is small, up to MAX_SPLITS partial results per row, written by a constant number of
+programs. There are no atomics: equal input gives equal bits.
 
-A product of float32 is made of three products of float16 with fp32 sums. With x = 2^-k (high + low), high the nearest
-float16 to 2^k x and low to the rest, k such that the largest entry of a group of rows lies in [2^13, 2^14),
+A float32 product is computed as three float16 products with fp32 sums. Let x = 2^-k (high + low), with high the float16
+nearest to 2^k x, low that nearest to the rest, and k such that a group's largest entry scaled lies in [2^13, 2^14):
 
-    x.y = 2^-(k+l) (high.high' + high.low' + low.high' + low.low'),  the last term, 2^-22 of the first, left out
+    x.y = 2^-(k+l) (high.high' + high.low' + low.high' + low.low'),  the last term, 2^-22 of the first, being left out
 
-so 22 bits are kept of entries down to 2^-15 of the group's largest and 2^-38 of that one of any, whatever their length.
-Input in float16 or bfloat16 is a high half by itself, 2^k aside. Exponentials are powers of two, with log2(e) in the
-temperature.
+Entries down to 2^-15 of the group's largest keep 22 bits, and smaller ones are exact to 2^-38 of that largest, whatever
+the rows' norms. float16 and bfloat16 input, scaled by 2^k, needs only `high`. Exponentials are powers of two, with
+log2(e) folded into the temperature.
 
-Legend: P = R rounded up to whole groups (the rows added are zero and no anchors), W = E rounded up to a power of two.
+Legend: P = R rounded up to whole groups (padding rows are zero and not anchors), W = E rounded up to a power of two.
 """
 
 import math
@@ -28,12 +29,12 @@ OOD_COLUMNS = ("none", "global", "own_class", "foreign_class")
 MAX_SPLITS = 16
 MATCH, KEY = tl.constexpr(0), tl.constexpr(1)  # rows of keys_2P
 BIAS, UNIT, LSE, SHARE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows of rows_5P
-GAIN = tl.constexpr(2.0**14)  # |G| <= 2: its products stay below float16's 65504, and 2^-39 of it is still told apart
+GAIN = tl.constexpr(2.0**14)  # |G| <= 2, so GAIN |G| stays below float16's largest, 65504; resolved to 2^-39 of it
 LN2 = tl.constexpr(math.log(2))
 
 
 def supcon_triton(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness, ood_anchors):
-    """The loss of `supcon` by the kernels: fp32 sums, O(R E) memory, differentiable once."""
+    """`supcon` by the kernels: fp32 sums, O(R E) memory, differentiable once."""
     images = z_RE.shape[0] // num_views
     rows = (z_RE.contiguous(), labels_R.contiguous(), is_ood_R.contiguous())
     return _SupCon.apply(*rows, images, temperature, ood_columns, ood_weight, hardness, ood_anchors)
@@ -86,10 +87,10 @@ class _SupCon(torch.autograd.Function):
 
 
 def _blocks(E: int, hard: bool) -> dict:
-    """Launch settings at width E: the blocks of rows I and columns J of a pass and how many programs fill the device.
+    """Launch settings for width E: each pass's blocks of rows I and columns J, and how many programs fill the device.
 
-    They fit into sm_90 without spilled registers, two programs of up to 128 columns on a multiprocessor. A group is a
-    multiple of every block. Beyond 128 columns the backward pass makes dz in parts of BLOCK_E.
+    On sm_90 they fit without register spills, two programs per multiprocessor up to width 128. The group size is a
+    multiple of every block size. Above width 128 the backward pass makes dz in parts of BLOCK_E columns.
     """
     width = max(16, backend.next_power_of_2(E))
     if backend.interpreted():
@@ -110,7 +111,7 @@ def _blocks(E: int, hard: bool) -> dict:
 
 
 def _splits(P: int, programs: int, BLOCK_I: int, BLOCK_J: int, **_) -> tuple[int, int]:
-    """Into how many runs the columns are split so that about `programs` run, and how many blocks a run has."""
+    """How many runs the columns are split into so that about `programs` programs run, and the blocks in each run."""
     tiles = P // BLOCK_J
     wanted = max(1, min(MAX_SPLITS, tiles, programs // (P // BLOCK_I)))
     run = -(-tiles // wanted)
@@ -122,10 +123,10 @@ def _prepare_kernel(
     z_ptr, labels_ptr, is_ood_ptr, halves_ptr, keys_ptr, rows_ptr, R, E, images, bias,
     COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The halves of a group of rows, 0 beyond R and E, and what a row is to others.
+    """The float16 halves of a group of rows, 0 beyond R and E, and each row's keys and numbers.
 
-    match: equal for two rows that are positives of each other: the class of ID rows, something of its own for others.
-    key: 2 class + whether near-OOD. bias: log2 of the weight as a column, -inf for rows that are not there. unit: 2^-k.
+    match: equal for two rows that are positives of each other: an ID row's class; for others a number of their own.
+    key: 2 class + (1 if near-OOD). bias: log2 of the row's weight as a column, -inf for padding rows. unit: 2^-k.
     """
     P = tl.num_programs(0) * GROUP
     i = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
@@ -153,7 +154,7 @@ def _prepare_kernel(
 
 @jit
 def _similarities(high_i, low_i, high_j, low_j, PAIRS: tl.constexpr):
-    """z_i.z_j of two blocks of rows, in units of both; the small terms first."""
+    """z_i.z_j of two blocks of rows, in units of both (times 2^(k+l)); the small terms are added first."""
     if PAIRS:
         s = tl.dot(low_i, tl.trans(high_j))
         s = tl.dot(high_i, tl.trans(low_j), s)
@@ -170,7 +171,7 @@ def _add_three(a, b, c, other_a, other_b, other_c):
 
 @jit
 def _hidden(key_anchor, key_column, COLUMNS: tl.constexpr):
-    """Which near-OOD columns an anchor does not see, by their source classes."""
+    """Which near-OOD columns are hidden from an anchor because of their source class (COLUMNS >= 2)."""
     same_class = ((key_anchor ^ key_column) >> 1) == 0
     return ((key_column & 1) != 0) & (same_class == (COLUMNS == 3))
 
@@ -181,10 +182,10 @@ def _forward_kernel(
     COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, HARD: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """One block of anchors against one run of columns: sums relative to running maxima, as powers of two.
+    """One block of anchors against one run of columns: sums of powers of two relative to running maxima.
 
-    With hard weights positives and negatives keep a maximum each: weights e^{hardness s} of negatives far below a
-    positive would vanish beside it. Without, one maximum and one sum serve both.
+    With hard weights, positives and negatives have a maximum each: relative to a much larger positive, the negatives'
+    weights e^{hardness s} would vanish. Without, one maximum and one sum serve both.
     """
     P = groups * GROUP
     start_i = tl.program_id(0) * BLOCK_I
@@ -235,7 +236,7 @@ def _forward_kernel(
                 t = tl.where(positive, raw * unit, t)
             new_d = tl.maximum(max_d, tl.max(t, 1))
             share_d = tl.exp2(t - new_d[:, None])
-        # One reduction of three keeps all of them where the product left its block.
+        # Reducing the three together keeps them in the layout in which the product left its block.
         sums = tl.reduce((share_d, tl.where(positive, raw, 0.0), tl.where(positive, 1.0, 0.0)), 1, _add_three)
         exp_d = exp_d * tl.exp2(max_d - new_d) + sums[0]
         sum_p += sums[1] * unit
@@ -258,9 +259,9 @@ def _merge_kernel(
     partial_ptr, rows_ptr, loss_ptr, anchors_ptr, groups, splits, hardness,
     HARD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sums of every row to log2 D_i, 1/|P(i)| and log2 of its hard weights' factor; the loss.
+    """One program: log2 D_i, 1/|P(i)| and the shift of the hard weights of every row from its partial sums; the loss.
 
-    Rows that are no anchors get D = inf and 1/|P| = 0, with which their G is 0.
+    Rows that are not anchors get D = inf and 1/|P| = 0, which makes their G zero.
     """
     P = groups * GROUP
     lowest = tl.full([BLOCK], -1e30, tl.float32)
@@ -291,7 +292,7 @@ def _merge_kernel(
                 weight_n += tl.load(in_ptr + 7 * P, mask=inside, other=0.0)
                 max_n = new_n
         lse = tl.where(exp_d == 0, -1e30, max_d + tl.log2(exp_d))
-        if HARD:  # the factor makes a row's hard weights sum to what plain ones would
+        if HARD:  # the factor makes a row's hard weights sum to the same as weights of 1
             factor = tl.log2(weight_n) - tl.log2(hard_n)
             shift = tl.where(weight_n > 0, factor - hardness * max_n, float("-inf"))
             tl.store(rows_ptr + SHIFT * P + i, shift, mask=inside)
@@ -314,7 +315,7 @@ def _denominator_share(
     t, positive, bias, key_anchor, key_column, lse, shift, hardness,
     COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """q of the docstring of `supcon` as a power of two, anything on the diagonal. t: s, bias: log2 c of columns."""
+    """q_ij of the docstring of `supcon`, meaningless on the diagonal. t: s_ij log2(e), bias: log2 c of the columns."""
     negative = t
     if HARD:
         negative = (1 + hardness) * t + shift
@@ -333,10 +334,10 @@ def _backward_kernel(
     COLUMNS: tl.constexpr, OOD_ANCHORS: tl.constexpr, HARD: tl.constexpr, PAIRS: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dz of a block of rows from a run of columns: similarities once more, G + G^T, one product with z.
+    """dz of a block of rows from a run of columns: the similarities again, then G + G^T, then its product with z.
 
-    A program makes BLOCK_E columns of dz. The product of a block is rounded before it joins the sum: tensor cores
-    cut their own sums off, which over thousands of columns would shrink dz.
+    A program makes BLOCK_E columns of dz. Each block's product is added to the sum outside the tensor cores, with
+    rounding: they truncate their own sums, which over thousands of columns would shrink dz.
     """
     P = groups * GROUP
     start_i = tl.program_id(0) * BLOCK_I
@@ -365,7 +366,7 @@ def _backward_kernel(
         match_j = tl.load(keys_ptr + MATCH * P + j)[None, :]
         lse_j = tl.load(rows_ptr + LSE * P + j)[None, :]
         share_j = tl.load(rows_ptr + SHARE * P + j)[None, :]
-        bias_j = tl.load(rows_ptr + BIAS * P + j)[None, :]  # -inf keeps away rows that are not there
+        bias_j = tl.load(rows_ptr + BIAS * P + j)[None, :]  # -inf excludes padding rows
         key_j, shift_j = match_j, lse_j
         if COLUMNS >= 2:
             key_j = tl.load(keys_ptr + KEY * P + j)[None, :]

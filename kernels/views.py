@@ -1,9 +1,9 @@
 """Random views of a batch of images: crop, flip, jitter, gray and normalize, each row with its own parameters.
 
-torchvision draws one set of parameters for a whole batch, and row by row it is a hundred small calls an image. Here the
-geometry of all rows is two batched matrix products and the colors are a few passes over planes; the Triton kernel
-(views_kernel.py) does both in one pass, or in two where contrast needs a mean first. Legend: B images, V views, R = V*B
-rows view-major, H W source, S output side.
+torchvision draws one set of parameters for a whole batch; called row by row, it takes a hundred small calls per image.
+Here the geometry of all rows is two batched matrix products, and the colors are a few passes over planes. The Triton
+kernel (views_kernel.py) does both in one pass, or in two if contrast needs a mean first. Legend: B images, V views,
+R = V*B rows view-major, H W source size, S output side.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from kernels.views_kernel import device_tables, launch_views
 __all__ = ["UNIFORMS", "ViewParameters", "draw_view_parameters", "views", "views_reference"]
 
 GRAY_3 = (0.2989, 0.587, 0.114)
-UNCHANGED = 4  # in place of the place that hue has in a row's order: no jitter does anything
-# Floats of a block of rows on a CPU: 4 MB, where half and twice as much were slower within a step (benchmarks/LOG.md).
+UNCHANGED = 4  # stands for the place of hue in a row's order if none of the row's jitters changes anything
+# Floats per block of rows on a CPU: 4 MB; half and twice as much were slower within a step (benchmarks/LOG.md).
 CACHE_FLOATS = 1_000_000
 
 
@@ -39,7 +39,7 @@ def views(
 ) -> torch.Tensor:
     """(V*B, 3, S, S) views, view-major and channels_last, of the uint8 images (B, H, W, 3).
 
-    Per row, on values in [0, 1], as torchvision.transforms.v2.functional does on float images:
+    Per row, on values in [0, 1], as torchvision.transforms.v2.functional does for float images:
     resized_crop(antialias=True) to `size` (None: H x W), horizontal flip, the four jitters in the row's order
 
         brightness x <- clamp(f x)          contrast x <- clamp(f x + (1 - f) mean(gray(x)))
@@ -47,8 +47,9 @@ def views(
 
     with gray(x) = .2989 r + .587 g + .114 b, then x <- gray(x) on gray rows, then (x - mean) / std.
 
-    images_BHWC: uint8, contiguous, on any device. parameters: on the CPU, entries [B, V]. out_dtype: fp32, fp16 or bf16;
-    arithmetic is fp32. Raises ValueError for a wrong shape, dtype, layout or a crop that leaves its image.
+    images_BHWC: uint8, contiguous, on any device. parameters: on the CPU, entries [B, V]. out_dtype: fp32, fp16 or
+    bf16; arithmetic is fp32. Raises ValueError for a wrong shape, dtype, layout or setting, or a crop that leaves its
+    image.
     """
     _check(images_BHWC, parameters, mean, std, out_dtype)
     H, W = images_BHWC.shape[1:3]
@@ -61,18 +62,18 @@ def views(
 
 
 def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of `views` in plain torch, a cacheable block of rows at a time on a CPU, all at once on a GPU.
+    """`views` in plain torch: a block of rows that fits the cache at a time on a CPU, all rows at once on a GPU.
 
-    Within a block rows are taken in the order of the place that hue has among their jitters, those without jitter last. The
-    blends before hue, hue, and the blends after it then each belong to a contiguous slice of rows and are applied to no other.
-    Values stay in [0, 255] until they are normalized, which does not matter to any of these operations but the clamps.
+    Within a block, rows are sorted by the place of hue among their jitters; rows without jitter come last. The blends
+    before hue, hue itself and the blends after it then each concern one contiguous slice of rows. Values stay in [0,
+    255] until they are normalized, which of all these operations only the clamps have to take into account.
     """
     B, H, W, _ = images_BHWC.shape
     V, device = parameters.top_BV.shape[1], images_BHWC.device
     geometry_R6, op_R4, factor_R4 = parameters.rows()
     place_R, turn_R, blend_R33 = _jitter_tables(op_R4, factor_R4)
     block = V * B if device.type != "cpu" else max(1, CACHE_FLOATS // (3 * max(H * W, size[0] * size[1])))
-    row_R = np.lexsort((place_R, np.arange(V * B) // block))  # of the views, in the order they are made
+    row_R = np.lexsort((place_R, np.arange(V * B) // block))  # views in the order they are made
     place_R, geometry_R6, turn_R, blend_R33 = place_R[row_R], geometry_R6[row_R], turn_R[row_R], blend_R33[row_R]
     gray_R, turns_R = geometry_R6[:, 5] != 0, turn_R != 0
     normalize_23 = np.stack([1 / (255 * np.float32(std)), -np.float32(mean) / np.float32(std)])
@@ -97,20 +98,20 @@ def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torc
 
 
 def _jitter_tables(op_R4: np.ndarray, factor_R4: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """place_R of hue in the order (UNCHANGED: no jitter does anything), turn_R of hue, blend_R33 of the other three.
+    """place_R of hue in each row's order (UNCHANGED: no jitter changes anything), hue's turn_R, the others' blend_R33.
 
-    blend: coefficients (f, a, b) of x <- clamp(f x + a mean(gray(x)) + b gray(x)). Brightness (f, 0, 0), contrast (f, 1-f,
-    0), saturation (f, 0, 1-f): one blend serves the rows of every jitter but hue.
+    blend: coefficients (f, a, b) of x <- clamp(f x + a mean(gray(x)) + b gray(x)), which covers every jitter but hue:
+    (f, 0, 0) is brightness, (f, 1-f, 0) contrast, (f, 0, 1-f) saturation.
     """
     hue_R4 = op_R4 == HUE
     op_R3, f_R3 = op_R4[~hue_R4].reshape(-1, 3), factor_R4[~hue_R4].reshape(-1, 3)
     blend_R33 = np.stack([f_R3, (1 - f_R3) * (op_R3 == CONTRAST), (1 - f_R3) * (op_R3 == SATURATION)], axis=2)
-    changed_R = (factor_R4 != ~hue_R4).any(1)  # a factor of 1 does nothing, a turn of 0 neither
+    changed_R = (factor_R4 != ~hue_R4).any(1)  # a factor of 1 changes nothing, nor does a turn of 0
     return np.where(changed_R, hue_R4.argmax(1), UNCHANGED), factor_R4[hue_R4], blend_R33
 
 
 def _jitter(x_b3HW, turn_b, blend_33b111, ends: list[int], turns: bool) -> None:
-    """The jitters in place of rows sorted by the place of hue; `ends[p]` rows have it at place p or before."""
+    """Jitter rows sorted by the place of hue, in place; in the first `ends[p]` rows hue is at place p or before."""
     jittered = ends[UNCHANGED - 1]
     for j in range(3):
         if ends[j] < jittered:
@@ -123,16 +124,17 @@ def _jitter(x_b3HW, turn_b, blend_33b111, ends: list[int], turns: bool) -> None:
 
 
 def _sampler(geometry_R6, source_size, size) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-    """A function of (b, 3, *source_size) pixels and the slice of rows they are for: crop, flip and antialiased resize.
+    """A function that crops, flips and resizes (antialiased) pixels (b, 3, *source_size) of a given slice of rows.
 
-    Two batched matrix products in general; where no axis shrinks, the filter is two taps wide and sampling is cheaper.
+    In general it is two batched matrix products; if neither axis shrinks, the filter has two taps and sampling is
+    cheaper.
     """
     H, W = source_size
     top_R, left_R, height_R, width_R, flip_R, _ = geometry_R6.unbind(1)
     if size[0] >= H and size[1] >= W:
         y_Rh = crop_centers(top_R, height_R, size[0]).mul_(2).add_(1).div_(H).sub_(1)
         x_Rw = crop_centers(left_R, width_R, size[1], flip_R != 0).mul_(2).add_(1).div_(W).sub_(1)
-        # pairs (x, y) as complex numbers: one vectorized sum makes a grid of them
+        # pairs (x, y) as complex numbers: a single vectorized sum makes the grid
         x_R1w, y_Rh1 = (
             torch.complex(x_Rw, torch.zeros_like(x_Rw))[:, None],
             torch.complex(torch.zeros_like(y_Rh), y_Rh)[..., None],
@@ -166,19 +168,19 @@ def _gray(x_b3HW) -> torch.Tensor:
 
 
 def _turn_hue(x_b3HW, turn_b) -> None:
-    """RGB -> HSV, hue plus `turn` (of the whole circle), -> RGB, in place.
+    """RGB -> HSV, add `turn` (a fraction of the circle) to the hue, -> RGB, in place.
 
-    With h in sixths of the circle and chroma c = max - min, the channels are min + c clamp(|h-3|-1), min +
-    c clamp(2-|h-2|) and min + c clamp(2-|h-4|), clamped to [0, 1].
+    With hue h in sixths of the circle, chroma c = max - min and clamps to [0, 1], red is min + c clamp(|h-3|-1), green
+    min + c clamp(2-|h-2|) and blue min + c clamp(2-|h-4|).
     """
     r, g, b = x_b3HW.unbind(1)
     high, low = x_b3HW.amax(1), x_b3HW.amin(1)
     chroma, is_high = high - low, torch.empty_like(high)
-    # On a CPU a comparison written as a float and a lerp are vectorized, `where` is not.
+    # On a CPU, a comparison with float output followed by a lerp is vectorized; `where` is not.
     hue = torch.sub(r, g).add_(chroma, alpha=4)
     hue.lerp_(torch.sub(b, r).add_(chroma, alpha=2), torch.eq(g, high, out=is_high))
     hue.lerp_(torch.sub(g, b), torch.eq(r, high, out=is_high))
-    # A circle is added, so that the part cut off is never negative; a gray pixel's hue is 0 / 1e-12.
+    # A whole circle is added so that frac never sees a negative number; a gray pixel's hue is 0 / 1e-12.
     torch.addcdiv(1 + turn_b[:, None, None], hue, chroma.clamp_(min=1e-12), value=1 / 6, out=hue).frac_().mul_(6)
     torch.sub(hue[:, None], upload([3.0, 2.0, 4.0], hue.device)[:, None, None], out=x_b3HW).abs_()
     x_b3HW[:, :1].sub_(1)
@@ -187,7 +189,7 @@ def _turn_hue(x_b3HW, turn_b) -> None:
 
 
 def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of `views` by the kernel: one launch, or two where a view has contrast."""
+    """`views` by the kernel: one launch, or two if any view has contrast."""
     return launch_views(images_BHWC, device_tables(parameters, images_BHWC.device), mean, std, out_dtype, size)
 
 
@@ -209,7 +211,7 @@ def _check(images_BHWC, parameters, mean, std, out_dtype):
     check_tensor("parameters.factor_BV4", parameters.factor_BV4, shape=(B, V, 4), dtypes=(torch.float32,), device=cpu)
     check_tensor("parameters.order_BV4", parameters.order_BV4, shape=(B, V, 4), dtypes=(torch.int64,), device=cpu)
     order_BV4, factor_BV4 = parameters.order_BV4.numpy(), parameters.factor_BV4.numpy()
-    if (np.exp2(order_BV4).sum(2) != 15).any():  # four powers of two make 15 as 1 + 2 + 4 + 8 alone
+    if (np.exp2(order_BV4).sum(2) != 15).any():  # four powers of two sum to 15 only as 1 + 2 + 4 + 8
         raise ValueError("parameters.order_BV4 holds a row that is no order of 0, 1, 2, 3")
     if not np.isfinite(factor_BV4).all():
         raise ValueError("parameters.factor_BV4 holds a value that is not finite")

@@ -1,13 +1,14 @@
-"""The Triton kernel of the views op: strips of views, walked down row by row.
+"""The Triton kernel of the views op: each program walks down one strip of one view, row by row.
 
-A program owns COLUMNS output columns by ROWS output rows of one view. What depends on a column alone (source pixel, weight,
-address) is computed once, what depends on a row alone is a scalar. Where no crop is larger than its view, two source rows,
-interpolated across, are kept: the next output row lies between the same two or one further, so each source row is read
-and interpolated once a strip. A jitter that a view does not have is jumped over, as all lanes of a program agree on it.
+A strip is COLUMNS output columns by ROWS output rows of a view. Values that depend only on the column (source pixel,
+weight, address) are computed once; those that depend only on the row are scalars. If no crop can be larger than its
+view, the program keeps two source rows, already interpolated horizontally. The next output row lies between the same
+two or one row further down, so each source row is read and interpolated once per strip. Jitters that a view does not
+have are skipped by a branch on which all lanes of a program agree.
 
-Contrast needs the mean gray of a whole view. A first launch of the same walk, MEANS, stores one sum a strip for the views
-that have contrast; the second adds up those of its view in a fixed order. Without contrast there is one launch only.
-Legend as in kernels/views.py; E entries of a view in the table of `device_tables`.
+Contrast needs the mean gray of a whole view. A first launch of the same kernel (MEANS) stores one sum per strip for the
+views that have contrast; the second launch adds up the sums of its view in a fixed order. Without contrast there is
+only one launch. Legend as in kernels/views.py; E entries per view in the table of `device_tables`.
 """
 
 import math
@@ -22,10 +23,10 @@ from kernels.view_parameters import CONTRAST, ViewParameters
 
 
 def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[torch.Tensor, bool]:
-    """What the kernel reads of the parameters, in one upload, and whether any view has contrast.
+    """table_BVE, the parameters as the kernel reads them, in one upload, and whether any view has contrast.
 
-    table_BVE (fp32, E = 14): top, left, height, width, flip, gray, the factors of brightness, contrast, saturation and hue,
-    the four jitters in their order.
+    table_BVE (fp32, E = 14): top, left, height, width, flip, gray, the factors of brightness, contrast, saturation and
+    hue, the four jitters in the order they are applied.
     """
     factor_BV4 = parameters.factor_BV4.numpy()
     columns = [*(table.numpy()[..., None] for table in parameters.geometry()), factor_BV4, parameters.order_BV4.numpy()]
@@ -34,13 +35,13 @@ def device_tables(parameters: ViewParameters, device: torch.device) -> tuple[tor
 
 
 def launch_settings(height: int, width: int) -> dict[str, int]:
-    """How an output of this size is cut into programs: COLUMNS, ROWS, num_warps, and PIXELS of a lane."""
+    """How an output of this size is divided into programs: COLUMNS and ROWS of a strip, PIXELS per lane, num_warps."""
     pixels = 1 if width <= 32 else 2
     return {"COLUMNS": 32 * pixels, "ROWS": 32 if height > 64 else 16, "PIXELS": pixels, "num_warps": 1}
 
 
 def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tensor:
-    """The views of tables that are on the device already: one launch, or two with contrast, which a graph can capture."""
+    """The views, from tables already on the device: one launch, or two with contrast; a CUDA graph can capture it."""
     B, H, W, _ = images_BHWC.shape
     table_BVE, contrast = tables
     V, device = table_BVE.shape[1], images_BHWC.device
@@ -66,7 +67,7 @@ def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tenso
             TAPS=math.ceil(2 * max(H / size[0], W / size[1], 1)),
             READ_WORDS=W % 4 == 0 and images_BHWC.data_ptr() % 4 == 0,
             MEANS=means,
-            STRIPS=1 if means else max(32, backend.next_power_of_2(strips)),  # few values: few kernels to compile
+            STRIPS=1 if means else max(32, backend.next_power_of_2(strips)),  # few values, so few kernels to compile
             **settings,
         )
     return out_RHWC.permute(0, 3, 1, 2)
@@ -78,15 +79,15 @@ def _views_kernel(
     mean_r, mean_g, mean_b, inverse_r, inverse_g, inverse_b, TAPS: tl.constexpr, READ_WORDS: tl.constexpr,
     MEANS: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One strip of one view: its sum of gray before contrast (MEANS), or its pixels."""
+    """One strip of one view: the sum of its gray before contrast (MEANS), or its pixels."""
     across, strips = tl.cdiv(out_W, COLUMNS), tl.cdiv(out_W, COLUMNS) * tl.cdiv(out_H, ROWS)
-    view, strip = tl.program_id(0) // strips, tl.program_id(0) % strips  # programs of one image share its cache
+    view, strip = tl.program_id(0) // strips, tl.program_id(0) % strips  # adjacent programs share an image in cache
     b, v = view // V, view % V
     table_ptr += view * 14
     top, left = tl.load(table_ptr), tl.load(table_ptr + 1)
     height, width = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
     flip, gray, turn = tl.load(table_ptr + 4), tl.load(table_ptr + 5), tl.load(table_ptr + 9)
-    hue, jittered = 4, turn != 0.0  # hue: its place in the order
+    hue, jittered = 4, turn != 0.0  # hue: its place in the order of the jitters
     for place in tl.static_range(3):
         jittered |= tl.load(table_ptr + 6 + place) != 1.0
     for place in tl.static_range(4):
@@ -96,7 +97,7 @@ def _views_kernel(
     factor_2, level_2, gray_2 = _blend_at(table_ptr, hue, 2)
     hue = tl.where(turn == 0.0, 4, hue)
     contrast = tl.where(level_0 != 0.0, 0, tl.where(level_1 != 0.0, 1, tl.where(level_2 != 0.0, 2, 3)))
-    stop = 3  # blends from here on are left out
+    stop = 3  # blends from this one on are skipped
     if MEANS:
         stop = contrast
         hue = tl.where(hue > contrast, 4, hue)
@@ -108,7 +109,8 @@ def _views_kernel(
     turn = 6.0 * (turn - tl.floor(turn)) + 1.0  # >= 1 sixths of the circle
     shift_r, shift_g, shift_b = -mean_r * inverse_r, -mean_g * inverse_g, -mean_b * inverse_b
 
-    # a lane has PIXELS neighbors: on the last axis, which the compiler does not spread over lanes where loads are gathers
+    # A lane has PIXELS adjacent pixels, on the last axis: for gathered loads the compiler does not spread it over
+    # lanes.
     x = tl.arange(0, COLUMNS // PIXELS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
     x += strip % across * COLUMNS
     out_ptr += (v * B + b).to(tl.int64) * out_H * out_W * 3
@@ -126,7 +128,7 @@ def _views_kernel(
         center_x = tl.minimum(tl.maximum(center_x, left), left + width - 1.0)
     first_x = tl.floor(center_x)
     share_x = center_x - first_x
-    at = -2.0  # the source row in upper; the one below it is in lower
+    at = -2.0  # the source row held in `upper`; the one below it is in `lower`
     upper_r, upper_g, upper_b = share_x * 0.0, share_x * 0.0, share_x * 0.0
     lower_r, lower_g, lower_b = upper_r, upper_g, upper_b
     for y in range(first_row, stop_row):
@@ -182,7 +184,7 @@ def _views_kernel(
 
 @jit
 def _blend_at(table_ptr, hue, j: tl.constexpr):
-    """(f, a, g) of blend j, counted without hue: x <- clamp(f x + a mean(gray(x)) + g gray(x))."""
+    """(f, a, g) of blend j, the j-th jitter without counting hue: x <- clamp(f x + a mean(gray(x)) + g gray(x))."""
     early, late = tl.load(table_ptr + 10 + j), tl.load(table_ptr + 11 + j)
     op = tl.where(hue <= j, late, early)
     brightness, contrast, saturation = tl.load(table_ptr + 6), tl.load(table_ptr + 7), tl.load(table_ptr + 8)
@@ -192,9 +194,9 @@ def _blend_at(table_ptr, hue, j: tl.constexpr):
 
 @jit
 def _across(image_ptr, y, first_x, share_x, W, READ_WORDS: tl.constexpr):
-    """Colors of source row y, in [0, 255], between pixels first_x and first_x + 1, each with its share.
+    """Colors in [0, 255] of source row y, interpolated between pixels first_x and first_x + 1 (whose weight is share_x).
 
-    READ_WORDS: rows begin at multiples of four bytes, so the six bytes are cut out of two or three aligned words.
+    READ_WORDS: rows start at multiples of four bytes, so the six bytes are extracted from two or three aligned words.
     """
     right = first_x < W - 1  # the right pixel exists; where it does not, its share is 0
     byte = first_x.to(tl.int32) * 3
@@ -223,7 +225,7 @@ def _across(image_ptr, y, first_x, share_x, W, READ_WORDS: tl.constexpr):
 
 @jit
 def _shrunk(image_ptr, center_y, center_x, top, left, height, width, step_y, step_x, W, TAPS: tl.constexpr):
-    """Colors in [0, 1] where an axis may shrink: the weights of `resample_matrix`, TAPS source pixels a side."""
+    """Colors in [0, 1] if an axis may shrink, by the weights of `resample_matrix` on TAPS x TAPS source pixels."""
     slope_y, slope_x = 1.0 / tl.maximum(step_y, 1.0), 1.0 / tl.maximum(step_x, 1.0)
     first_y = tl.floor(center_y - tl.maximum(step_y, 1.0)) + 1
     first_x = tl.floor(center_x - tl.maximum(step_x, 1.0)) + 1
@@ -237,7 +239,7 @@ def _shrunk(image_ptr, center_y, center_x, top, left, height, width, step_y, ste
         for j in range(TAPS):
             weight = weight_y * _weight(first_x + j, left, width, center_x, slope_x)
             at = image_ptr + ((first_y + i).to(tl.int32) * W + (first_x + j).to(tl.int32)) * 3
-            red += weight * tl.load(at, mask=weight > 0, other=0).to(tl.float32)  # of no weight: not read
+            red += weight * tl.load(at, mask=weight > 0, other=0).to(tl.float32)  # without a weight it is not read
             green += weight * tl.load(at + 1, mask=weight > 0, other=0).to(tl.float32)
             blue += weight * tl.load(at + 2, mask=weight > 0, other=0).to(tl.float32)
     scale = 1.0 / (255.0 * sum_y * sum_x)
@@ -267,16 +269,16 @@ def _blended(red, green, blue, factor, level, share):
 
 @jit
 def _turned(red, green, blue, turn):
-    """`_turn_hue` of one view, with the hue counted in chromas: nothing is divided.
+    """`_turn_hue` for one view, with the hue multiplied by the chroma, which avoids a division.
 
-    turn: in sixths of the circle, in [1, 7): one more than it is, so that no hue is below 0 before it is cut.
+    turn: sixths of the circle plus 1, in [1, 7), so that no hue is negative before it is wrapped around.
     """
     high = tl.maximum(tl.maximum(red, green), blue)
     low = tl.minimum(tl.minimum(red, green), blue)
     chroma = high - low
     hue = tl.where(green == high, (blue - red) + 2 * chroma, (red - green) + 4 * chroma)
     hue = tl.where(red == high, green - blue, hue) + turn * chroma
-    hue = tl.where(hue >= 6 * chroma, hue - 6 * chroma, hue)  # in [0, 6] chromas, and one more than it is
+    hue = tl.where(hue >= 6 * chroma, hue - 6 * chroma, hue)  # in [0, 6] chromas, still one sixth too far
     one, three = low - chroma, low + 2 * chroma
     red = tl.minimum(tl.maximum(one + tl.abs(hue - 4 * chroma), low), high)
     green = tl.minimum(tl.maximum(three - tl.abs(hue - 3 * chroma), low), high)
