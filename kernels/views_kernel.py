@@ -194,7 +194,7 @@ def _blend_at(table_ptr, hue, j: tl.constexpr):
 
 @jit
 def _across(image_ptr, y, first_x, share_x, W, READ_WORDS: tl.constexpr):
-    """Colors in [0, 255] of source row y, interpolated between pixels first_x and first_x + 1 (whose weight is share_x).
+    """Colors in [0, 255] of source row y between pixels first_x and first_x + 1, the latter with weight share_x.
 
     READ_WORDS: rows start at multiples of four bytes, so the six bytes are extracted from two or three aligned words.
     """

@@ -1,10 +1,11 @@
-"""What turns a view into features: a small ResNet of our own for small images, torchvision's ResNets for large ones.
+"""The backbones that turn views into features: our own small ResNet for small images, torchvision's for large ones.
 
-A stem that reads a 64-pixel image at full resolution costs 16 times one made for it, and one made for 224 pixels throws
-a 64-pixel image away before the first block, so the stem follows the resolution. BatchNorm may keep separate statistics
-for generated rows, which carry the decoder's traces. Legend: R rows, F feature width, H W pixels.
+The stem must suit the resolution: one that reads a 64-pixel image at full resolution costs 16 times as much as one made
+for that size, and one made for 224 pixels discards most of a 64-pixel image before the first block. BatchNorm can keep
+separate statistics for generated rows, which carry the decoder's traces. Legend: R rows, F feature width, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,19 +16,19 @@ from torch import nn
 
 @dataclass
 class RowSplit:
-    """How many of the last rows of the batch in flight are generated; shared by all norms of a backbone."""
+    """The number of generated rows at the end of the current batch; shared by all norms of a backbone."""
 
     generated: int = 0
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose last `split.generated` training rows are normalized apart, with running statistics of their own.
+    """BatchNorm that normalizes the last `split.generated` training rows separately, with their own running statistics.
 
-    Scale and shift are shared. At evaluation every row uses the statistics of real rows.
+    Scale and shift are shared. In evaluation mode all rows use the statistics of real rows.
     Source: the auxiliary BatchNorm of Xie et al. 2020 (1911.09665).
     """
 
-    def __init__(self, num_features: int, *, split: RowSplit):
+    def __init__(self, num_features: int, *, split: RowSplit) -> None:
         super().__init__(num_features)
         self.split = split
         self.register_buffer("generated_mean", torch.zeros(num_features))
@@ -55,7 +56,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 class Block(nn.Module):
     """Two 3 x 3 convolutions and a shortcut, as in ResNet-18. Source: He et al. 2015 (1512.03385) figure 5, left."""
 
-    def __init__(self, width_in: int, width: int, stride: int, norm):
+    def __init__(self, width_in: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
         self.norm1 = norm(width)
@@ -65,19 +66,19 @@ class Block(nn.Module):
         if stride != 1 or width_in != width:
             self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), norm(width))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.norm1(self.conv1(x)), inplace=True)
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
 
 class SmallResNet(nn.Module):
-    """Features [R, 8 width] of small images [R, 3, H, W]: stride-2 stem, max-pool, a block each of width x (1, 2, 4, 8).
+    """Features [R, 8 width] of small images [R, 3, H, W]: stride-2 stem, max-pool, one block per width x (1, 2, 4, 8).
 
-    33 MFLOP (2 x MAC) a 64-pixel image at width 32. The pool stays although 64 pixels are few: without it even width 24
-    takes twice the time (forward and backward of 128 images, one thread).
+    33 MFLOP (2 x MAC) per 64-pixel image at width 32. The pool is kept even for such small images: without it, even
+    width 24 takes twice the time (forward and backward of 128 images, one thread).
     """
 
-    def __init__(self, width: int, norm):
+    def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.norm = norm(width)
@@ -99,14 +100,14 @@ class SmallResNet(nn.Module):
 
 
 def build_backbone(arch: str, width: int, split: RowSplit | None) -> nn.Module:
-    """The backbone `arch` (small_resnet, resnet18 or resnet50) with a `feature_width`, weights from the global RNG.
+    """The backbone `arch` (small_resnet, resnet18 or resnet50), with `feature_width` set; weights from the global RNG.
 
-    split: rows with BatchNorm statistics of their own; None for one set of statistics.
+    split: tells which rows have separate BatchNorm statistics; None for one set of statistics.
     """
     norm = nn.BatchNorm2d if split is None else partial(SplitBatchNorm2d, split=split)
     if arch == "small_resnet":
         return SmallResNet(width, norm)
-    from torchvision import models  # takes half a second, which small_resnet need not wait for
+    from torchvision import models  # the import takes half a second; small_resnet does not need it
 
     backbone = getattr(models, arch)(weights=None, norm_layer=norm)
     backbone.feature_width = backbone.fc.in_features

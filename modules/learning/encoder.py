@@ -1,7 +1,7 @@
 """The image encoder: a backbone chosen by resolution, a projection head for SupCon, a classifier for cross-entropy.
 
-Every part is always built, each from its own named stream of the seed: arms that differ in method start from the same
-backbone. Features are what the probe, the scores and the export read; the head exists for training only.
+All parts are always built, each initialized from its own named random stream, so that arms with different methods start
+from the same backbone. The probe, the OOD scores and the export read the features; the head is used only in training.
 
 Legend: B images, R rows (views), F feature width, E embedding width, C classes, H W pixels.
 """
@@ -21,9 +21,11 @@ SMALL_UP_TO, RESNET18_UP_TO = 112, 160  # pixels a side
 
 
 class Encoder(nn.Module):
-    """features -> head or classifier; `forward` gives what an objective asks for."""
+    """Backbone, projection head and classifier; `forward` returns the output that an objective asks for."""
 
-    def __init__(self, backbone: nn.Module, head_dim: int, num_classes: int, seed: int, split: RowSplit | None = None):
+    def __init__(
+        self, backbone: nn.Module, head_dim: int, num_classes: int, seed: int, split: RowSplit | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self._split = backbone, split
         self.feature_width = F_ = backbone.feature_width
@@ -37,7 +39,7 @@ class Encoder(nn.Module):
     ) -> torch.Tensor:
         """`features` [R, F], `embeddings` [R, E] or `logits` [R, C] of normalized views.
 
-        generated_B: which images are generated, on the host; R is a multiple of B, view-major. It matters only while
+        generated_B: which images are generated, on the host; R is a multiple of B, view-major. It is used only in
         training with separate BatchNorm statistics.
         """
         features_RF = self.features(x_R3HW, generated_B)
@@ -46,7 +48,7 @@ class Encoder(nn.Module):
         return {"embeddings": self.head, "logits": self.classifier}[output](features_RF)
 
     def features(self, x_R3HW: torch.Tensor, generated_B: Sequence[bool] | None = None) -> torch.Tensor:
-        """Pooled backbone features [R, F] of normalized views, in the autocast type."""
+        """Pooled backbone features [R, F] of normalized views, in the autocast dtype."""
         if self._split is None or not self.training or generated_B is None or not any(generated_B):
             return self.backbone(x_R3HW)
         generated_R = list(generated_B) * (len(x_R3HW) // len(generated_B))
@@ -60,7 +62,7 @@ class Encoder(nn.Module):
         return features_RF.index_select(0, order_R.argsort())
 
     def head(self, features_RF: torch.Tensor) -> torch.Tensor:
-        """Embeddings [R, E] of unit length, fp32 whatever the autocast type."""
+        """Unit-length embeddings [R, E], fp32 whatever the autocast dtype."""
         return F.normalize(self.projection_head(features_RF).float(), dim=1)
 
     def classifier(self, features_RF: torch.Tensor) -> torch.Tensor:
@@ -68,14 +70,14 @@ class Encoder(nn.Module):
         return self.linear(features_RF).float()
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
-        """The backbone's weights for the export: torchvision's key names for its ResNets, statistics of real rows."""
+        """The backbone's state for the export: statistics of real rows only; torchvision's key names for its ResNets."""
         return {key: value for key, value in self.backbone.state_dict().items() if "generated_" not in key}
 
 
 def build_encoder(settings: config.Encoder, image_size: int, num_classes: int, seed: int) -> Encoder:
-    """An encoder on the CPU whose weights depend on (settings, image_size, num_classes, seed) and on nothing else.
+    """An encoder on the CPU whose weights depend only on (settings, image_size, num_classes, seed).
 
-    torch's global generator is left as it was found.
+    The state of torch's global generator is not changed.
     """
     arch = choose_arch(settings.arch, image_size).value
     split = RowSplit() if settings.separate_batchnorm else None
@@ -86,7 +88,7 @@ def build_encoder(settings: config.Encoder, image_size: int, num_classes: int, s
 
 
 def choose_arch(arch: str, image_size: int) -> Choice:
-    """The backbone for `encoder.arch` at this resolution, with the reason that is printed for it."""
+    """The backbone for `encoder.arch` at this resolution, with the reason to print for it."""
     if arch != "auto":
         return Choice(arch, "encoder.arch")
     if image_size <= SMALL_UP_TO:

@@ -1,7 +1,7 @@
-"""What the embeddings look like: the figures beside the loss, and the alarm for a collapse.
+"""Describes the geometry of the embeddings: metrics logged beside the loss, and the alarm for a collapse.
 
-A SupCon loss that does not move may be normal or a collapse, and losses of differently composed batches cannot be
-compared. These can, and they are read at log time only.
+A SupCon loss that does not move may be normal or a collapse, and losses of differently composed batches are not
+comparable. These metrics tell the difference and are comparable. They are computed at log time only.
 
 Legend: R = V*B rows, view-major, I the ID rows, E embedding width.
 """
@@ -25,11 +25,11 @@ def describe_embeddings(
     ood_columns: str,
     ood_weight: float,
 ) -> dict[str, torch.Tensor]:
-    """Figures of unit embeddings (fp32), as scalars on their device, nothing waited for.
+    """Metrics of unit embeddings, as fp32 scalars on their device, without a sync.
 
-    - alignment: mean of |z_i - z_p|^2 over ID rows i and their positives p (0: classes are points);
+    - alignment: mean of |z_i - z_p|^2 over ID rows i and their positives p (0: each class is a point);
     - uniformity: log mean of e^{-2 |z_i - z_j|^2} over pairs of ID rows (about -4: spread over the sphere; 0: a point);
-    - ood_share: mean over anchors of the near-OOD rows' part of SupCon's denominator, before any reweighting;
+    - ood_share: mean over anchors of the near-OOD rows' share of SupCon's denominator, without hard weights;
     - id_cosine: mean z_i.z_j over pairs of ID rows;
     - id_spread: sqrt(E) times the standard deviation over ID rows, mean over dimensions (1: isotropic, 0: a point).
 
@@ -63,15 +63,15 @@ def describe_embeddings(
 
 
 class CollapseAlarm:
-    """Speaks when the embeddings of ID rows stay in one point for several logs after warm-up."""
+    """Warns when the embeddings of ID rows have coincided for several logs in a row after warm-up."""
 
-    def __init__(self, warmup_steps: int, patience: int = 3):
-        """patience: logs in a row that must look collapsed, >= 1."""
+    def __init__(self, warmup_steps: int, patience: int = 3) -> None:
+        """patience: how many logs in a row must look collapsed, >= 1."""
         self.warmup_steps, self.patience = warmup_steps, patience
         self.collapsed_logs = 0
 
     def update(self, step: int, id_cosine: float, id_spread: float) -> str:
-        """Take one log's figures; a warning once the limit is reached and until they recover, else an empty string."""
+        """Take the metrics of one log; a warning from `patience` collapsed logs on until they recover, else ""."""
         if step < self.warmup_steps:
             return ""
         collapsed = id_cosine > COSINE_ALARM or id_spread < SPREAD_ALARM

@@ -1,10 +1,12 @@
-"""The judge of generated images: a small classifier of real train images, fixed before the learner starts.
+"""The judge of generated images: a small classifier trained on real train images and fixed before the learner starts.
 
-A learner that judges its own food approves what it already believes. The judge sees real images only, once, and is
-cached by what it was made from, so that every arm of a comparison is judged by the same one.
+A learner that judged the images it trains on would approve what it already believes. The judge is trained once, on real
+images only, and cached under a key of everything it was made from, so that all arms of a comparison share one judge.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,12 @@ import torch.nn.functional as F
 from modules import config
 from modules.data.cache import cached_tensors, digest_tensor
 from modules.data.views import plain_view, two_views
-from modules.learning.encoder import build_encoder
+from modules.learning.encoder import Encoder, build_encoder
 from modules.optim import learning_rate
 from modules.runtime import stream
 
 BATCH, WIDTH, PEAK_LR = 64, 32, 2e-3
-ALGORITHM = 1  # part of the cache key; raised when the same settings would train another judge
+ALGORITHM = 1  # part of the cache key; raised when the same settings would train a different judge
 
 
 def load_judge(
@@ -26,17 +28,17 @@ def load_judge(
     num_classes: int,
     steps: int,
     seed: int,
-    cache_dir,
-    say,
-    progress=None,
+    cache_dir: str | Path,
+    say: Callable[[str], None],
+    progress: Callable[[int, int, str], None] | None = None,
     learning: config.Learning | None = None,
-):
-    """judge(images_BHWC uint8) -> (features_BF, predicted_B), trained on the given images or read from the cache.
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """judge(images_BHWC uint8) -> (unit features_BF, predicted_B), trained on the given images or read from the cache.
 
     Args:
-        steps: AdamW steps of 64 images with random views.
-        learning: whose crop, jitter and gray its views have, so that it sees what the set's learner sees; None: the
-            defaults.
+        steps: AdamW steps of 64 images with random views. learning: the judge's views use its crop, jitter and gray
+        settings, so that the judge sees what the learner sees;
+            None: the defaults.
     """
     device = pixels_DHWC.device
     settings = config.Encoder(arch="small_resnet", width=WIDTH)
@@ -69,15 +71,15 @@ def load_judge(
 
 
 def train_judge(
-    model,
+    model: Encoder,
     pixels_DHWC: torch.Tensor,
     labels_D: torch.Tensor,
     steps: int,
     seed: int,
     learning: config.Learning,
-    progress,
+    progress: Callable[[int, int, str], None] | None,
 ) -> None:
-    """Fit an encoder's classifier to real images by cross-entropy over both random views; AdamW, warm-up, cosine."""
+    """Fit an encoder and its classifier to real images: cross-entropy over two random views; AdamW, warm-up, cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     labels_D = labels_D.to(pixels_DHWC.device)
     model.train()

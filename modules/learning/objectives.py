@@ -1,10 +1,11 @@
 """SupCon with near-OOD rows, SimCLR and cross-entropy behind one call: `objective(outputs, labels, is_ood)`.
 
-The contrastive formula itself lives in kernels/supcon.py; here stand what is built around it: which labels count, the
-term that pushes near-OOD rows off the class means, and the figures that are logged. Everything stays on the device; a
-loss that is not finite is found by the guard in modules/optim.py, not here.
+The contrastive formula itself is in kernels/supcon.py. This module adds what surrounds it: which labels are used, the
+term that pushes near-OOD rows away from the class means, and the logged metrics. Everything stays on the device; a loss
+that is not finite is detected by the guard in modules/optim.py, not here.
 
-Legend: B images, V = 2 views, R = V*B rows view-major, E embedding width, C classes; I the ID rows, O the near-OOD rows.
+Legend: B images, V = 2 views, R = V*B rows view-major, E embedding width, C classes; I the ID rows, O the near-OOD
+rows.
 """
 
 import math
@@ -32,12 +33,12 @@ def build_objective(learning: Learning) -> "Contrastive | CrossEntropy":
 class Contrastive:
     """SupCon or SimCLR on embeddings, with near-OOD rows in the denominator.
 
-        supcon              kernels.supcon; positives are class-mates and the other view
-        simclr              the same with every image its own class: the one positive is the other view
-        ood_instance        near-OOD rows are anchors too, their other view the one positive
-        prototype_push      plus mean_{o in O} log sum_c e^{z_o.mu_c/tau}, mu_c the mean of class c's rows in I, scaled
-                            to unit length and not differentiated; with q_c = softmax_c(z_o.mu_c/tau) its gradient
-                            is dL/dz_o = (1/(|O| tau)) sum_c q_c mu_c, and nothing on I
+        supcon              kernels.supcon; positives are the other view and the rows of the same class
+        simclr              the same with each image as its own class: the only positive is the other view
+        ood_instance        near-OOD rows are anchors too, with their other view as the only positive
+        prototype_push      adds mean_{o in O} log sum_c e^{z_o.mu_c/tau}, with mu_c the mean of class c's rows in I,
+                            scaled to unit length and not differentiated; with q_c = softmax_c(z_o.mu_c/tau) its
+                            gradient is dL/dz_o = (1/(|O| tau)) sum_c q_c mu_c on O and 0 on I
 
     Source: Khosla et al. 2020 (2004.11362) eq. 2; Chen et al. 2020 (2002.05709) eq. 1.
     """
@@ -49,10 +50,10 @@ class Contrastive:
     def __call__(
         self, z_RE: torch.Tensor, labels_B: torch.Tensor, is_ood_B: torch.Tensor, *, log: bool = True
     ) -> tuple[torch.Tensor, Logs]:
-        """(loss, figures) of unit embeddings, all scalars on the device; without `log` the figures are the loss alone.
+        """(loss, logs) of unit embeddings, all scalars on the device.
 
-        Figures: loss, reference_level (the loss if all embeddings coincided: chance), prototype_push where it is on, and
-        those of `describe_embeddings`.
+        Logs: loss and, if it is on, prototype_push; with `log` also reference_level (chance: the loss if all embeddings
+        coincided) and the metrics of `describe_embeddings`.
         """
         if self.learning.method == "simclr":
             labels_B = torch.arange(len(labels_B), device=labels_B.device)
@@ -100,8 +101,8 @@ def prototype_push(
 ) -> torch.Tensor:
     """mean_{o in O} log sum_c e^{z_o.mu_c/temperature} over the classes among the ID rows; 0 without near-OOD rows.
 
-    The sum over classes is taken over ID rows weighted 1/|class|, so that no list of classes is asked of the device.
-    Formula and gradient: `Contrastive`.
+    The sum over classes is computed as a sum over ID rows weighted by 1/|class|, which needs no list of classes and so
+    no sync. Formula and gradient: `Contrastive`.
     """
     with torch.autocast(z_RE.device.type, enabled=False):
         z_RE = z_RE.float()
@@ -116,11 +117,11 @@ def prototype_push(
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy over both views of ID rows, plus outlier exposure: a uniform target on near-OOD rows.
+    """Cross-entropy over both views of ID rows, plus outlier exposure: a uniform target for near-OOD rows.
 
         L = 1/|I| sum_{i in I} -log p_i,y_i  +  outlier_exposure 1/|O| sum_{o in O} -1/C sum_c log p_o,c
 
-    Gradient by logits: (p_i - onehot(y_i)) / |I| on I, outlier_exposure (p_o - 1/C) / |O| on O.
+    Gradient with respect to logits: (p_i - onehot(y_i)) / |I| on I, outlier_exposure (p_o - 1/C) / |O| on O.
     Source: Hendrycks et al. 2019 (1812.04606) section 3.
     """
 
@@ -131,10 +132,10 @@ class CrossEntropy:
     def __call__(
         self, logits_RC: torch.Tensor, labels_B: torch.Tensor, is_ood_B: torch.Tensor, *, log: bool = True
     ) -> tuple[torch.Tensor, Logs]:
-        """(loss, figures) of fp32 logits, all scalars on the device; without `log` the figures are the loss alone.
+        """(loss, logs) of fp32 logits, all scalars on the device; without `log`, only the loss is logged.
 
-        Figures: loss, reference_level (log C, plus its share of outlier exposure: chance), accuracy of ID rows, mean
-        max-softmax of ID and of near-OOD rows.
+        Logs: loss, reference_level (chance: log C, plus outlier_exposure log C if there are near-OOD rows),
+        batch_accuracy of ID rows, id_confidence and ood_confidence (mean max-softmax of ID and near-OOD rows).
         """
         labels_R, is_ood_R = labels_B.repeat(VIEWS), is_ood_B.repeat(VIEWS)
         id_R, ood_R = (~is_ood_R).float(), is_ood_R.float()
@@ -154,5 +155,5 @@ class CrossEntropy:
 
 
 def _mean(values_R: torch.Tensor, weight_R: torch.Tensor) -> torch.Tensor:
-    """Weighted mean; 0 where no row counts. Rows of weight 0 must be finite."""
+    """Weighted mean, 0 if all weights are 0. Values of weight 0 must be finite too."""
     return (values_R * weight_R).sum() / weight_R.sum().clamp(min=1)
