@@ -1,8 +1,8 @@
-"""The warning light of the artifact shortcut: do frozen features see that an image went through the decoder?
+"""The warning light for the artifact shortcut: can frozen features tell that an image went through the decoder?
 
-Generated rows carry the decoder's traces. If mostly negatives carry them, an encoder can learn "decoded = OOD" and real
-near-OOD images pass. So the same val images are shown twice, as they are and after encode and decode, with nothing else
-changed: what tells the two apart is the trace.
+Generated rows carry the decoder's traces. If most rows with traces are negatives, an encoder can learn "decoded = OOD",
+and real near-OOD images are then accepted. To detect this, each val image is embedded twice, as it is and after encode
+and decode, with nothing else changed: only the trace can tell the two apart.
 
 Shapes: D images, F feature width.
 """
@@ -20,20 +20,20 @@ from torch import Tensor
 from modules.evaluation.stored import Detector
 from modules.runtime import stream
 
-PROBE_LIGHT, SCORE_LIGHT = 0.75, 0.6  # AUROC from which the light is on, where chance does not reach it
-LEAST_GROUPS = 11  # of fewer, blind features reach PROBE_LIGHT by chance: nothing can be told
+PROBE_LIGHT, SCORE_LIGHT = 0.75, 0.6  # the light is on from these AUROCs, if they are above what chance can reach
+LEAST_GROUPS = 11  # with fewer, blind features reach PROBE_LIGHT by chance, so there is no verdict
 
 
 def artifact_light(
     real_DF: Tensor, decoded_DF: Tensor, groups: Sequence[str], detector: Detector, seed: int
 ) -> dict[str, float | int]:
-    """`artifact.probe_auroc`, `.score_auroc`, `.images` and `.groups`, each AUROC .5 where nothing is seen.
+    """`artifact.probe_auroc`, `.score_auroc`, `.images` and `.groups`; an AUROC of .5 means that no trace is seen.
 
-    probe_auroc: logistic regression on standardized features, fitted on one half of the groups and read on the other,
-    both ways, mean of the two; an image and its decoded twin are always in the same half. score_auroc: how well the
+    probe_auroc: mean over both directions of a logistic regression on standardized features, fitted on one half of the
+    groups and scored on the other; an image and its decoded twin are always in the same half. score_auroc: how well the
     detector's headline score ranks real images above their decoded twins. Empty with fewer than two groups.
 
-    Raises ValueError where the rows do not match.
+    Raises ValueError if real_DF, decoded_DF and groups do not match row by row.
     """
     if real_DF.shape != decoded_DF.shape or len(real_DF) != len(groups):
         raise ValueError(
@@ -60,16 +60,16 @@ def artifact_light(
 
 
 def chance_auroc(groups: int) -> float:
-    """The AUROC up to which 95 % intervals of blind features reach, with `groups` independent images on either side.
+    """The upper end of the 95 % interval of a blind feature's AUROC, with `groups` independent images on either side.
 
-    .5 + 1.96 sd, var = (2 n + 1) / (12 n^2), that of the Mann-Whitney statistic. Twins resemble each other, which makes
-    the true interval narrower.
+    .5 + 1.96 sd with var = (2 n + 1) / (12 n^2), that of the Mann-Whitney statistic. As twins resemble each other, the
+    true interval is narrower.
     """
     return 0.5 + 1.96 * math.sqrt((2 * groups + 1) / (12 * groups**2))
 
 
 def artifact_warning(found: dict) -> str:
-    """What a person should know of `artifact_light`'s figures; empty where the light is off or nothing can be told."""
+    """The warning that `artifact_light`'s results call for; "" if the light is off or there is no verdict."""
     if "artifact.probe_auroc" not in found:
         return ""
     probe, score, groups = (found[f"artifact.{name}"] for name in ("probe_auroc", "score_auroc", "groups"))
@@ -91,7 +91,7 @@ def artifact_warning(found: dict) -> str:
 
 
 def artifact_doubt(found: dict) -> str:
-    """Why the light says nothing, where its val images are too few for it to be on or off; else empty."""
+    """Why there is no verdict, if the val images are too few for one; else ""."""
     if "artifact.probe_auroc" not in found or artifact_warning(found):
         return ""
     probe, score, groups = (found[f"artifact.{name}"] for name in ("probe_auroc", "score_auroc", "groups"))

@@ -1,8 +1,8 @@
-"""Arms and seeds that are finished, compared on the same test groups.
+"""Compares finished trials (arms x seeds) on the same test groups.
 
-Nothing is run here: a trial is a run directory with results.json and predictions.safetensors, and one that lacks them
-is named and left out. All arms must have been judged on the same test images; groups are then resampled, every arm sees
-the same resample, and a difference between two arms is a difference of paired replicates.
+Nothing is run here. A trial is a run directory with results.json and predictions.safetensors; one that lacks them is
+reported as unfinished and left out. All arms must have been evaluated on the same test images. Groups are then
+resampled, every arm sees the same resamples, and the difference of two arms is the difference of paired replicates.
 
 Shapes: Q resamples, K seeds.
 """
@@ -33,12 +33,12 @@ TRIAL_NAME = re.compile(r"(?P<arm>.+)-s(?P<seed>\d+)")
 PIPELINE = "sha256.pipeline.path"
 COSTS = ("cost.seconds", "cost.forward_passes", "cost.images_generated", "cost.reuse")
 REPRESENTATION = ("test.alignment", "test.uniformity", "test.ece", "artifact.probe_auroc", "artifact.score_auroc")
-WITHOUT_INTERVAL = (*REPRESENTATION, *COSTS)  # no function of single test rows
+WITHOUT_INTERVAL = (*REPRESENTATION, *COSTS)  # not functions of single test rows
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One (arm, seed) and its run directory, finished or not."""
+    """One (arm, seed) with its run directory, finished or not."""
 
     arm: str
     seed: int
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial that can be compared."""
+    """A finished trial with everything a comparison reads."""
 
     trial: Trial
     results: dict
@@ -62,14 +62,14 @@ class Summary:
 
     mean: float
     sd: float | None  # over seeds, with n - 1; None for one seed
-    low: float | None  # bootstrap of groups, error over seeds; None where the metric is no function of test rows
+    low: float | None  # bootstrap over groups, plus error over seeds; None if the metric is not a function of test rows
     high: float | None
     seeds: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What finished trials say."""
+    """The result of comparing finished trials."""
 
     arms: tuple[str, ...]
     baseline: str
@@ -86,9 +86,9 @@ class Comparison:
 
 
 def find_trials(folder: Path) -> list[Trial]:
-    """Trials below a comparison's directory, by their names `<arm>-s<seed>`, sorted by arm and seed.
+    """The trials in a comparison's directory, i.e. its folders named `<arm>-s<seed>`, sorted by arm and seed.
 
-    Raises DataError where there is none.
+    Raises DataError if there are none.
     """
     matches = [(TRIAL_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("*")) if path.is_dir()]
     trials = [Trial(match["arm"], int(match["seed"]), path) for match, path in matches if match]
@@ -100,7 +100,7 @@ def find_trials(folder: Path) -> list[Trial]:
 def read_trials(trials: Iterable[Trial]) -> tuple[list[Finished], list[tuple[Trial, str]]]:
     """(finished trials, unfinished ones with the reason), both in the order given.
 
-    Raises DataError where a finished trial's files cannot be read or its config.yaml states another seed.
+    Raises DataError if a finished trial's files cannot be read or its config.yaml has another seed than its name.
     """
     finished, unfinished = [], []
     for trial in trials:
@@ -142,13 +142,13 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """Comparison of finished trials; `arms` gives their order, `baseline` the arm that stands in the tables.
+    """The comparison of finished trials; `arms` gives their order, `baseline` the arm that others are compared with.
 
-    An arm's value is the mean over its seeds; a difference of two arms is over the seeds both have. Replicate q draws
-    the same groups for every arm and seed. With one seed an interval is of groups alone.
+    An arm's value is the mean over its seeds; the difference of two arms is taken over the seeds that both have.
+    Replicate q draws the same groups for every arm and seed. With one seed, intervals cover the choice of groups alone.
 
-    Raises DataError: nothing finished, different test images, headline scores, or settings within an arm, too few
-    groups, an arm without a finished trial.
+    Raises DataError if no trial is finished, trials differ in test images, headline score, the images read at one seed,
+    pipeline weights or (within an arm) settings, there are too few groups, or the baseline has no finished trial.
     """
     if not finished:
         raise DataError("no trial is finished: nothing can be compared")
@@ -211,9 +211,9 @@ def _summarize(
     seed: int,
     ends: tuple[float, float],
 ) -> dict[str, Summary]:
-    """Summary of every metric that all seeds have, from its value and its replicates [Q] at each seed.
+    """The summary of every metric that all seeds have, from its value and its replicates [Q] at each seed.
 
-    Metrics with replicates are shares: their intervals are cut at `ends`, which t does not know of.
+    Metrics with replicates are shares. Their intervals are clipped to `ends`, as Student's t is not bounded.
     """
     found = {}
     for metric in [key for key in values[0] if all(key in given for given in values)]:
@@ -229,7 +229,7 @@ def _summarize(
 
 
 def _mirrored(found: Summary) -> Summary:
-    """The difference the other way round."""
+    """The same difference with its sign reversed."""
     low, high = (None if bound is None else -bound for bound in (found.high, found.low))
     return replace(found, mean=-found.mean, low=low, high=high)
 
@@ -239,7 +239,7 @@ def _minus(first: dict, second: dict) -> dict:
 
 
 def fair_seconds(one: Finished, finished: Iterable[Finished]) -> float:
-    """Seconds of a trial, those of its class tokens included wherever they were learned, if it uses any."""
+    """Seconds of a trial including those of the class tokens it uses, if any, even if another trial learned them."""
     if not one.results.get("cost.images_generated") or one.settings.get("inversion.class_agnostic"):
         return one.results["cost.seconds"]
     beside = [other.results for other in finished if other.trial.seed == one.trial.seed]
@@ -247,20 +247,21 @@ def fair_seconds(one: Finished, finished: Iterable[Finished]) -> float:
 
 
 def seconds_with_tokens(results: dict, beside: Iterable[dict]) -> float:
-    """Seconds of a trial that uses class tokens as if it had found none in the cache.
+    """Seconds that a trial using class tokens would have taken without any in the cache.
 
-    The first trial of a seed that needs tokens learns them and the others read them; charged to that one alone they
-    would make one arm dearer than the others by an accident of order.
+    The first trial of a seed that needs tokens learns them; the others read them from the cache. If only the first were
+    charged for them, one arm would look more expensive by an accident of order.
 
     Args:
-        beside: the results of all finished trials of its seed, its own among them.
+        beside: the results of all finished trials of the same seed, including its own.
     """
     longest = max(other.get("seconds.stage.tokens", 0.0) for other in beside)
     return results["cost.seconds"] - results.get("seconds.stage.tokens", 0.0) + longest
 
 
 def _check_comparable(finished: Sequence[Finished]) -> None:
-    """One test set, one headline score, one config an arm (but for its seed and where it ran)."""
+    """Raise DataError unless there is one test set, one headline score, the same images per seed, the same weights per
+    pipeline setting, and one config per arm (except for its section `run`)."""
     first = finished[0]
     for one in finished[1:]:
         mine, others = first.predictions, one.predictions
@@ -277,7 +278,7 @@ def _check_comparable(finished: Sequence[Finished]) -> None:
             )
     first_of_arm = {one.trial.arm: one for one in reversed(finished)}
     first_of_seed = {one.trial.seed: one for one in reversed(finished)}
-    pipelines: dict[tuple, Finished] = {}  # by settings, of the trials that read one
+    pipelines: dict[tuple, Finished] = {}  # pipeline settings -> the first trial that read a pipeline under them
     for one in finished:
         twin = first_of_seed[one.trial.seed]
         if one.results.get("sha256.data.root") != twin.results.get("sha256.data.root"):
@@ -303,7 +304,7 @@ def _check_comparable(finished: Sequence[Finished]) -> None:
 
 
 def _arm_settings(finished: Sequence[Finished], arms: Sequence[str]) -> dict[str, dict[str, object]]:
-    """What makes an arm: its values of the settings that are not the same in all arms."""
+    """Each arm's values of the settings that are not the same in all arms."""
     settings = {one.trial.arm: one.settings for one in finished}
     names = list(dict.fromkeys(name for arm in arms for name in settings[arm] if not name.startswith("run.")))
     differing = [name for name in names if any(settings[arm].get(name) != settings[arms[0]].get(name) for arm in arms)]
@@ -311,7 +312,7 @@ def _arm_settings(finished: Sequence[Finished], arms: Sequence[str]) -> dict[str
 
 
 def _sorted_rows(predictions: Predictions) -> Predictions:
-    """The same predictions with rows ordered by role and path, whatever order the run read its images in."""
+    """The same predictions with rows sorted by role and path, whatever the order in which the run read its images."""
     order = sorted(
         range(len(predictions.paths)), key=lambda row: (int(predictions.roles_D[row]), predictions.paths[row])
     )
@@ -328,7 +329,7 @@ def _sorted_rows(predictions: Predictions) -> Predictions:
 
 
 def _groups(predictions: Predictions) -> dict[str, list[str]]:
-    """Group of every test image by role, for the roles that occur."""
+    """role -> the group of each of its test images, for the roles that occur."""
     found = {role: [predictions.groups[row] for row in predictions.rows(role).tolist()] for role in ROLES}
     return {role: members for role, members in found.items() if members}
 

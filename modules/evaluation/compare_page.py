@@ -1,6 +1,6 @@
-"""A comparison as one self-contained HTML page and one figure; all its forms are written at once.
+"""A comparison as one self-contained HTML page and one figure; `write_comparison` writes all its forms.
 
-Every number stands beside what it rests on; a difference is colored where its interval excludes zero.
+Numbers are shown with what they are based on; differences are colored if their interval excludes zero.
 """
 
 from html import escape
@@ -30,9 +30,9 @@ from modules.state import write_atomic
 
 
 def write_comparison(folder: Path, comparison: Comparison, *, title: str, notes: tuple[str, ...] = ()) -> list[Path]:
-    """Write compare.txt, .json, .csv, .html and .svg into `folder`, each whole or not at all; their paths.
+    """Write compare.txt, .json, .csv, .html and .svg into `folder`, each atomically; returns their paths.
 
-    Raises StorageError where one cannot be written.
+    Raises StorageError if one cannot be written.
     """
     contents = {
         "compare.txt": as_long_text(comparison),
@@ -47,7 +47,7 @@ def write_comparison(folder: Path, comparison: Comparison, *, title: str, notes:
 
 
 def as_figure(comparison: Comparison, colors: dict[str, str] | None = None) -> str:
-    """Accuracy and AUROC by arm with intervals and seeds, as SVG; in fixed `colors` for a file of its own."""
+    """Accuracy and AUROC by arm with intervals and seeds, as SVG; with fixed `colors` for a file of its own."""
     titles = headline_metrics(comparison)
     chosen = [metric for metric in titles if metric == "test.accuracy" or metric.endswith(".auroc")]
     panels = []

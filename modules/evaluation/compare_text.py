@@ -1,4 +1,4 @@
-"""A comparison in words and rows: plain text for a terminal, JSON for programs, long rows for benchmarks/results."""
+"""A comparison as plain text for a terminal, as JSON for programs, and as long rows for benchmarks/results."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ REPRESENTATION_TITLES = ("alignment", "uniformity", "calibration error", "decode
 
 
 def headline_metrics(comparison: Comparison) -> dict[str, str]:
-    """Metric -> column title of the main table: accuracies and the AUROC of the headline score."""
+    """Metric -> its column title in the main table: the accuracies and the AUROC of the headline score."""
     metrics = {
         "test.accuracy": "accuracy",
         "test.macro_accuracy": "macro accuracy",
@@ -31,7 +31,7 @@ def headline_metrics(comparison: Comparison) -> dict[str, str]:
 
 
 def conditions(comparison: Comparison) -> str:
-    """One line on what the numbers rest on: seeds, groups, images, resamples."""
+    """One line on what the numbers are based on: seeds, groups, images, resamples."""
     seeds = sorted({one.trial.seed for one in comparison.finished})
     sizes = ", ".join(
         f"{comparison.groups[role]} groups ({comparison.images[role]} images) {figures.ROLE_NAMES[role]}"
@@ -51,7 +51,7 @@ def conditions(comparison: Comparison) -> str:
 
 
 def as_text(comparison: Comparison) -> str:
-    """The main tables in plain text: mean, sd over seeds and interval by arm, differences to the baseline, costs."""
+    """The main tables as plain text: mean, sd over seeds and interval by arm, differences to the baseline, costs."""
     metrics = headline_metrics(comparison)
     lines = [conditions(comparison), ""]
     lines += _columns(
@@ -88,7 +88,7 @@ def as_text(comparison: Comparison) -> str:
 
 
 def as_long_text(comparison: Comparison) -> str:
-    """`as_text`, then every OOD metric of every score: AUROC, both AUPRs and both false-positive rates, in percent."""
+    """`as_text`, then all OOD metrics of all scores: AUROC, both AUPRs and both false-positive rates, in percent."""
     lines = []
     for role in (role for role in comparison.groups if role != "id"):
         for metric in OOD_METRICS:
@@ -101,7 +101,7 @@ def as_long_text(comparison: Comparison) -> str:
 
 
 def binary_notes(comparison: Comparison) -> list[str]:
-    """What the OOD examples of the score `binary` were in each arm, where they were not the same in all; else nothing."""
+    """A note on the OOD examples that the score `binary` was trained on, if they differ between arms; else nothing."""
     sources: dict[str, list[str]] = {}
     for one in comparison.finished:
         arms = sources.setdefault(one.results.get("binary_head.trained_on", "none"), [])
@@ -139,7 +139,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def as_rows(comparison: Comparison) -> list[dict]:
-    """Long rows with ROW_COLUMNS, one a finished trial and metric, for benchmarks/results."""
+    """Long rows with ROW_COLUMNS for benchmarks/results, one per finished trial and metric."""
     rows = []
     for one in comparison.finished:
         condition = {
@@ -168,12 +168,12 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def seeds_of(comparison: Comparison, arm: str) -> int:
-    """Number of finished seeds of an arm."""
+    """The number of finished seeds of an arm."""
     return sum(one.trial.arm == arm for one in comparison.finished)
 
 
 def verdict(found: Summary, metric: str) -> str:
-    """better or worse where the interval excludes 0, else nothing."""
+    """The word better or worse if the interval excludes 0, else an empty string."""
     if found.low is None or found.low <= 0 <= found.high:
         return ""
     lower = any(part in metric for part in LOWER_IS_BETTER)
@@ -207,7 +207,7 @@ def plain_number(found: Summary | None) -> str:
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with aligned columns: the first to the left, the others to the right."""
+    """The rows as lines with aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     return [
         "  ".join(
@@ -227,10 +227,10 @@ def _trial(trial: Trial) -> dict:
 
 
 def commit_of(one: Finished) -> str:
-    """Commit the trial ran at."""
+    """The commit that the trial ran at."""
     return one.environment.get("commit") or "unknown"
 
 
 def device_of(one: Finished) -> str:
-    """GPU, or CPU where there was none."""
+    """The GPU that the trial ran on, or the CPU if there was none."""
     return one.environment.get("gpu") or one.environment.get("cpu") or "unknown"

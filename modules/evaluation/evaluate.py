@@ -1,8 +1,8 @@
-"""Frozen features of all sets in, every number of a run out.
+"""Evaluates a run: takes frozen features of all image sets and returns every number of its results.
 
-The order is the protocol: the readout and every threshold are settled on train and val, then test is read once. Images
-of held-out classes come as near-OOD, another image set as far-OOD; neither is ever an image of the generator that made
-the training negatives.
+The protocol is an order: the readout and all thresholds are fixed on train and val, then test is read once. Near-OOD
+sets are images of held-out classes, the far-OOD set is another image set; neither contains images of the generator that
+made the training negatives.
 
 Shapes: D images, C classes, F feature width, Q bootstrap resamples.
 """
@@ -36,12 +36,12 @@ from modules.runtime import stream
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Frozen features of one set of images and who they are."""
+    """Frozen features of one set of images, with their labels, paths and groups."""
 
     features_DF: Tensor  # float32, CPU, raw
     labels_D: Tensor  # int64; class id, -1 for OOD images
     paths: tuple[str, ...]
-    groups: tuple[str, ...]  # model or sample; the path where an image has none
+    groups: tuple[str, ...]  # model or sample; the path if an image has none
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,15 +53,15 @@ class Outcome:
 
     results: dict[str, float | int | str]  # flat keys for results.json
     detector: Detector  # for export/
-    predictions: Predictions | None  # for predictions.safetensors; None where no test set was handed in
+    predictions: Predictions | None  # for predictions.safetensors; None if no test set was given
     class_rows: list[dict]  # metrics.class_table of test, or of val without test
     confusion_CC: np.ndarray  # counts of the same set
 
 
 def feature_set(items: Sequence, features_DF: Tensor, classes: tuple[str, ...]) -> FeatureSet:
-    """FeatureSet of index items (path, label, group) in the order of their features; -1 where no class is meant.
+    """FeatureSet of index items (path, label, group) in the order of their features; label -1 if not one of `classes`.
 
-    Raises ValueError where items and features differ in number.
+    Raises ValueError if items and features differ in number.
     """
     if len(items) != len(features_DF):
         raise ValueError(f"items: {len(items)} for features of shape {tuple(features_DF.shape)}, expected one a row")
@@ -75,7 +75,7 @@ def feature_set(items: Sequence, features_DF: Tensor, classes: tuple[str, ...]) 
 def embed_sets(
     sets: ImageSets, embed: Embed, evaluation: config.Evaluation, progress: Progress
 ) -> dict[str, FeatureSet]:
-    """Frozen features of every image set by its name; of test sets only where evaluation.test says so."""
+    """Image set name -> its frozen features; test sets are included only if evaluation.test is set."""
     features, chosen = {}, sets.scored(evaluation.test)
     total, done = sum(len(images.items) for images in chosen.values()), 0
     for name, images in chosen.items():
@@ -104,15 +104,16 @@ def evaluate(
     classifier: Probe | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Outcome of the whole protocol; without `test` only val is looked at (sweeps).
+    """The outcome of the whole protocol; without `test`, only val is evaluated (sweeps).
 
-    The readout is a linear probe on train, chosen on val, or `classifier` (an affine map the encoder already has).
-    `generated_near_ood_DF` are features of generated negatives for the binary head, `generated_id_DF` of generated
-    positives on its ID side; without them the head is trained on half of the near-OOD val groups.
+    The readout is a linear probe trained on train and chosen on val, or `classifier` (an affine map the encoder already
+    has). The binary head is trained on `generated_near_ood_DF`, features of generated negatives, with those of
+    generated positives in `generated_id_DF` on its ID side; without generated negatives, on half of the near-OOD val
+    groups.
 
     Keys of results: `val.` and `test.` + accuracy, macro_accuracy, ece, mean_max_softmax_id, knn_accuracy, alignment,
-    uniformity, images, groups; `<split>.near_ood.` and `test.far_ood.` + images, groups, mean_max_softmax and
-    `<score>.<metric>` for metrics.OOD_METRICS; `threshold.<score>`; probe.lr, readout, headline.score. Where
+    uniformity, images, groups; `<split>.near_ood.` and `test.far_ood.` + images, groups, mean_max_softmax (test only)
+    and `<score>.<metric>` for metrics.OOD_METRICS; `threshold.<score>`; probe.lr, readout, headline.score. If
     evaluation.bootstrap > 0, accuracies, mean_max_softmax and OOD metrics of test also have `_low` and `_high`.
 
     Raises DataError (empty val, too few groups, class without train image), ConfigError (score), NonFinite (probe).
@@ -126,7 +127,7 @@ def evaluate(
     ood_tests = {name: given for name, given in ood_tests.items() if test is not None and given}
     tests = ({"test": test} if test is not None else {}) | {f"test {name}": given for name, given in ood_tests.items()}
     check_groups({name: given.groups for name, given in tests.items()}, evaluation.bootstrap)
-    near_ood_val = near_ood_val or None  # without images there is none
+    near_ood_val = near_ood_val or None  # an empty set counts as none
     source = head_source(
         0 if generated_near_ood_DF is None else len(generated_near_ood_DF),
         () if near_ood_val is None else near_ood_val.groups,
@@ -165,7 +166,7 @@ def evaluate(
     results |= _prefixed("val.", reader.classification(val, val_logits_DC))
     if near_ood_val is not None:
         near_scores = reader.read(near_ood_val)[1]
-        # half of these images trained the head: its figures on them would flatter
+        # half of these images trained the head, so its metrics on them would be too good
         flattered = {"binary"} if source == "near_ood_val" else set()
         results |= _ood_results("val.near_ood.", val_scores, near_scores, flattered)
         results |= {"val.near_ood.images": len(near_ood_val), "val.near_ood.groups": len(set(near_ood_val.groups))}
@@ -190,7 +191,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a set of features through the settled readout and scores."""
+    """Applies the fixed readout and scores to a set of features."""
 
     train: FeatureSet
     readout: Probe
@@ -217,7 +218,7 @@ class _Reader:
 
 
 def _read_tests(reader: _Reader, test: FeatureSet, ood_tests: dict[str, FeatureSet]) -> tuple[dict, list[tuple]]:
-    """Results of the test sets, and (set, logits, scores, role) of each, the ID set first."""
+    """The results of the test sets, and (set, logits, scores, role) for each of them, the ID set first."""
     logits_DC, scores = reader.read(test)
     found = _prefixed("test.", reader.classification(test, logits_DC))
     parts = [(test, logits_DC, scores, "id")]
@@ -236,7 +237,7 @@ def _read_tests(reader: _Reader, test: FeatureSet, ood_tests: dict[str, FeatureS
 def _outcome(
     results: dict, detector: Detector, predictions: Predictions | None, shown: FeatureSet, logits_DC: Tensor
 ) -> Outcome:
-    """What was found, with the table and the confusion of the classes of one set: test, or val without it."""
+    """The outcome, with the class table and the confusion matrix of one set: test, or val without test."""
     predicted_D = logits_DC.argmax(dim=1)
     rows = metrics.class_table(shown.labels_D, predicted_D, shown.groups, detector.classes)
     confusion_CC = metrics.confusion(shown.labels_D, predicted_D, len(detector.classes))
@@ -253,7 +254,7 @@ def _binary_head(
     settings: config.Probe,
     seed: int,
 ) -> Probe | None:
-    """The ID/OOD head, chosen on ID val images against OOD rows it was not trained on; None without OOD rows."""
+    """The ID/OOD head, chosen on ID val images and OOD rows that it was not trained on; None without OOD rows."""
     if source == "none":
         return None
     id_DF = train.features_DF
@@ -270,7 +271,7 @@ def _binary_head(
 
 
 def _halves(features_DF: Tensor, groups: Sequence, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of a drawn half of the groups, and the others; at least two groups."""
+    """The rows of a random half of the groups, and the other rows; there must be at least two groups."""
     names = sorted(set(groups))
     order = torch.randperm(len(names), generator=stream(seed, "binary head", "halves")).tolist()
     first = {names[position] for position in order[: math.ceil(len(names) / 2)]}
@@ -311,5 +312,5 @@ def _prefixed(prefix: str, values: dict) -> dict:
 
 
 def _plain(results: dict) -> dict:
-    """Results that JSON can hold: a metric that does not exist for this set (nan) is left out."""
+    """The results that JSON can hold: metrics that are undefined for a set (nan) are left out."""
     return {key: value for key, value in results.items() if not (isinstance(value, float) and math.isnan(value))}

@@ -1,7 +1,7 @@
-"""Figures as inline SVG that wears the page's colors.
+"""Figures as inline SVG in the page's colors.
 
-matplotlib draws with stand-in colors; in the finished SVG these become CSS variables of page.html, so that one figure
-serves light and dark mode, and its text stays text. Nothing here touches pyplot's global state.
+matplotlib draws with stand-in colors. In the finished SVG they are replaced by the CSS variables of page.html, so that
+one figure serves light and dark mode. Text stays text. pyplot's global state is not used.
 
 Shapes: D images, C classes, F feature width.
 """
@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from modules.runtime import stream, stream_seed
 
-# a color that no figure needs for itself -> the CSS variable it becomes
+# stand-in color (one that no figure needs otherwise) -> the CSS variable that replaces it
 STAND_INS = {
     "#010203": "var(--ink)",
     "#020304": "var(--muted)",
@@ -49,7 +49,7 @@ ROLE_COLORS = {"id": ID, "near_ood": NEAR, "far_ood": FAR}
 ROLE_NAMES = {"id": "in-distribution", "near_ood": "near-OOD", "far_ood": "far-OOD"}
 STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a class may be named by two dollars
+    "text.parse_math": False,  # a class name may contain two dollar signs
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -77,9 +77,9 @@ STYLE = {
 
 
 def to_svg(drawing: Figure, name: str, colors: dict[str, str] | None = None) -> str:
-    """The figure as an SVG element in the page's colors; `name` keeps its ids apart from those of other figures.
+    """The figure as an SVG element in the page's colors; `name` keeps its ids distinct from those of other figures.
 
-    `colors` maps CSS variables to fixed colors, for a figure that stands in a file of its own (see PAPER).
+    `colors` maps CSS variables to fixed colors, for a figure in a file of its own (see PAPER).
     """
     buffer = io.StringIO()
     if colors is not None:
@@ -91,7 +91,7 @@ def to_svg(drawing: Figure, name: str, colors: dict[str, str] | None = None) -> 
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
     svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-    # ids such as "text_1" and "axes_1" repeat in every figure; only those that are referred to must stay
+    # ids such as "text_1" and "axes_1" repeat in every figure; only ids that are referred to must stay
     svg = re.sub(
         r' id="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|PathCollection|legend)[._0-9a-z]*"', "", svg
     )
@@ -101,7 +101,7 @@ def to_svg(drawing: Figure, name: str, colors: dict[str, str] | None = None) -> 
 
 
 def curves(panels: Sequence[tuple[str, Sequence[float], Sequence[float], float | None]], name: str = "curves") -> str:
-    """Small multiples over the optimizer step: panels of (title, steps, values, level drawn as a dashed line)."""
+    """Small multiples over optimizer steps; a panel is (title, steps, values, level of a dashed line or None)."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with rc_context(STYLE):
@@ -120,7 +120,7 @@ def curves(panels: Sequence[tuple[str, Sequence[float], Sequence[float], float |
 
 
 def score_histogram(scores: dict[str, Tensor], threshold: float, score: str) -> str:
-    """Distribution of one OOD score by role (id, near_ood, far_ood), with the threshold chosen on val."""
+    """Histograms of one OOD score by role (id, near_ood, far_ood), with the threshold chosen on val."""
     values = {role: scores_D.double().numpy() for role, scores_D in scores.items()}
     everything = np.concatenate(list(values.values()))
     low, high = np.quantile(everything, [0.002, 0.998])
@@ -155,7 +155,7 @@ def intervals_plot(
     reference: float | None,
     name: str,
 ) -> str:
-    """Points with intervals, one line a row: (row name, points of (value, low, high, stand-in color)) in percent."""
+    """Points with intervals on one line per row, in percent; a row is (name, points of (value, low, high, color))."""
     with rc_context(STYLE):
         drawing = Figure(figsize=(5.4, 0.75 + 0.31 * len(rows)), layout="constrained")
         axes = drawing.subplots()
@@ -181,9 +181,10 @@ def arms_plot(
     baseline: str,
     colors: dict[str, str] | None,
 ) -> str:
-    """Arms down, one panel a metric: mean with interval as a bar, each seed as a ring, the baseline's mean dashed.
+    """One panel per metric, one line per arm: mean, interval as a bar, a ring per seed; the baseline's mean is dashed.
 
-    Each panel is (title, one entry an arm: mean, low, high, values by seed, in [0, 1], or None); `colors` as in to_svg.
+    A panel is (title, entries), with one entry per arm: (mean, low, high, values by seed) in [0, 1], or None. `colors`
+    as in to_svg.
     """
     with rc_context(STYLE):
         drawing = Figure(figsize=(10.6, 0.95 + 0.36 * len(arms)), layout="constrained")
@@ -211,7 +212,7 @@ def arms_plot(
 
 
 def confusion_figure(confusion_CC: np.ndarray, classes: Sequence[str]) -> str:
-    """Row-normalized confusion matrix: true classes down, predicted across, share as depth of color."""
+    """The row-normalized confusion matrix: true classes down, predicted ones across, shares as opacity."""
     share_CC = confusion_CC / np.maximum(1, confusion_CC.sum(axis=1, keepdims=True))
     count = len(classes)
     size = float(np.clip(0.15 * count + 1.9, 3.4, 9))
@@ -221,7 +222,7 @@ def confusion_figure(confusion_CC: np.ndarray, classes: Sequence[str]) -> str:
         axes = drawing.subplots()
         for row, column in np.argwhere(share_CC > 0):
             color = ID if row == column else NEAR
-            depth = float(share_CC[row, column] ** 0.6)  # so that a few percent can still be seen
+            depth = float(share_CC[row, column] ** 0.6)  # so that a few percent are still visible
             axes.add_patch(
                 Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, facecolor=color, alpha=depth, linewidth=0)
             )
@@ -239,26 +240,27 @@ def confusion_figure(confusion_CC: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def class_color(index: int) -> tuple[float, float, float]:
-    """Color of a class: hues by the golden angle, three lightnesses, all readable on light and on dark."""
+    """The color of a class: hues by the golden angle, three lightnesses, readable on light and dark backgrounds."""
     return hls_to_rgb((0.6 + index * 0.381966) % 1, (0.48, 0.58, 0.66)[index % 3], 0.55)
 
 
 def embedding_points(features_DF: Tensor, points: int, seed: int) -> tuple[Tensor, np.ndarray]:
-    """(rows, xy): at most `points` rows drawn from the features, and their t-SNE coordinates [n, 2].
+    """(rows, xy): at most `points` rows drawn at random from the features, and their t-SNE coordinates [n, 2].
 
-    Unit features, cosine geometry; started from PCA, seeded, so that the same features give the same map.
+    Features are scaled to unit length, so distances are those of cosines. t-SNE starts from PCA and is seeded, so the
+    same features give the same map.
     """
     rows = torch.randperm(len(features_DF), generator=stream(seed, "embedding map"))[:points].sort().values
     unit = normalize(features_DF[rows].float(), dim=1).numpy()
     perplexity = float(np.clip((len(rows) - 1) / 3, 1, 30))
     random_state = stream_seed(seed, "embedding map", "t-SNE") % 2**32
-    start = "pca" if (unit != unit[0]).any() else "random"  # points that all coincide have no principal axis
+    start = "pca" if (unit != unit[0]).any() else "random"  # identical points have no principal axis
     projector = TSNE(perplexity=perplexity, init=start, max_iter=500, random_state=random_state)
     return rows, projector.fit_transform(unit)
 
 
 def embedding_figure(xy: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> str:
-    """A map of embedded images: dots colored by class with the class named at its median, label -1 as orange crosses."""
+    """A map of embedded images: dots colored by class, named where it is densest; label -1 as orange crosses."""
     labels = np.asarray(labels)
     with rc_context(STYLE):
         drawing = Figure(figsize=(10.6, 6.6), layout="constrained")
@@ -273,7 +275,7 @@ def embedding_figure(xy: np.ndarray, labels: Sequence[int], classes: Sequence[st
         for index, name in enumerate(classes):
             members = xy[labels == index]
             if len(members):
-                # page.html gives texts of this id a halo in the surface color, so that dots do not cut through them
+                # page.html gives texts with this id a halo in the surface color, so that dots do not obscure them
                 axes.annotate(
                     name, _densest(members), ha="center", va="center", fontsize=8.5, color=INK, gid=f"halo-{index}"
                 )
@@ -282,6 +284,6 @@ def embedding_figure(xy: np.ndarray, labels: Sequence[int], classes: Sequence[st
 
 
 def _densest(points: np.ndarray) -> np.ndarray:
-    """The point whose fifth-nearest neighbor among `points` [n, 2] is nearest: where a class mainly lies."""
+    """The point whose fifth-nearest neighbor among `points` [n, 2] is nearest: where a class is densest."""
     distance = np.linalg.norm(points[:, None] - points[None], axis=2)
     return points[np.sort(distance, axis=1)[:, min(5, len(points) - 1)].argmin()]

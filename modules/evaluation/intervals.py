@@ -1,10 +1,10 @@
-"""Intervals from a bootstrap over groups, joined with the error of the mean over seeds where there are several.
+"""Intervals from a bootstrap over groups, combined with the error of the mean over seeds if there are several.
 
-Photographs of one object, or renders of one model, are not independent: resampling images would give intervals that
-are too narrow by the square root of the images a group holds. So whole groups are drawn with replacement, and in a
-comparison the error of a mean over few seeds, as Student's t has it, joins every resample. Two arms are compared on the
-same draws (paired), which removes what the test groups have in common from the difference. Both numbers, groups and
-seeds, belong beside every interval.
+Photographs of one object, or renders of one model, are not independent: resampling images would give intervals that are
+too narrow by up to the square root of the group size. So whole groups are drawn with replacement, and in a comparison
+the error of the mean over a few seeds, by Student's t, is added to every resample. Two arms are compared on the same
+draws (paired), which removes the variation of the test groups that the arms share. Both counts, of groups and of seeds,
+should be given with every interval.
 
 Shapes: Q resamples, D images, K seeds.
 """
@@ -21,15 +21,15 @@ from modules.evaluation.replicates import macro_accuracy_replicates, mean_replic
 from modules.evaluation.stored import ROLES, Predictions
 from modules.runtime import stream
 
-STRATUM = 256  # draws of t of which one is kept
-MIN_GROUPS = 5  # fewer give at most 35 different resamples: no percentile of those is an interval
+STRATUM = 256  # draws of t per value that is kept
+MIN_GROUPS = 5  # fewer give at most 35 different resamples, too few for percentiles
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], resamples: int) -> None:
-    """Raises DataError naming every set (name -> group of each image) too small for an interval.
+    """Raise DataError naming every set (name -> group of each image) that has too few groups for an interval.
 
-    To be asked before training, not after: an evaluation that ends in an error has cost the run. No set is too small
-    where `resamples` is 0.
+    Call it before training: an error during evaluation would come after the run has been paid for. With `resamples` 0
+    no set is too small.
     """
     few = {name: len(set(members)) for name, members in groups.items() if len(set(members)) < MIN_GROUPS}
     if few and resamples > 0:
@@ -41,11 +41,11 @@ def check_groups(groups: Mapping[str, Sequence[str]], resamples: int) -> None:
 
 
 def group_weights(groups: Sequence[str], resamples: int, *, seed: int, name: str) -> Tensor:
-    """How often each image stands in each resample: weights_QD, float32 counts.
+    """weights_QD (float32 counts): how often each image occurs in each resample.
 
-    Each resample draws as many groups as there are, with replacement, from stream(seed, "bootstrap", name); an
-    image's weight is the number of times its group was drawn. Groups are numbered in sorted order, so that the weights
-    do not depend on the order of the images.
+    Each resample draws as many groups as there are, with replacement, from stream(seed, "bootstrap", name); an image's
+    weight is the number of times its group was drawn. Groups are numbered in sorted order, so that the weights do not
+    depend on the order of the images.
     """
     names = sorted(set(groups))
     number = {group: index for index, group in enumerate(names)}
@@ -56,10 +56,10 @@ def group_weights(groups: Sequence[str], resamples: int, *, seed: int, name: str
 
 @cache
 def student_draws(seeds: int, resamples: int, *, seed: int) -> Tensor:
-    """Student's t with `seeds` - 1 degrees of freedom in `resamples` equally likely values, in random order: float64 [Q].
+    """float64 [Q]: Q = `resamples` equally likely values of Student's t with `seeds` - 1 degrees of freedom, shuffled.
 
-    One from the middle of each of Q strata, symmetric about 0: plain draws of so heavy a tail would move the ends of an
-    interval by a tenth of its width. All 0 for one seed, which shows no spread.
+    The values are the middles of Q strata, made symmetric about 0. With independent draws, the heavy tails would move
+    the ends of an interval by a tenth of its width. All values are 0 for one seed, which shows no spread.
     """
     if seeds < 2:
         return torch.zeros(resamples, dtype=torch.float64)
@@ -73,8 +73,8 @@ def student_draws(seeds: int, resamples: int, *, seed: int) -> Tensor:
 def over_seeds(replicates_KQ: Tensor, value_K: Tensor, t_Q: Tensor) -> Tensor:
     """Replicates [Q] of a metric's mean over seeds: its mean under each resample of groups, plus t sd(value) / sqrt(K).
 
-    Seeds redrawn with replacement could not leave the range of the K there are: where seeds differ more than groups, 95 %
-    intervals of 3 seeds would hold the truth in 75 % of cases, those of Student's t hold it in 95 %.
+    Resampling the seeds as well could not leave the range of the K values at hand: if seeds differ more than groups, 95
+    % intervals from 3 seeds would cover the truth in 75 % of cases. With Student's t they cover it in 95 %.
     """
     if len(value_K) < 2:
         return replicates_KQ[0].double()
@@ -82,14 +82,14 @@ def over_seeds(replicates_KQ: Tensor, value_K: Tensor, t_Q: Tensor) -> Tensor:
 
 
 def percentile_interval(replicates_Q: Tensor, confidence: float) -> tuple[float, float]:
-    """(low, high): the quantiles (1 -+ confidence) / 2 of replicates_Q, for `confidence` in (0, 1)."""
+    """(low, high): the quantiles (1 - confidence) / 2 and (1 + confidence) / 2 of replicates_Q, 0 < confidence < 1."""
     bounds = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.quantile(replicates_Q.double(), bounds).tolist()
     return low, high
 
 
 def role_weights(predictions: Predictions, resamples: int, *, seed: int) -> dict[str, Tensor]:
-    """group_weights of the images of each role that occurs: ID and OOD groups are resampled independently."""
+    """role -> group_weights of its images, for the roles that occur: ID and OOD groups are resampled independently."""
     rows = {role: predictions.rows(role).tolist() for role in ROLES}
     return {
         role: group_weights([predictions.groups[row] for row in members], resamples, seed=seed, name=role)
@@ -99,9 +99,9 @@ def role_weights(predictions: Predictions, resamples: int, *, seed: int) -> dict
 
 
 def metric_replicates(predictions: Predictions, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every test metric that is a function of per-image rows, under each resample: results key -> float64 [Q].
+    """results key -> float64 [Q]: every test metric that is a function of per-image rows, under each resample.
 
-    `weights` are those of role_weights, for the same images in the same order; one resample serves all metrics.
+    `weights` are those of role_weights for the same images in the same order; each resample is used for all metrics.
     """
     id_D = predictions.rows("id")
     logits_DC, labels_D = predictions.logits_DC.double(), predictions.labels_D[id_D]
@@ -125,9 +125,10 @@ def metric_replicates(predictions: Predictions, weights: dict[str, Tensor]) -> d
 
 
 def bootstrap_intervals(predictions: Predictions, evaluation: config.Evaluation, seed: int) -> dict[str, float]:
-    """`<key>_low` and `<key>_high` of every key of metric_replicates, at evaluation.confidence.
+    """`<key>_low` and `<key>_high` for the keys of metric_replicates, at evaluation.confidence.
 
-    Where all resamples agree (every image right) they say nothing of the next group: such a key has no interval.
+    A key has no interval if all its resamples are equal (every image right): they then say nothing about further
+    groups.
     """
     found: dict[str, float] = {}
     weights = role_weights(predictions, evaluation.bootstrap, seed=seed)

@@ -1,8 +1,9 @@
-"""Metrics of one finished evaluation: scikit-learn's wherever scikit-learn has the metric.
+"""The metrics of one evaluation, by scikit-learn wherever it has the metric.
 
-Two conventions are written down because others disagree on them. Scores are confidence: **higher is more
-in-distribution**. A false-positive rate always says whose: `fpr_ood_at_id_tpr95` is the share of OOD images accepted
-at the threshold that accepts 95 % of ID, `fpr_id_at_ood_tpr95` its mirror (what OpenOOD v1.5 calls FPR@95).
+Two conventions are stated because other code differs in them. Scores are confidences: **higher is more
+in-distribution**. The name of a false-positive rate says which side is positive: `fpr_ood_at_id_tpr95` is the share of
+OOD images accepted at the threshold that accepts 95 % of ID; `fpr_id_at_ood_tpr95` is its mirror image (what OpenOOD
+v1.5 calls FPR@95).
 
 Shapes: D images, C classes.
 """
@@ -25,7 +26,7 @@ OOD_METRICS = ("auroc", "aupr_in", "aupr_out", "fpr_ood_at_id_tpr95", "fpr_id_at
 
 
 def macro_accuracy(labels_D: Tensor, predictions_D: Tensor) -> float:
-    """Mean over the classes that occur of the share of their images predicted right, in [0, 1]."""
+    """Mean accuracy over the classes that occur, in [0, 1]."""
     present = labels_D.unique().numpy()
     return float(
         recall_score(labels_D.numpy(), predictions_D.numpy(), labels=present, average="macro", zero_division=0)
@@ -44,7 +45,7 @@ def classification_metrics(logits_DC: Tensor, labels_D: Tensor) -> dict[str, flo
 
 
 def mean_max_softmax(logits_DC: Tensor) -> float:
-    """Mean over images of the largest class probability, in [1/C, 1]."""
+    """The mean over images of the largest class probability, in [1/C, 1]."""
     return float(logits_DC.double().softmax(dim=1).amax(dim=1).mean())
 
 
@@ -65,9 +66,9 @@ def expected_calibration_error(logits_DC: Tensor, labels_D: Tensor) -> float:
 def ood_metrics(id_scores_D: Tensor, ood_scores_D: Tensor) -> dict[str, float]:
     """The five metrics of OOD_METRICS for one score, each in [0, 1]; chance is .5 for auroc.
 
-    aupr_in has ID as the positive class, aupr_out OOD; both by the trapezoidal rule, as OpenOOD has them.
+    In aupr_in ID is the positive class, in aupr_out OOD; both by the trapezoidal rule, as in OpenOOD.
 
-    Raises ValueError where either side is empty or a score is not finite.
+    Raises ValueError if either side is empty or a score is not finite.
     """
     for name, scores_D in (("id_scores_D", id_scores_D), ("ood_scores_D", ood_scores_D)):
         if len(scores_D) == 0 or not torch.isfinite(scores_D).all():
@@ -86,10 +87,10 @@ def ood_metrics(id_scores_D: Tensor, ood_scores_D: Tensor) -> dict[str, float]:
 def class_table(
     labels_D: Tensor, predictions_D: Tensor, groups: tuple[str, ...], classes: tuple[str, ...]
 ) -> list[dict]:
-    """One row a class: class, images, groups, accuracy, precision and the class it is most often taken for.
+    """One row per class: class, images, groups, accuracy, precision and the class it is most often confused with.
 
-    accuracy or precision is None where the class has no image or is never predicted; confused_with is "" and
-    confused_share 0 where no image is taken for another class.
+    accuracy is None if the class has no image, precision if it is never predicted; confused_with is "" and
+    confused_share 0 if no image is predicted as another class.
     """
     confusion_CC = confusion(labels_D, predictions_D, len(classes))
     rows = []
@@ -129,6 +130,6 @@ def _aupr(is_positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _fpr_at_tpr95(is_positive: np.ndarray, scores: np.ndarray) -> float:
-    """False-positive rate at the first threshold, from the strictest down, whose true-positive rate reaches .95."""
+    """The false-positive rate at the strictest threshold whose true-positive rate is at least .95."""
     fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=False)
     return float(fpr[np.argmax(tpr >= 0.95)])

@@ -1,9 +1,9 @@
-"""Out-of-distribution scores: one table, one direction, everything in float64 that few images make delicate.
+"""Out-of-distribution scores: one table, one direction, float64 wherever few images make the numerics delicate.
 
-Every score is a confidence, **higher = more in-distribution**, and has two halves: `fit` turns the training features
-into a state (a dict of tensors, so that it can be exported), `score` applies it. Distances live on the unit sphere,
-where contrastive features are comparable. Mahalanobis distances are float64 with a Ledoit-Wolf covariance: with a few
-images a class the empirical covariance is singular, and in float32 such distances fall to chance.
+Every score is a confidence, **higher = more in-distribution**, and has two functions: `fit` turns the training features
+into a state (a dict of tensors, so that it can be exported), and `score` applies it. Distances are computed on the unit
+sphere, where contrastive features are comparable. Mahalanobis distances use float64 and a Ledoit-Wolf covariance: with
+few images per class the empirical covariance is singular, and in float32 such distances perform at chance.
 
 Shapes: D images, N training images, C classes, F feature width.
 """
@@ -22,15 +22,15 @@ from modules.evaluation.probe import Probe
 
 State = dict[str, Tensor]
 
-# Variance a dimension is given at least. Unit features have about 1 / F each (5e-4 at F = 2,048), so this only keeps
-# the distance defined where an encoder collapsed.
+# Added to the variance of each dimension. Unit features have about 1 / F each (5e-4 at F = 2,048), so this only keeps
+# the distance defined if an encoder collapsed.
 VARIANCE_FLOOR = 1e-10
-ACCEPTED_SHARE = 0.95  # of the ID val images, by every threshold
+ACCEPTED_SHARE = 0.95  # every threshold accepts this share of the ID val images
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """What scores are fitted to: the train split and, for the binary head, a trained probe."""
+    """What the scores are fitted to: the train split and, for the score `binary`, a trained head."""
 
     features_NF: Tensor  # float32, raw (not unit length)
     labels_N: Tensor  # int64, every class 0..C-1 occurs
@@ -39,16 +39,16 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the table."""
+    """One row of the table of scores."""
 
     fit: Callable[[Fitting], State]
     score: Callable[[State, Tensor, Tensor], Tensor]  # (state, features_DF, logits_DC) -> float64 [D]
 
 
 def fit_scores(fitting: Fitting) -> dict[str, State]:
-    """The state of every score of SCORES; `binary` only where a head is handed in.
+    """The fitted state of every score of SCORES; `binary` only if a head is given.
 
-    Raises DataError where a class between 0 and the largest label has no training image.
+    Raises DataError if a class between 0 and the largest label has no training image.
     """
     counts_C = torch.bincount(fitting.labels_N)
     if (counts_C == 0).any():
@@ -59,16 +59,17 @@ def fit_scores(fitting: Fitting) -> dict[str, State]:
 
 
 def apply_scores(states: dict[str, State], features_DF: Tensor, logits_DC: Tensor) -> dict[str, Tensor]:
-    """Every fitted score of images with raw features_DF (float32) and logits_DC: name -> float64 [D]."""
+    """name -> float64 [D]: every fitted score, of images with raw features_DF (float32) and logits_DC."""
     return {name: SCORES[name].score(state, features_DF, logits_DC) for name, state in states.items()}
 
 
 def head_source(generated: int, near_ood_val_groups: Iterable[str]) -> str:
-    """What the OOD rows of the binary head are: generated, near_ood_val, or none where nothing can be held out.
+    """Where the OOD rows of the binary head come from: generated, near_ood_val, or none if too few to hold any out.
 
     Args:
-        generated: generated near-OOD images there are.
-        near_ood_val_groups: group of each near-OOD val image; half of the groups train the head, the others choose it.
+        generated: the number of generated near-OOD images.
+        near_ood_val_groups: the group of each near-OOD val image; half of the groups train the head, the others choose
+        it.
     """
     groups = len(set(near_ood_val_groups))
     if generated > (0 if groups else 1):
@@ -77,7 +78,7 @@ def head_source(generated: int, near_ood_val_groups: Iterable[str]) -> str:
 
 
 def check_score_name(name: str, with_head: bool) -> None:
-    """Raises ConfigError for a headline score that needs OOD rows which are not there."""
+    """Raise ConfigError if the headline score is `binary` and there is no binary head."""
     if name == "binary" and not with_head:
         raise ConfigError(
             "evaluation.score=binary needs OOD rows to train the head on, and there are neither generated near-OOD "
@@ -94,12 +95,12 @@ def acceptance_threshold(id_scores_D: Tensor) -> float:
 
 
 def neighbor_count(labels_N: Tensor) -> int:
-    """k = max(1, min(50, n_min // 10)), n_min the images of the rarest class; k = 50 needs 500 a class."""
+    """k = max(1, min(50, n_min // 10)), with n_min the image count of the rarest class; k = 50 needs 500 per class."""
     return max(1, min(50, smallest_class(labels_N) // 10))
 
 
 def class_means(unit_NF: Tensor, labels_N: Tensor) -> Tensor:
-    """Mean of the rows of each class, [C, F], in the dtype of unit_NF (not unit length)."""
+    """The mean of the rows of each class, [C, F], in the dtype of unit_NF (not of unit length)."""
     counts_C = torch.bincount(labels_N)
     sums_CF = torch.zeros(len(counts_C), unit_NF.shape[1], dtype=unit_NF.dtype).index_add_(0, labels_N, unit_NF)
     return sums_CF / counts_C[:, None]
@@ -110,7 +111,7 @@ def _nothing(fitting: Fitting) -> State:
 
 
 def _msp(state: State, features_DF: Tensor, logits_DC: Tensor) -> Tensor:
-    """max_c softmax(logits)_c in (0, 1]; in float64, since float32 ties at 1. Source: Hendrycks and Gimpel 2017."""
+    """max_c softmax(logits)_c in (0, 1]; float64, as in float32 many tie at 1. Source: Hendrycks and Gimpel 2017."""
     return logits_DC.double().softmax(dim=1).amax(dim=1)
 
 
@@ -130,7 +131,7 @@ def _fit_knn(fitting: Fitting) -> State:
 
 
 def _knn(state: State, features_DF: Tensor, logits_DC: Tensor) -> Tensor:
-    """Cosine to the k-th nearest training image, in [-1, 1]: the same order as minus its distance on the sphere.
+    """The cosine to the k-th nearest training image, in [-1, 1]; it orders images as minus their distance does.
 
     Source: Sun et al. 2022 (2204.06507), eq. 4, with k = max(1, min(50, n_min // 10)).
     """
@@ -146,7 +147,7 @@ def _fit_mahalanobis(fitting: Fitting) -> State:
 
 
 def _mahalanobis(state: State, features_DF: Tensor, logits_DC: Tensor) -> Tensor:
-    """-min_c (z - mu_c)^T S^-1 (z - mu_c), z unit, S the shared within-class Ledoit-Wolf covariance, float64.
+    """-min_c (z - mu_c)^T S^-1 (z - mu_c), for unit z and S the shared within-class Ledoit-Wolf covariance, in float64.
 
     Source: Lee et al. 2018 (1807.03888), eq. 2; Ledoit and Wolf 2004.
     """
@@ -161,7 +162,7 @@ def _fit_relative(fitting: Fitting) -> State:
 
 
 def _relative_mahalanobis(state: State, features_DF: Tensor, logits_DC: Tensor) -> Tensor:
-    """-min_c [d_c(z) - d_0(z)], d_0 the distance to one Gaussian of all training images.
+    """-min_c [d_c(z) - d_0(z)], d_c as in `_mahalanobis`, d_0 the distance to a single Gaussian of all training images.
 
     Source: Ren et al. 2021 (2106.09022), eq. 3.
     """
@@ -176,7 +177,10 @@ def _fit_cosine(fitting: Fitting) -> State:
 
 
 def _cosine(state: State, features_DF: Tensor, logits_DC: Tensor) -> Tensor:
-    """max_c cosine(z, mu_c), mu_c the mean of the unit features of class c, in [-1, 1]. Source: Techapanurak et al. 2019 (1905.10628)."""
+    """max_c cosine(z, mu_c), in [-1, 1], with mu_c the mean of the unit features of class c.
+
+    Source: Techapanurak et al. 2019 (1905.10628).
+    """
     return (normalize(features_DF.double(), dim=1) @ state["unit_mean_CF"].T).amax(dim=1)
 
 
@@ -185,7 +189,7 @@ def _fit_binary(fitting: Fitting) -> State:
 
 
 def _binary(state: State, features_DF: Tensor, logits_DC: Tensor) -> Tensor:
-    """Log-odds of ID against OOD under the binary head."""
+    """The log-odds of ID against OOD according to the binary head."""
     logits_D2 = features_DF.double() @ state["weight_F2"] + state["bias_2"]
     return logits_D2[:, 1] - logits_D2[:, 0]
 
@@ -202,11 +206,11 @@ def _whitening(centered_NF: Tensor) -> Tensor:
 def _class_distances(state: State, features_DF: Tensor) -> Tensor:
     """Squared Mahalanobis distances [D, C] of unit features, float64.
 
-    Both sides are whitened first, so that D x C differences of width F are never held at once.
+    Features and class means are whitened first, so that D x C differences of width F are never held in memory.
     """
     whiten_FF = state["whiten_FF"]
     unit_DF = normalize(features_DF.double(), dim=1)
-    # euclid in the whitened space, about the mean of the class means to keep cancellation small
+    # Euclidean distance in the whitened space, relative to the mean of the class means to reduce cancellation
     center_F = state["mean_CF"].mean(dim=0)
     white_DF, white_CF = (unit_DF - center_F) @ whiten_FF.T, (state["mean_CF"] - center_F) @ whiten_FF.T
     return torch.cdist(white_DF, white_CF, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -1,7 +1,7 @@
-"""The pieces of a self-contained HTML page: tables, tiles, images and figures, all escaped, nothing fetched.
+"""The building blocks of a self-contained HTML page: tables, tiles, images and figures; all text is escaped.
 
-A report is read months later, on another machine, from a mail: so there is no script, no font and no image outside
-the file. Figures are inline SVG whose colors are the page's CSS variables, so that they follow its light or dark mode.
+A report may be read months later, on another computer or from an e-mail, so the file refers to no script, font or image
+outside itself. Figures are inline SVG in the page's CSS variables, so that they follow its light or dark mode.
 """
 
 import base64
@@ -22,7 +22,7 @@ THUMBNAIL = 168  # pixels: twice the width at which a sheet shows an image, for 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: markup that is already escaped, and how it is set."""
+    """A table cell: markup that is already escaped, and how it is formatted."""
 
     markup: str
     number: bool = False
@@ -30,10 +30,10 @@ class Cell:
 
 
 def page(title: str, head: Iterable[str], sections: Iterable[tuple[str, str, str]]) -> str:
-    """A whole HTML document: `head`, links to the sections that have content, and these.
+    """A whole HTML document: `head`, links to the sections, and the sections themselves.
 
     Args:
-        sections: (anchor, short title, markup) each; empty markup: the section is left out.
+        sections: (anchor, short title, markup) of each; sections with empty markup are left out.
     """
     shown = [entry for entry in sections if entry[2]]
     links = "".join(f'<a href="#{anchor}">{escape(short)}</a>' for anchor, short, _ in shown)
@@ -48,7 +48,7 @@ def section(anchor: str, title: str, about: str, *parts: str) -> str:
 
 
 def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
-    """Large figures: (name, value, what stands under it)."""
+    """Tiles with large numbers, from (name, value, text under it)."""
     return (
         '<div class="tiles">'
         + "".join(
@@ -61,9 +61,9 @@ def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], chosen: int | None = None, kind: str = "") -> str:
-    """A table that scrolls sideways where it is wide; row `chosen` is marked.
+    """A table that scrolls sideways if it is too wide; row `chosen` is highlighted.
 
-    A column is set as numbers (right, tabular) where its first cell is one. Entries are Cells or plain values.
+    The header of a column is aligned as for numbers if its first cell is one. Entries are Cells or plain values.
     """
     cells = [[entry if isinstance(entry, Cell) else plain(entry) for entry in row] for row in rows]
     numeric = [bool(cells) and cells[0][index].number for index in range(len(columns))]
@@ -82,13 +82,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], chosen: int 
 
 
 def table_of(rows: Sequence[dict]) -> str:
-    """A table of dictionaries: columns are their keys in the order of the first, spelled with spaces."""
+    """A table of dictionaries: columns are their keys, in order of first occurrence, with spaces for underscores."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return table([column.replace("_", " ") for column in columns], [[row.get(key) for key in columns] for row in rows])
 
 
 def plain(value: object) -> Cell:
-    """A cell of any value: numbers to three significant digits, missing ones as a dash, text escaped."""
+    """A cell for any value: numbers to three significant digits, None as a dash, text escaped."""
     if value is None:
         return Cell("–", number=True)
     if isinstance(value, bool):
@@ -99,7 +99,7 @@ def plain(value: object) -> Cell:
 
 
 def number(value: float) -> str:
-    """A number as one reads it: integers with thin spaces between thousands, others to three significant digits."""
+    """A number formatted for reading: integers with spaces between thousands, others to three significant digits."""
     if isinstance(value, float) and not math.isfinite(value):
         return "–"
     if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
@@ -117,7 +117,7 @@ def percent(value: float) -> str:
 
 
 def share(value: float | None, low: float | None = None, high: float | None = None, meter: bool = False) -> Cell:
-    """A cell of a share in [0, 1] as percent, its interval beside it, a small bar behind it if `meter`."""
+    """A cell with a share in [0, 1] as percent, its interval beside it and, with `meter`, a small bar."""
     if value is None:
         return Cell("–", number=True)
     markup = f"{100 * value:.1f}"
@@ -129,7 +129,7 @@ def share(value: float | None, low: float | None = None, high: float | None = No
 
 
 def image(pixels_HWC: Tensor, title: str = "") -> str:
-    """An <img> of uint8 pixels inside the page: PNG, shrunk to THUMBNAIL where it is larger; `title` shows on hover."""
+    """An <img> with uint8 pixels embedded as PNG, shrunk to THUMBNAIL if larger; `title` is shown on hover."""
     picture = Image.fromarray(pixels_HWC.cpu().numpy())
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -144,7 +144,7 @@ def figure(svg: str) -> str:
 
 
 def shares_bar(seconds: dict[str, float]) -> str:
-    """One bar split by share of the time, with the share of each part on hover."""
+    """One bar divided by share of the time; hovering over a part shows its share."""
     total = sum(seconds.values())
     parts = []
     for index, (name, value) in enumerate(seconds.items()):
@@ -157,7 +157,7 @@ def shares_bar(seconds: dict[str, float]) -> str:
 
 
 def band(index: int, count: int) -> str:
-    """Color `index` of `count` around the hue circle, of middle lightness: readable on light and on dark."""
+    """Color `index` of `count` around the hue circle, of medium lightness: readable on light and dark backgrounds."""
     return f"hsl({(215 + 360 * index / max(1, count)) % 360:.0f} 44% {52 if index % 2 == 0 else 63}%)"
 
 

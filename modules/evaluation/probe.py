@@ -1,9 +1,9 @@
 """The linear probe: softmax regression on frozen features, at several learning rates in one pass.
 
-A representation is judged by what a linear classifier reads out of it. The one setting that matters, the learning
-rate, is chosen on val; training all candidates side by side on the same batches costs one matrix product a step and
-removes the temptation to tune it by hand. The gradient of softmax regression is closed form, so no autograd graph is
-built and the result is a pure function of features, settings and seed.
+A representation is judged by how well a linear classifier reads the classes from it. The one setting that matters, the
+learning rate, is chosen on val. All candidates are trained side by side on the same batches, which costs one matrix
+product per step and removes the temptation to tune by hand. The gradient of softmax regression has a closed form, so no
+autograd graph is built. The result is a pure function of features, settings and seed.
 
 Shapes: D images, B rows of a batch, F feature width, C classes, L learning rates.
 """
@@ -51,14 +51,14 @@ def train_probe(
 ) -> Probe:
     """The probe of the learning rate with the highest val accuracy (ties: lower val loss, then the smaller rate).
 
-    For every rate l at once: W_l, b_l minimize mean_i w_i [-log softmax((x_i - mean)/sd W_l + b_l)[y_i]] by SGD with
-    momentum .9, cosine decay to 0 and `settings.weight_decay` on W, from W = 0. Batches are permutations drawn from
-    stream(seed, name, epoch) and shared by all rates. mean and sd are those of the train features; a constant feature
-    is centered and not scaled.
+    For all rates l at once: W_l, b_l minimize mean_i w_i [-log softmax((x_i - mean)/sd W_l + b_l)[y_i]] by SGD with
+    momentum .9, cosine decay to 0 and `settings.weight_decay` on W, starting from W = 0. The batches of an epoch split
+    a permutation drawn from stream(seed, name, epoch), shared by all rates. mean and sd are those of the train
+    features; a constant feature is centered but not scaled.
 
     features float32 [D, F], labels int64 in [0, C), weights >= 0 [D] (default 1; scaled to mean 1).
 
-    Raises DataError where val is empty, NonFinite where every learning rate diverged.
+    Raises DataError if val is empty, NonFinite if training diverged at every learning rate.
     """
     if len(val_DF) == 0:
         raise DataError(
@@ -70,7 +70,7 @@ def train_probe(
     weight_LFC, bias_LC = _descend(
         (train_DF - mean_F) / sd_F, labels_D, _mean_one(weights_D, labels_D), num_classes, settings, seed, name
     )
-    # x / sd W + (b - mean / sd W): the exported probe takes features as the encoder gives them
+    # x / sd W + (b - mean / sd W): the probe takes features as the encoder outputs them
     weight_LFC = weight_LFC / sd_F[:, None]
     bias_LC = bias_LC - torch.einsum("f,lfc->lc", mean_F, weight_LFC)
 
@@ -93,9 +93,9 @@ def train_probe(
 def train_binary_head(
     id_DF: Tensor, ood_DF: Tensor, val_id_DF: Tensor, val_ood_DF: Tensor, *, settings: config.Probe, seed: int
 ) -> Probe:
-    """A probe with classes (0 OOD, 1 ID), both sides weighing equally in training and in the choice on val.
+    """A probe with classes (0 OOD, 1 ID); both sides have equal weight in training and in the choice on val.
 
-    The OOD rows come from generated negatives or from near-OOD classes kept for settings, never from test.
+    The OOD rows come from generated negatives or from near-OOD classes reserved for choosing settings, never from test.
     """
     train_labels_D, train_weights_D = _two_sides(ood_DF, id_DF)
     val_labels_D, val_weights_D = _two_sides(val_ood_DF, val_id_DF)
@@ -148,7 +148,7 @@ def _descend(
 
 
 def _two_sides(ood_DF: Tensor, id_DF: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels (0 for the OOD rows, then 1) and weights that give both sides half of the sum."""
+    """Labels (0 for the OOD rows, then 1 for the ID rows) and weights that sum to the same for both sides."""
     sizes = (len(ood_DF), len(id_DF))
     if min(sizes) == 0:
         raise DataError(f"the binary ID/OOD head needs rows of both kinds, got {sizes[1]} ID and {sizes[0]} OOD rows")

@@ -1,9 +1,9 @@
-"""The metrics again, on all bootstrap resamples at once.
+"""The metrics on all bootstrap resamples at once.
 
-A resample repeats row i of the test set w_i times, so each metric is a function of integer row weights, and sorting a
-score once serves every resample. One interval needs 1,000 resamples of five metrics for each of eight scores: through
-scikit-learn that is 40,000 calls and minutes of a CPU core; here it is cumulative sums, a few seconds in all.
-Each function is tested to equal scikit-learn on the physically repeated rows.
+A resample repeats row i of the test set w_i times, so each metric is a function of integer row weights, and a score has
+to be sorted only once for all resamples. Intervals need 1,000 resamples of five metrics for each of eight scores:
+40,000 calls of scikit-learn, minutes on a CPU core. Here they are cumulative sums, a few seconds in all. Each function
+is tested to equal scikit-learn on rows that are physically repeated.
 
 Shapes: Q resamples, D images, C classes, T thresholds.
 """
@@ -14,17 +14,17 @@ from torch.nn.functional import one_hot
 
 from modules.evaluation.metrics import OOD_METRICS
 
-RESAMPLE_BLOCK = 128  # resamples whose curves are held at once: 128 x 10,000 float64 is 10 MB an array
+RESAMPLE_BLOCK = 128  # resamples whose curves are held at once: 128 x 10,000 float64 are 10 MB per array
 
 
 def mean_replicates(values_D: Tensor, weights_QD: Tensor) -> Tensor:
-    """Weighted mean of values_D under each resample, float64 [Q]: accuracy from hits, mean confidence, and so on."""
+    """The weighted mean of values_D under each resample, float64 [Q]: accuracy from hits, mean confidence and so on."""
     weights_QD = weights_QD.double()
     return weights_QD @ values_D.double() / weights_QD.sum(dim=1)
 
 
 def macro_accuracy_replicates(correct_D: Tensor, labels_D: Tensor, num_classes: int, weights_QD: Tensor) -> Tensor:
-    """Mean over the classes a resample holds of their accuracy in it, float64 [Q]."""
+    """The mean accuracy over the classes that occur in each resample, float64 [Q]."""
     member_DC = one_hot(labels_D, num_classes).double()
     weights_QD = weights_QD.double()
     total_QC = weights_QD @ member_DC
@@ -35,9 +35,9 @@ def macro_accuracy_replicates(correct_D: Tensor, labels_D: Tensor, num_classes: 
 def ood_replicates(
     id_scores_D: Tensor, ood_scores_D: Tensor, id_weights_QD: Tensor, ood_weights_QD: Tensor
 ) -> dict[str, Tensor]:
-    """metrics.ood_metrics under each resample: metric name -> float64 [Q].
+    """metric name -> float64 [Q]: metrics.ood_metrics under each resample.
 
-    Scores are confidence (higher is more in-distribution); weights are non-negative counts with a positive sum in
+    Scores are confidences (higher is more in-distribution); weights are non-negative counts with a positive sum in
     every row.
     """
     scores_D = torch.cat([id_scores_D, ood_scores_D]).double()
@@ -70,27 +70,27 @@ def ood_replicates(
 
 
 def _tie_ends(sorted_D: Tensor) -> Tensor:
-    """Positions of the last of each run of equal values: only there is a threshold."""
+    """The position of the last value of each run of equal values: thresholds can only lie there."""
     last_D = torch.ones(len(sorted_D), dtype=torch.bool)
     last_D[:-1] = sorted_D[1:] != sorted_D[:-1]
     return last_D.nonzero()[:, 0]
 
 
 def _area(positives_QT: Tensor, negatives_QT: Tensor) -> Tensor:
-    """Area under the ROC curve from cumulative weights, trapezoidal (ties count half)."""
+    """The area under the ROC curve from cumulative weights, trapezoidal (ties count half)."""
     tpr_QT, fpr_QT = positives_QT / positives_QT[:, -1:], negatives_QT / negatives_QT[:, -1:]
     return _trapezoid(_prepend(fpr_QT, 0.0), _prepend(tpr_QT, 0.0))
 
 
 def _precision_area(positives_QT: Tensor, negatives_QT: Tensor) -> Tensor:
-    """Area under the precision-recall curve; precision is 1 until the first row is accepted, as scikit-learn has it."""
+    """The area under the precision-recall curve; precision is 1 until a row is accepted, as in scikit-learn."""
     accepted_QT = positives_QT + negatives_QT
     precision_QT = torch.where(accepted_QT > 0, positives_QT / accepted_QT.clamp(min=1), 1.0)
     return _trapezoid(_prepend(positives_QT / positives_QT[:, -1:], 0.0), _prepend(precision_QT, 1.0))
 
 
 def _fpr(positives_QT: Tensor, negatives_QT: Tensor) -> Tensor:
-    """False-positive rate at the first threshold whose true-positive rate is at least .95."""
+    """The false-positive rate at the first threshold whose true-positive rate is at least .95."""
     reached_QT = positives_QT / positives_QT[:, -1:] >= 0.95
     first_Q1 = reached_QT.to(torch.uint8).argmax(dim=1, keepdim=True)
     return (negatives_QT / negatives_QT[:, -1:]).gather(1, first_Q1)[:, 0]

@@ -1,7 +1,7 @@
-"""One run as one self-contained HTML page: what was generated, how it learned, what came out, and where time went.
+"""The report of a run as one self-contained HTML page: generated images, learning curves, results, and time by phase.
 
-Everything is handed in: the page reads no file and starts nothing. A part that was not handed in has no section, so
-the same function serves a baseline without a generator and a run with one.
+All content is passed in; nothing is read from a run or started. A part that is not given has no section, so the same
+function serves a baseline without a generator and a run with one.
 
 Shapes: D images, C classes, F feature width, H W pixels.
 """
@@ -47,7 +47,7 @@ CURVES = {  # key of a metric row -> title of its panel, in the order in which p
     "lr": "learning rate",
 }
 OOD_TITLES = ("AUROC", "AUPR, ID positive", "AUPR, OOD positive", "OOD accepted at 95 % ID", "ID rejected at 95 % OOD")
-FEW_GROUPS = 20  # with so many, percentile intervals of a share hold the truth in 90 to 93 % of cases, not in 95 %
+FEW_GROUPS = 20  # at this number, 95 % percentile intervals of a share cover the truth in only 90 to 93 % of cases
 ROLE_TITLES = {"near_ood": "Near-OOD: held-out classes of the same family", "far_ood": "Far-OOD: another image set"}
 
 
@@ -63,7 +63,7 @@ class SheetRow:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Features to be drawn as a map; labels are class ids, -1 for near-OOD."""
+    """Features to draw as a map; labels are class ids, -1 for near-OOD."""
 
     features_DF: Tensor
     labels_D: Tensor
@@ -78,15 +78,15 @@ class Report:
     title: str
     outcome: Outcome
     lead: str = ""  # one sentence: data, method, steps
-    notes: tuple[str, ...] = ()  # what a reader must know, such as "rendered, not photographed"
+    notes: tuple[str, ...] = ()  # what the reader must know, such as "rendered, not photographed"
     card: tuple[tuple[str, str, str], ...] = ()  # (setting, value, reason)
     sheet: tuple[SheetRow, ...] = ()
     metric_rows: Sequence[dict] = ()  # of metrics.jsonl, each with "step"; "reference_level" is drawn into the loss
     embedding: EmbeddingMap | None = None
-    inversion_rows: Sequence[dict] = ()  # one a class
-    recipe_sheets: Sequence[RecipeSheet] = ()  # example images, one a recipe
-    recipe_rows: Sequence[dict] = ()  # suitability, one a recipe (and class)
-    gate_rows: Sequence[dict] = ()  # verdicts counted, one a recipe (and class)
+    inversion_rows: Sequence[dict] = ()  # one per class
+    recipe_sheets: Sequence[RecipeSheet] = ()  # example images, one per recipe
+    recipe_rows: Sequence[dict] = ()  # suitability, one per recipe (and class)
+    gate_rows: Sequence[dict] = ()  # counts of verdicts, one per recipe (and class)
     gate_enabled: bool = False
     seconds: dict[str, float] = field(default_factory=dict)  # Meter.seconds: "stage.<name>" and step phases
     images: dict[str, int] = field(default_factory=dict)  # phase -> images that went through it, for throughput
@@ -95,12 +95,12 @@ class Report:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write report.html whole or not at all; raises StorageError where it cannot be written."""
+    """Write report.html atomically; raise StorageError if it cannot be written."""
     write_atomic(path, render_report(report))
 
 
 def render_report(report: Report) -> str:
-    """The page as one string of HTML; it refers to nothing outside itself."""
+    """The page as one string of HTML that refers to nothing outside itself."""
     sections = [
         ("generated", "Images", _sheet(report)),
         ("learning", "Learning", _curves(report)),
@@ -277,7 +277,7 @@ def _classes(report: Report) -> str:
 def _map(report: Report) -> str:
     given = report.embedding
     if given is None or min(given.points, len(given.features_DF)) < 3:
-        return ""  # of two points there is no map
+        return ""  # two points make no map
     rows, xy = figures.embedding_points(given.features_DF, given.points, given.seed)
     labels, classes = given.labels_D[rows].tolist(), report.outcome.detector.classes
     svg = figures.embedding_figure(xy, labels, classes)

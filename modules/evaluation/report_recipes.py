@@ -1,6 +1,6 @@
-"""The part of a report on what was generated, recipe by recipe: examples, suitability, verdicts, the decoder's trace.
+"""The part of a report on what was generated, by recipe: examples, suitability, verdicts, the decoder's trace.
 
-Rows are handed in as plain dictionaries; a part that has none has no section.
+Rows are passed as plain dictionaries; a part without rows has no section.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 from modules.evaluation import page
 from modules.evaluation.artifact import artifact_doubt
 
-ALL = "all"  # the class of a row over all classes, as suitability has it
-FIGURES = {  # figure of a suitability row -> column title
+ALL = "all"  # the class of a row over all classes, as in suitability rows
+FIGURES = {  # key of a suitability row -> column title
     "agreement": "label agreement",
     "agreement_share": "of that of their sources",
     "diversity_share": "diversity, of the real one",
@@ -26,7 +26,7 @@ class Shot:
     """One image of a contact sheet."""
 
     pixels_HWC: Tensor  # uint8
-    caption: str = ""  # a word or two under it: recipe, strength
+    caption: str = ""  # a word or two shown under it: recipe, strength
     provenance: str = ""  # shown on hover
 
 
@@ -47,7 +47,7 @@ def shot_markup(shot: Shot) -> str:
 
 
 def recipes_section(sheets: Sequence[RecipeSheet], rows: Sequence[dict]) -> str:
-    """A row of example images a recipe with its suitability over all classes; the figures by class folded below."""
+    """One row of example images per recipe, with its suitability over all classes; rows by class, folded, below."""
     if not sheets and not rows:
         return ""
     whole = {row["recipe"]: row for row in rows if row.get("class") == ALL}
@@ -85,7 +85,7 @@ def recipes_section(sheets: Sequence[RecipeSheet], rows: Sequence[dict]) -> str:
 
 
 def gate_section(rows: Sequence[dict], enabled: bool) -> str:
-    """Verdicts counted by recipe, and by class below; `rows` have recipe, class, images and a count for each reason."""
+    """Counts of verdicts by recipe and, below, by class; `rows` have recipe, class, images and a count per reason."""
     if not rows:
         return ""
     rejects = "Rejected images were drawn again and then given up"
@@ -103,7 +103,7 @@ def gate_section(rows: Sequence[dict], enabled: bool) -> str:
 
 
 def artifact_section(found: dict) -> str:
-    """The warning light: how well frozen features tell real images from the same images after encode and decode."""
+    """The artifact light: how well frozen features tell real images from the same images after encode and decode."""
     if "artifact.probe_auroc" not in found:
         return ""
     rows = [

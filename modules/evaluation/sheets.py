@@ -10,7 +10,7 @@ SCALE, LABEL_HEIGHT = 2, 14
 
 
 def sheet_png(rows: list[list[torch.Tensor]], labels: list[str], scale: int = SCALE) -> bytes:
-    """A PNG of rows of uint8 [H, W, 3] images, enlarged `scale` times, each row under its label."""
+    """A PNG of rows of uint8 [H, W, 3] images, enlarged `scale` times, with a label above each row."""
     side = rows[0][0].shape[0] * scale
     sheet = Image.new("RGB", (side * max(map(len, rows)), (side + LABEL_HEIGHT) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -26,7 +26,7 @@ def sheet_png(rows: list[list[torch.Tensor]], labels: list[str], scale: int = SC
 
 
 def curves_png(curves: dict[str, list[tuple[int, float]]]) -> bytes:
-    """A PNG of one panel a curve, (step, value) each, on a logarithmic scale."""
+    """A PNG with one panel per curve, a list of (step, value), on a logarithmic scale."""
     figure = Figure(figsize=(5 * len(curves), 3), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         axes.plot(*zip(*points, strict=True), color="#2a6f97")

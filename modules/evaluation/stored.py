@@ -1,9 +1,9 @@
-"""What an evaluation leaves on disk for others to read: predictions of a run, and the detector of an export.
+"""The files an evaluation writes: the predictions of a run, and the detector of an export.
 
-`predictions.safetensors` is all a comparison needs from a run: per test image its path, group, logits and every score,
-so that intervals can be paired over test groups without loading an encoder. `ood.safetensors` turns features of an
-exported encoder into a class and an accept/reject decision. Both are safetensors: nothing is unpickled, and strings
-travel as JSON bytes in a uint8 tensor (a header has a size limit that paths would reach).
+`predictions.safetensors` has what a comparison reads per test image: path, group, logits and every score, so that
+intervals can be paired over test groups without loading an encoder. `ood.safetensors` holds what turns features of an
+exported encoder into a class and an accept/reject decision. Both are safetensors, so nothing is unpickled. Paths and
+groups are stored as JSON bytes in uint8 tensors, as they could exceed the size limit of the header.
 
 Shapes: D test images (ID first, then near-OOD, then far-OOD), C classes, F feature width.
 """
@@ -26,7 +26,7 @@ ROLES = ("id", "near_ood", "far_ood")
 
 @dataclass(frozen=True)
 class Predictions:
-    """One row a test image."""
+    """Predictions and scores of the test images, one row per image."""
 
     classes: tuple[str, ...]
     paths: tuple[str, ...]
@@ -34,17 +34,17 @@ class Predictions:
     roles_D: Tensor  # uint8, position in ROLES
     labels_D: Tensor  # int64, class id; -1 for OOD images
     logits_DC: Tensor  # float32
-    knn_D: Tensor  # int64, class predicted by the neighbors
+    knn_D: Tensor  # int64, class predicted by the nearest neighbors
     scores: dict[str, Tensor]  # score -> float64 [D], higher = more in-distribution
 
     def rows(self, role: str) -> Tensor:
-        """Positions (int64) of the images of a role."""
+        """The row numbers (int64) of the images of a role."""
         return (self.roles_D == ROLES.index(role)).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """What a detector says of images."""
+    """A detector's output for a set of images."""
 
     labels_D: Tensor  # int64, most probable class
     confidence_D: Tensor  # float32, its probability
@@ -54,7 +54,7 @@ class Judgment:
 
 @dataclass(frozen=True)
 class Detector:
-    """Readout, OOD statistics and thresholds: features in, class and accept/reject out."""
+    """Readout, OOD states and thresholds, which turn features into a class and an accept/reject decision."""
 
     classes: tuple[str, ...]
     readout: Probe
@@ -63,7 +63,7 @@ class Detector:
     headline: str
 
     def judge(self, features_DF: Tensor) -> Judgment:
-        """Class, probability, every score and the decision for raw features (float32)."""
+        """Class, its probability, every score and the decision, for raw features (float32)."""
         logits_DC = self.readout.logits(features_DF)
         confidence_D, labels_D = logits_DC.softmax(dim=1).max(dim=1)
         scores = apply_scores(self.states, features_DF, logits_DC)
@@ -71,7 +71,7 @@ class Detector:
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
-    """Write predictions.safetensors whole or not at all."""
+    """Write predictions.safetensors, atomically."""
     tensors = {
         "paths": _json_tensor(predictions.paths),
         "groups": _json_tensor(predictions.groups),
@@ -85,7 +85,7 @@ def save_predictions(path: Path, predictions: Predictions) -> None:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read predictions.safetensors; raises DataError where it is missing, broken or lacks a part."""
+    """Read predictions.safetensors; raise DataError if it is missing, broken or incomplete."""
     tensors, metadata = _load(path, ("paths", "groups", "roles", "labels", "logits", "knn"), ("classes",))
     return Predictions(
         classes=tuple(json.loads(metadata["classes"])),
@@ -100,7 +100,7 @@ def load_predictions(path: Path) -> Predictions:
 
 
 def save_detector(path: Path, detector: Detector) -> None:
-    """Write the detector, with classes, thresholds, headline and learning rate in the header, whole or not at all."""
+    """Write the detector atomically, with classes, thresholds, headline score and learning rate in the header."""
     tensors = {"readout.weight_FC": detector.readout.weight_FC, "readout.bias_C": detector.readout.bias_C}
     for name, state in detector.states.items():
         tensors |= {f"{name}.{part}": value for part, value in state.items()}
@@ -116,7 +116,7 @@ def save_detector(path: Path, detector: Detector) -> None:
 
 
 def load_detector(path: Path) -> Detector:
-    """Read a saved detector; raises DataError where it is missing, broken or has a score this version lacks."""
+    """Read a saved detector; raise DataError if it is missing, broken, incomplete or has a score this version lacks."""
     header = ("classes", "scores", "thresholds", "headline", "lr")
     tensors, metadata = _load(path, ("readout.weight_FC", "readout.bias_C"), header)
     names = json.loads(metadata["scores"])

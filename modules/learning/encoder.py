@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         return self.linear(features_RF).float()
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
-        """The backbone's state for the export: statistics of real rows only; torchvision's key names for its ResNets."""
+        """The backbone's state for the export: statistics of real rows only; torchvision's keys for its ResNets."""
         return {key: value for key, value in self.backbone.state_dict().items() if "generated_" not in key}
 
 

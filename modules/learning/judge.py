@@ -36,9 +36,9 @@ def load_judge(
     """judge(images_BHWC uint8) -> (unit features_BF, predicted_B), trained on the given images or read from the cache.
 
     Args:
-        steps: AdamW steps of 64 images with random views. learning: the judge's views use its crop, jitter and gray
-        settings, so that the judge sees what the learner sees;
-            None: the defaults.
+        steps: AdamW steps of 64 images with random views.
+        learning: its crop, jitter and gray settings are those of the judge's views, so that the judge sees what the
+            learner sees; None: the defaults.
     """
     device = pixels_DHWC.device
     settings = config.Encoder(arch="small_resnet", width=WIDTH)
