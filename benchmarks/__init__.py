@@ -1,4 +1,4 @@
-"""Measurements: `python -m benchmarks.<name>`. Libraries are quieted before any script imports them."""
+"""Benchmarks, run as `python -m benchmarks.<name>`. Libraries are quieted here, before any script imports them."""
 
 from modules.quiet import quiet_libraries
 

@@ -1,7 +1,7 @@
-"""At which batch a technique is at its best: at somebody else's best batch its ratio to another would mean nothing.
+"""Finds the batch size at which a technique is fastest, since a ratio of techniques is only fair at each one's best.
 
-A pipeline that runs as it is is timed by its parts at every batch, the slot engine by its tick. One that is compiled is
-compiled anew for every batch, which takes a minute or two, so few are tried, and its row says which.
+An uncompiled pipeline is timed by its parts at every batch size, the slot engine by its tick. A compiled pipeline has
+to be compiled anew for every batch size, which takes a minute or two, so only a few are tried; its row says which.
 """
 
 import time
@@ -15,19 +15,19 @@ from benchmarks.inputs import Setting
 from modules.diffusion.pipeline import StableDiffusion
 
 BATCHES = {"cuda": (8, 16, 32, 64), "cpu": (4, 8, 16, 32)}
-TOLERANCE = 0.02  # batches that cost at most this much more an image are as good
-SEARCH_SHARE = 0.2  # of the time left that a search by parts may take
+TOLERANCE = 0.02  # batches whose cost per image is at most this much above the least count as equally good
+SEARCH_SHARE = 0.2  # the share of the time left that a search by parts may take
 
 
 @torch.no_grad()
 def best_batch(
     pipeline: StableDiffusion, setting: Setting, images: int, name: str, seconds: float = float("inf")
 ) -> tuple[int, str]:
-    """The batch at which diffusers' pipeline makes most images a second, by the time of its parts, and what was tried.
+    """The batch at which diffusers' pipeline is fastest per image, by the time of its parts; and what was tried.
 
-    Timed are one guided UNet call, one encoding and one decoding at each batch; an image costs
-    (calls x UNet + encode + decode) / batch. A batch that does not fit into memory is out; of those within TOLERANCE of
-    the best the smallest is taken.
+    One guided UNet call, one encoding and one decoding are timed at each batch; an image then costs (calls x UNet +
+    encode + decode) / batch. Batches that do not fit into memory are dropped; of those within TOLERANCE of the best,
+    the smallest is taken.
 
     Args:
         seconds: time left of the budget, see `cheapest`.
@@ -45,17 +45,18 @@ def best_batch(
 def best_slots(
     build: Callable[[int], SlotEngine], images: int, device: torch.device, name: str, seconds: float = float("inf")
 ) -> tuple[int, str]:
-    """The number of slots at which an engine's ticks cost least an image, and what was tried.
+    """The number of slots at which an engine's ticks cost least per image, and what was tried.
 
-    Of those as good as the best the largest is taken: compiled, which is not tried here, more slots gain more.
+    Of those within TOLERANCE of the best, the largest is taken: under compilation, which is not tried here, more slots
+    gain more.
 
     Args:
-        build: the engine with that many slots.
+        build: makes the engine with a given number of slots.
     """
 
     def image_ms(slots: int) -> float:
         engine = build(slots)
-        engine.slots.tick()  # real latents
+        engine.slots.tick()  # so that the latents are real ones
         return engine.request(0).cost * _medians({"tick": engine.slots.in_flight.step}, device)[0] / slots
 
     return cheapest(image_ms, possible(images, device), name, seconds, pick=max)
@@ -68,15 +69,15 @@ def cheapest(
     seconds: float,
     pick: Callable[[Iterable[int]], int] = min,
 ) -> tuple[int, str]:
-    """The smallest of the batches whose cost is within TOLERANCE of the least, and the costs of all in words.
+    """The smallest batch whose cost is within TOLERANCE of the least, and the costs of all batches in words.
 
     Args:
-        pick: max takes the largest of them instead.
-        cost_ms: milliseconds an image takes at a batch; one that raises RuntimeError (memory) or ValueError is out.
+        cost_ms: milliseconds per image at a batch; a batch that raises RuntimeError (memory) or ValueError is dropped.
         seconds: time left, of which SEARCH_SHARE may be spent; the first batch is always tried.
+        pick: min; or max, to take the largest such batch.
 
     Raises:
-        ValueError: not one batch can be run.
+        ValueError: no batch can be run.
     """
     begin, costs, out = time.perf_counter(), {}, []
     for batch in batches:
@@ -97,7 +98,7 @@ def cheapest(
 
 
 def possible(images: int, device: torch.device) -> list[int]:
-    """Batches that divide a number of images; that number itself where none does."""
+    """The batches that divide a number of images; that number itself if none does."""
     return [batch for batch in BATCHES[device.type] if images % batch == 0] or [images]
 
 
@@ -114,12 +115,13 @@ def compiled_rates(
     device: torch.device,
     left: Callable[[], float],
 ) -> dict[int, float | str]:
-    """Images a second of a compiled pipeline at each batch, by its second call; or why one was not tried.
+    """Images per second of a compiled pipeline at each batch, timed on its second call; or why there is no rate.
 
     Args:
-        call_at: a call of the pipeline in batches of a size, which compiles when it is first called.
-        left: seconds that may still be spent; after the first, a batch is begun only if there is time for it and for the
-            engine's own compilation after it, should each be as slow as the first.
+        call_at: returns a call of the pipeline at a batch size, which compiles when it is first called.
+        left: seconds that may still be spent; a batch after the first is started only if there is time for it and for
+        the
+            engine's own compilation after it, assuming that each takes as long as the slowest so far.
     """
     rates: dict[int, float | str] = {}
     longest = 0.0
@@ -141,14 +143,14 @@ def compiled_rates(
 
 
 def fastest(rates: dict[int, float | str]) -> tuple[int, str]:
-    """The batch with the highest rate, and all that were tried in words."""
+    """The batch with the highest rate, and in words all that were tried."""
     known = {batch: rate for batch, rate in rates.items() if not isinstance(rate, str)}
     told = [f"{b} {rate if isinstance(rate, str) else f'{rate:.4g} images/s'}" for b, rate in rates.items()]
     return max(known, key=known.get), f"batches tried: {', '.join(told)}"
 
 
 def _medians(calls: dict[str, Callable[[], object]], device: torch.device) -> list[float]:
-    """Milliseconds of each call; ValueError if one fails."""
+    """The median milliseconds of each call; raises ValueError if one fails."""
     found = harness.compare(calls, device, blocks=3, block_seconds=0.0)
     if found.failures:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in found.failures.items()))

@@ -1,7 +1,7 @@
-"""What the device gives a library at its best, and a cache in the state in which a call finds it in a real step.
+"""Ceilings: the best rates that libraries reach on the device; and emptying the cache, as calls find it in a real step.
 
-A share of a ceiling says something only if both were measured alike: a copy of a gigabyte goes to memory, so a kernel
-whose tensors would stay in the cache from one repetition to the next has to find them in memory too.
+A share of a ceiling is meaningful only if both were measured alike. A copy of a gigabyte goes to memory, so a kernel
+whose tensors would otherwise stay in the cache between repetitions must find them in memory too.
 """
 
 from collections.abc import Callable
@@ -11,20 +11,20 @@ import torch
 
 from benchmarks import harness
 
-COLD = 4  # times the cache that must pass through it until nothing older is left
+COLD = 4  # reading this many times the cache's size evicts everything older
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device gives a library at its best, in this run."""
+    """The best rates that libraries reach on the device, measured in this run."""
 
     matmul_tflop_per_s: float
     copy_gib_per_s: float  # bytes read plus bytes written
     note: str
-    float32_tflop_per_s: float | None = None  # None: the product above is one of float32
+    float32_tflop_per_s: float | None = None  # None: the product above is in float32 already
 
     def tflop_per_s(self, dtype: str) -> float:
-        """The ceiling of matrix products that are as exact as their dtype."""
+        """The ceiling of matrix products that are as exact as `dtype` allows."""
         own = self.float32_tflop_per_s if dtype == "float32" else None
         return own or self.matmul_tflop_per_s
 
@@ -32,11 +32,11 @@ class Ceilings:
 def measure_ceilings(
     device: torch.device | str = "cpu", dtype: torch.dtype | None = None, clock: str = "wall"
 ) -> Ceilings:
-    """A large matrix product and a large copy of random numbers: fp16 of 8192 and 1 GiB on a GPU, fp32 of 1024 and
-    64 MiB on a CPU.
+    """The rates of a large matrix product and a large copy of random numbers.
 
-    On a GPU a product of float32 has a ceiling of its own: the library's own, or a third of its tf32 product if that is
-    more, since three of those (tf32x3) are as exact.
+    On a GPU these are fp16 of 8192 x 8192 and 1 GiB, on a CPU fp32 of 1024 x 1024 and 64 MiB. On a GPU, float32
+    products have their own ceiling: the rate of the library's float32 product, or a third of that of its tf32 product
+    if that is higher, since three tf32 products (tf32x3) are as exact.
     """
     on_gpu = torch.device(device).type == "cuda"
     dtype = dtype or (torch.float16 if on_gpu else torch.float32)
@@ -62,7 +62,7 @@ def measure_ceilings(
 
 
 def _float32_ms(a: torch.Tensor, b: torch.Tensor, device: torch.device | str) -> tuple[float, float]:
-    """Milliseconds of a float32 product by the library, exact and in tf32."""
+    """Milliseconds of the library's float32 product: exact, and in tf32."""
     product, precision = torch.empty_like(a), torch.get_float32_matmul_precision()
     found = []
     try:
@@ -75,16 +75,16 @@ def _float32_ms(a: torch.Tensor, b: torch.Tensor, device: torch.device | str) ->
 
 
 def cache_bytes(device: torch.device | str) -> int:
-    """Size of a GPU's L2 cache; 0 on a CPU, whose caches are left as they are."""
+    """The size of a GPU's L2 cache; 0 on a CPU, whose caches are not emptied."""
     return torch.cuda.get_device_properties(device).L2_cache_size if torch.device(device).type == "cuda" else 0
 
 
 def cold_cache(device: torch.device | str, moved: int) -> Callable[[], object] | None:
-    """A call after which the L2 cache holds nothing of a candidate that moves `moved` bytes; None where it need not.
+    """A call that evicts a candidate's tensors from the L2 cache; None if its `moved` bytes already do so.
 
-    A call that repeats on tensors which fit the cache would be measured against a copy that goes to memory. What moves
-    four times the cache puts itself out. The cache is filled by reading: lines that were written would have to be
-    written back within the time of the next call.
+    Otherwise a repeated call whose tensors fit the cache would be compared with a copy that goes to memory. A candidate
+    that moves at least COLD times the cache evicts itself. The call only reads: written lines would have to be written
+    back during the next call.
     """
     cache = cache_bytes(device)
     if moved >= COLD * cache:

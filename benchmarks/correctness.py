@@ -1,9 +1,9 @@
 """Is it right before it is fast? `python -m benchmarks.correctness`.
 
-A quick set of parity checks on the device that is about to be measured: every kernel against float64, and the slot
-engine against diffusers' own image-to-image pipeline from the same latents and the same noise. A kernel may err as much
-as the plain definition errs at that dtype, and a little more. The last line printed is one JSON document; the exit code
-is 1 if a check fails. `wrong` in it names what failed: ops, or the engine.
+A quick set of parity checks on the device that is about to be benchmarked: every kernel against float64, and the slot
+engine against diffusers' image-to-image pipeline from the same latents and noise. A kernel may have twice the error of
+the plain definition in its dtype, and a little more. The last line printed is one JSON document, in which `wrong` names
+what failed: ops, or the engine. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from benchmarks.kernel_cases import SWEEPS
 from kernels.upsample import FORMS
 from modules.diffusion.upsampling import set_forms
 
-MORE_THAN_EAGER = 1e-4  # relative error that a kernel may add to twice the definition's own
+MORE_THAN_EAGER = 1e-4  # relative error that a kernel may have beyond twice the definition's
 DEFINITION = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}  # relative error that a definition may have
-ROUNDED = 1e-2  # of ops that round to uint8 levels
-PIXELS_FP32, PSNR_FP16_DB = 1e-4, 40.0  # of the engine against diffusers
+ROUNDED = 1e-2  # the same for ops that round to uint8 levels
+PIXELS_FP32, PSNR_FP16_DB = 1e-4, 40.0  # largest difference and least PSNR of the engine against diffusers
 IMAGES = 4
 ENGINE = "engine"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim, what was found and what is allowed."""
+    """One check: whether it passed, and in words what was found and what is allowed."""
 
     name: str
     passed: bool
@@ -52,7 +52,7 @@ def kernel_checks(device: torch.device) -> Iterator[Check]:
 
 @contextlib.contextmanager
 def guarded(of: str, name: str) -> Iterator[list[Check]]:
-    """A list for checks; what raises instead of answering is a failed check, and costs no other."""
+    """A list to put checks into; an exception becomes a failed check and does not end the others."""
     found: list[Check] = []
     try:
         yield found
@@ -136,12 +136,12 @@ def main(argv: list[str] | None = None) -> dict:
     checks: list[Check] = []
     conditions, lost = harness.conditions(device), False
     source = options.pipeline or inputs.default_pipeline(device)
-    for found in (engine_checks(device, source), kernel_checks(device)):  # a kernel may take the device with it
+    for found in (engine_checks(device, source), kernel_checks(device)):  # last, as a kernel may take the device down
         for check in found:
             checks.append(check)
             print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.found}", flush=True)
             if lost := not check.passed and harness.is_lost(device):
-                break  # what would follow fails for that alone: it is untested, not wrong
+                break  # all that follows would fail for this reason: it is untested, not wrong
         if lost:
             break
     document = {

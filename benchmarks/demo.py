@@ -1,9 +1,9 @@
 """The demo beside runs on real images only: `python -m benchmarks.demo [--runs runs/demo_rows]`.
 
-Four runs of configs/demo.yaml with as many optimizer steps each: as it stands, without generated rows, the same at the
-learning rate of the larger batch (rates follow the batch, so the second run's is .6 of the first's), and without generated
-rows but filled up with further real ones to the same batch. Finished ones are read, not repeated. One seed each, so no claim:
-the comparison of arms is `trainer.py compare`. Rows are appended to benchmarks/results/demo.csv.
+Four runs of configs/demo.yaml with the same number of optimizer steps: as it is; without generated rows; the same at
+the learning rate of the larger batch (rates scale with the batch, so the second run has .6 of the first's); and without
+generated rows but filled up to the same batch with further real ones. Finished runs are read, not repeated. With one
+seed each they support no claim; `trainer.py compare` compares arms. Rows are appended to benchmarks/results/demo.csv.
 """
 
 import argparse
@@ -28,7 +28,7 @@ METRICS = ("test.accuracy", "test.knn_accuracy", "val.accuracy", "test.near_ood.
 
 
 def main() -> None:
-    """Run what is not finished, append the rows, print one JSON line."""
+    """Do the runs that are not finished, append the rows, print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", default="runs/demo_rows", help="where the runs stand or are made")
     parser.add_argument("--out", default="benchmarks/results")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def rows_of(name: str, run: Path) -> list[dict]:
-    """A row for each headline metric of a finished run, with its conditions."""
+    """One row per headline metric of a finished run, with its conditions."""
     results = json.loads((run / "results.json").read_text())
     records = ("environment.json", "data.json", "inputs.json")
     made, files, inputs = (json.loads((run / name).read_text()) for name in records)

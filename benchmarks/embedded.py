@@ -2,10 +2,10 @@
 
     python -m benchmarks.embedded [--judges 4] [--judge-steps 900] [--out benchmarks/results]
 
-Image-to-image from parts64 val images, which neither pipeline nor tokens were trained on, judged by classifiers fitted to
-all real train images, each also as the VAE gives it back. Judges of one recipe that differ in their seed alone differ by
-several points, so every figure is a mean over some of them. Rows are appended to embedded.csv; two sheets and one JSON
-line show the rest.
+Image-to-image from parts64 val images, on which neither the pipeline nor the tokens were trained. The images are judged
+by classifiers fitted to all real train images, and to the same images after encode and decode. Judges that differ only
+in their seed differ by several points, so every number is a mean over several judges. Rows are appended to
+embedded.csv; two sheets and one JSON line show the rest.
 """
 
 import argparse
@@ -43,7 +43,7 @@ RESAMPLES = 2000
 
 
 def main() -> None:
-    """Measure, append the rows, draw the sheets, print one JSON line."""
+    """Measure, append the rows, draw the sheets and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--out", default="benchmarks/results")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 class Bench:
-    """The pipeline, tokens learned from the train images, val images as sources, and the judges."""
+    """The pipeline, the tokens learned from train images, val images as sources, and the judges."""
 
     def __init__(self, config, judges: int, judge_steps: int, every: int):
         self.config, self.generation = config, config.generation
@@ -106,7 +106,7 @@ class Bench:
         return tokens
 
     def psnr(self) -> float:
-        """Mean PSNR in dB of decode(mean of encode) over parts64 test images, pixels as stored."""
+        """The mean PSNR in dB of decode(mean of encode) over parts64 test images, on uint8 pixels as stored."""
         test = self.sets.images["test"].pixels_DHWC
         error = ((self.roundtrip(test).float() - test.float()) / 255).square().mean((1, 2, 3))
         return (-10 * error.log10()).mean().item()
@@ -116,19 +116,19 @@ class Bench:
         return roundtrip(self.pipeline, images_NHWC, images_NHWC.shape[1], batch=32)
 
     def _class_spread(self, features_NF: torch.Tensor) -> torch.Tensor:
-        """Median pairwise feature distance of the real val images of each class."""
+        """The median pairwise feature distance of the real val images of each class."""
         return torch.stack([pdist(features_NF[self.labels == c]).median() for c in range(len(self.classes))])
 
     def judged(self, images) -> list[Judged]:
-        """What each judge says of the images."""
+        """Each judge's judgment of the images."""
         return [judge_images(judge, images) for judge in self.judges]
 
     def hits(self, judged: list[Judged]) -> torch.Tensor:
-        """Share of the judges that see the source's class in each image, float64 [N]."""
+        """The share of judges that predict the source's class for each image, float64 [N]."""
         return torch.stack([one.predicted_N == self.labels for one in judged]).double().mean(0)
 
     def distance_share(self, judged: list[Judged]) -> float:
-        """Median feature distance to the source as a share of the class's own spread, mean over the judges."""
+        """The median feature distance to the source as a share of the spread of its class, mean over the judges."""
         medians = [
             ((one.features_NF - real.features_NF).norm(dim=1) / spread_C[self.labels]).median()
             for one, real, spread_C in zip(judged, self.real, self.spread_JC, strict=True)
@@ -136,7 +136,7 @@ class Bench:
         return torch.stack(medians).mean().item()
 
     def generate(self, strength: float, token_of) -> torch.Tensor:
-        """One image from each val image at a strength, under the token that `token_of(row)` names; uint8 NHWC."""
+        """One image from each val image at a strength, with the token that `token_of(row)` returns; uint8 NHWC."""
         g, pipeline = self.generation, self.pipeline
         grid = time_grid(pipeline.scheduler, g.solver, g.num_inference_steps)
         start = grid.start(strength)
@@ -165,7 +165,7 @@ class Bench:
         return torch.stack([made[index] for index in range(len(self.val))])
 
     def strength_curve(self, out: Path) -> dict[float, dict[str, float]]:
-        """By strength: agreement, its share of the real one, distance to source as a share of the class's spread."""
+        """By strength: agreement, its share of that of real images, distance to source as a share of class spread."""
         curve, columns = {}, []
         strengths = sorted({*STRENGTHS, *map(float, self.generation.strengths)})  # those of the config among them
         for strength in strengths:
@@ -192,7 +192,7 @@ class Bench:
         return curve
 
     def token_effect(self, out: Path) -> dict[str, float]:
-        """Agreement with the source's class at strength .75 under its own and under another class's token."""
+        """Agreement with the source's class at strength .75, with its own token and with another class's."""
         draw = stream(0, "wrong tokens")
         shift = torch.randint(1, len(self.classes), (len(self.val),), generator=draw)
         wrong = ((self.labels + shift) % len(self.classes)).tolist()
@@ -216,7 +216,7 @@ class Bench:
         }
 
     def _group_bootstrap(self, values_N: torch.Tensor, per_N: torch.Tensor) -> tuple[float, float]:
-        """2.5 % and 97.5 % quantiles of sum(values) / sum(per) when whole groups are drawn with replacement."""
+        """The 2.5 % and 97.5 % quantiles of sum(values) / sum(per) when whole groups are drawn with replacement."""
         names = sorted(set(self.groups))
         member_GN = torch.tensor([[group == name for group in self.groups] for name in names], dtype=torch.float64)
         rows = torch.randint(len(names), (RESAMPLES, len(names)), generator=stream(0, "bootstrap"))
@@ -224,7 +224,7 @@ class Bench:
         return ratios.quantile(0.025).item(), ratios.quantile(0.975).item()
 
     def conditions(self, arguments) -> dict:
-        """What the figures depend on."""
+        """The conditions that the numbers depend on."""
         g, versions = self.generation, environment()
         return {
             "val_images": len(self.val),

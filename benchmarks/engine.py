@@ -1,8 +1,8 @@
-"""The slot engine as the generation benchmarks run it: the trainer's own `Slots`, fed fixed sources and prompts.
+"""The slot engine as the generation benchmarks run it: the trainer's own `Slots` with fixed sources and prompts.
 
-It works as in training: moments of the sources and embeddings of the prompts are at hand, what arrives is decoded in
-batches and stored as uint8 on the device. All slots enter together, so that making N images takes exactly N times the
-calls of one, and no call is part empty as long as N is a multiple of the slots.
+It works as in training: moments of the sources and embeddings of the prompts are computed beforehand, and finished
+images are decoded in batches and stored as uint8 on the device. All slots start together, so making N images takes
+exactly N times the UNet rows of one, and every call is full if N is a multiple of the slots.
 
 Shapes: N images, P prompts, T tokens, E text width, H W pixels, h w latent grid.
 """
@@ -46,17 +46,17 @@ class SlotEngine:
         accelerated: bool = True,
         found: dict[str, str] | None = None,
         kernels: str = "auto",
-    ):
+    ) -> None:
         """An engine with idle slots.
 
         Args:
-            moments_N8hw: of the sources; image i starts from source i modulo N, under prompt i modulo N.
-            pipeline: its UNet and VAE are changed, so that peers need another copy.
+            moments_N8hw: moments of the sources; image i uses source and prompt i modulo N.
+            pipeline: its UNet and VAE are modified, so peers need another copy.
             compile_setting: as `pipeline.compile`.
-            tune: time attention backends and forms of upsampling on the models' shapes and take the fastest of each.
-            accelerated: False compiles nothing: the engine is laid out and tuned alone, for what is found.
-            found: those found before, by shape, which are taken again.
-            kernels: as `run.kernels`; triton also swaps group norms of UNet and VAE.
+            tune: time attention backends and forms of upsampling on the models' shapes and use the fastest of each.
+            accelerated: False compiles nothing: the engine is only laid out and tuned, for the choices in `found`.
+            found: the choices of an earlier tuning, by shape, to be used again.
+            kernels: as `run.kernels`; triton also swaps the group norms of UNet and VAE.
         """
         self.pipeline, self.setting, self.texts, self.kernels = pipeline, setting, texts, kernels
         for model in (pipeline.unet, pipeline.vae):
@@ -114,7 +114,7 @@ class SlotEngine:
 
     @torch.no_grad()
     def make(self, count: int) -> torch.Tensor:
-        """Run until `count` more images are stored; returns the store."""
+        """Run until `count` more images are finished; returns the store."""
         target = self.slots.counts["finished"] + count
         with backend.using(self.kernels):
             while self.slots.counts["finished"] < target:
@@ -138,7 +138,7 @@ class SlotEngine:
                 self.kept[request.image_index] = image.clone()
 
     def _tune(self, known: dict[str, str] | None, compiles: bool) -> str:
-        """How many layers took which attention backend; `found` has them and the forms of upsampling by shape."""
+        """How many layers use which attention backend; sets `found`: backends and forms of upsampling by shape."""
         measure, slots, models = timer(self.pipeline.device), self.slots, (self.pipeline.unet, self.pipeline.vae)
 
         def median(work) -> float:
@@ -146,7 +146,7 @@ class SlotEngine:
 
         timings = attention.tune(self.pipeline.unet, slots.in_flight.step, median, kept=known)
         self.found = attention.chosen(timings)
-        if compiles:  # which form is fastest depends on the layout that will run
+        if compiles:  # which form is fastest depends on the memory layout
             self.found |= upsampling.tune(models, slots.rehearse, median, known)[0]
         taken = Counter(layer.processor.backend for layer in attention.layers_of(self.pipeline.unet))
         return " ".join(f"{backend} x{count}" for backend, count in taken.items())
@@ -154,7 +154,7 @@ class SlotEngine:
 
 @torch.no_grad()
 def first_images(engine: SlotEngine) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What an engine made of its first images, one a slot, and what diffusers needs to make the same ones.
+    """An engine's first images, one per slot, and what diffusers needs to make the same ones.
 
     Returns:
         pixels [S, 3, H, W] in [0, 1], latents z0 and noise eps [S, 4, h, w].
@@ -167,6 +167,6 @@ def first_images(engine: SlotEngine) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def psnr_db(made: torch.Tensor, reference: torch.Tensor) -> float:
-    """10 log10(1 / mean squared error) of pixels in [0, 1], over all images; 200 where they are equal."""
+    """10 log10(1 / mean squared error) of pixels in [0, 1], over all images; 200 if they are equal."""
     error = (made.float() - reference.float()).square().mean().item()
     return -10 * torch.tensor(max(error, 1e-20), dtype=torch.float64).log10().item()

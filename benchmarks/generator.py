@@ -1,18 +1,19 @@
 """Images a second, one row a technique, against its peers in the same process: `python -m benchmarks.generator`.
 
-A waterfall: DA-Fusion's loop as published, diffusers' image-to-image pipeline at its best batch (default attention,
-xformers, compiled, each at its own), the slot engine as it is and compiled. All do the same: strength .5 of 50 DDIM
-steps under guidance 7.5, the same weights, sources, prompts, dtype, threads and output size; blocks alternate. Each row
-has the share of the fastest matrix product measured in this run (MFU), the share of the floor (the time the UNet calls and
-the decoding would take at that rate, their operations as diffusers computes them: an engine that upsamples in another form
-needs fewer) and the PSNR of its images against diffusers' from the same latents and the same
-noise. One UNet call of the fastest engine is timed apart, at its own rows and at 64.
+A waterfall: DA-Fusion's loop as published, diffusers' image-to-image pipeline (default attention, xformers, compiled,
+each at its own best batch), the slot engine as it is and compiled. All do the same work: strength .5 of 50 DDIM steps
+at guidance 7.5, with the same weights, sources, prompts, dtype, threads and output size, in alternating blocks. Each
+row has the share of the fastest matrix product measured in this run (MFU), the share of the floor, and the PSNR of its
+images against diffusers' from the same latents and noise. The floor is the time that the UNet calls and the decoding
+would take at that rate, with operations counted as diffusers computes them; an engine that upsamples in another form
+needs fewer. One UNet call of the fastest engine is timed separately, at its own rows and at 64.
 
-Column `peak_mib` is what making one batch needs beyond what is held before it: what torch counts as allocated and the pools
-of captured graphs on a GPU, the high-water mark of the process on a CPU (`harness.peak_mib`).
+The column `peak_mib` is the memory that making one batch needs beyond what is held before it: on a GPU what torch
+counts as allocated plus the pools of captured graphs, on a CPU by the high-water mark of the process
+(`harness.peak_mib`).
 
 Rows are appended to benchmarks/results/generator_gpu.csv or generator_cpu.csv; the last line printed is one JSON
-document with `ratios`: the fastest exact engine row over each peer.
+document, with `ratios` of the fastest exact engine row to each peer.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     peak = matrix_peak(bench.device, dtype, ceilings)
 
     def keep_ready(found: list[Candidate]) -> None:
-        if options.out:  # before the first round, should making the others ready take all the time there is
+        if options.out:  # before the first round, in case preparing the others takes all the time left
             document = {"benchmark": "generator", **conditions, "ready": [_first_batch(c, bench.batch) for c in found]}
             ledger.write_partial(options.out, document | {"skipped": bench.skipped})
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
         return _document(bench, conditions, ceilings, peak, floor, comparison, images, rows)
 
     def keep(comparison: harness.Comparison) -> None:
-        if options.out:  # a round at a time, should this process be stopped
+        if options.out:  # after every round, in case this process is stopped
             ledger.write_partial(options.out, document_of(comparison))
 
     comparison = alternate(candidates, images, bench.device, options.blocks, budget.left, keep)
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
     document["compiled_ahead_s"] = round(ahead_s, 1)
     for part, call in unet_calls(bench, peak, document["ratios_of"], candidates, budget):
         document[part] = call
-        if options.out and document["rows"]:  # before the next is begun, which may be compiled for a minute or two
+        if options.out and document["rows"]:  # before the next starts, which may compile for a minute or two
             row = unet_call.as_row(list(document["rows"][0]), call, bench)
             ledger.append_rows(options.out, [conditions | row])
     _print_table(document)
@@ -106,9 +107,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 @torch.no_grad()
 def matrix_peak(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> float:
-    """TFLOP/s of the matrix product that MFU and floor refer to: torch's, on a CPU the faster of torch's and oneDNN's.
+    """TFLOP/s of the matrix product that MFU and floor refer to: torch's, or oneDNN's if faster for float32 on a CPU.
 
-    In 16 bits torch's is oneDNN's.
+    On a CPU torch's 16-bit product is oneDNN's.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return ceilings.matmul_tflop_per_s
@@ -119,9 +120,9 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) ->
 
 
 def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -> list[Candidate]:
-    """Every technique that can run here, warmed up over one batch; bench.skipped says which cannot, and why.
+    """The techniques that can run here, each warmed up with one batch; bench.skipped says which cannot, and why.
 
-    None is begun in the part of the budget that is kept for the alternating blocks.
+    After the first, none is started in the part of the budget that is reserved for the alternating blocks.
     """
     found, took = [], []
     for name, maker in bench.makers().items():
@@ -139,7 +140,7 @@ def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -
             candidate.batch_s = took[-1] * bench.batch / count
         except peers.Unavailable as error:
             bench.skipped[name] = error.reason
-        except Exception as error:  # one technique that fails costs no other
+        except Exception as error:  # a technique that fails does not end the others
             bench.skipped[name] = f"failed: {harness.described(error)}"
         if name in bench.skipped:
             print(f"skipped {name}: {bench.skipped[name]}", flush=True)
@@ -152,14 +153,17 @@ def ready(bench: Bench, budget: harness.Budget, after_each=lambda found: None) -
 
 
 def _first_batch(candidate: Candidate, batch: int) -> dict[str, object]:
-    """What is known of a technique before its first block: one batch, timed once."""
+    """What is known about a technique before its first block, from one batch timed once."""
     known = {name: getattr(candidate, name) for name in ("batch", "ready_s", "peak_mib", "switches", "quality")}
     return {"technique": candidate.name, "images_per_s": round(batch / candidate.batch_s, 4)} | known
 
 
 def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks: int, seconds: float) -> int:
-    """As many images as `blocks` rounds of all candidates have time for: whole batches of each of them, at least one of
-    the largest, at most `images`. `batch` images take a candidate its `batch_s`."""
+    """How many images per block `blocks` rounds of all candidates have time for, at most `images`.
+
+    They are whole batches of each candidate, at least one of the largest. `batch` images take a candidate its
+    `batch_s`.
+    """
     once = sum(c.batch_s for c in candidates) + candidates[0].batch_s  # the first runs twice a round
     affordable = batch * seconds / max(1e-9, blocks * once)
     whole = math.lcm(batch, *(c.batch for c in candidates))
@@ -172,9 +176,9 @@ def images_a_block(candidates: list[Candidate], images: int, batch: int, blocks:
 def alternate(
     candidates: list[Candidate], images: int, device, blocks: int, seconds: float, after_round=lambda comparison: None
 ) -> harness.Comparison:
-    """Alternating blocks of all candidates, the first twice a round; a new round begins only while `seconds` last.
+    """Time alternating blocks of all candidates, the first twice per round; rounds start only while `seconds` last.
 
-    A candidate that fails in a block is out, with its reason in `failures`.
+    A candidate that fails in a block is dropped, with the reason in `failures`.
     """
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
     failures: dict[str, str] = {}
@@ -231,7 +235,7 @@ def _row(bench: Bench, candidate: Candidate, images: int, comparison, peak: floa
 
 
 def _left_out(row: dict[str, object], technique: str, reason: str) -> dict[str, object]:
-    """A row, with the columns of `row`, of a technique that was not measured."""
+    """A row with the columns of `row` for a technique that was not measured."""
     return dict.fromkeys(row, "") | {"technique": technique, "quality": f"skipped: {reason}"}
 
 
@@ -265,7 +269,7 @@ def _document(
 def unet_calls(
     bench: Bench, peak: float, name: str, candidates: list[Candidate], budget: harness.Budget
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """One UNet call of an engine, at its own rows and at those of --unet-rows."""
+    """One UNet call of an engine, timed at its own rows and at --unet-rows."""
     yield "tick", unet_call.tick(bench, peak, name)
     if rows := bench.options.unet_rows:
         ready_s = next((c.ready_s for c in candidates if c.name == name), 0.0)

@@ -1,13 +1,15 @@
 """The image set that the pipeline of configs/grocery.yaml is made from: `python -m benchmarks.grocery_pack`.
 
-Photographs of the groceries that are neither ID nor near-OOD classes (role `pretrain`), each captioned by its label and
-an object of its own by class, and captioned renders of other things: a pipeline that has seen photographs and words, but
-no class of the experiment. Then
+It holds photographs of groceries that are neither ID nor near-OOD classes (role `pretrain`), captioned with their
+labels, each class counting as one object, and captioned renders of other things. A pipeline trained on it has seen
+photographs and words, but no class of the experiment. Then
 
-    python trainer.py train-pipeline configs/train_pipeline.yaml data.root=grocery_pretrain.zip run.name=grocery_pipeline \\
+    python trainer.py train-pipeline configs/train_pipeline.yaml data.root=grocery_pretrain.zip
+    run.name=grocery_pipeline \\
         training.start=embedded training.further_vae_steps=1200 training.unet_steps=2000
 
-makes the pipeline in runs/grocery_pipeline. Members are copied byte for byte; which renders are taken is drawn from a seed.
+makes the pipeline in runs/grocery_pipeline. Members are copied byte for byte; the renders are chosen at random from a
+seed.
 """
 
 import argparse
@@ -59,7 +61,7 @@ def _index(pack: zipfile.ZipFile) -> list[dict[str, str]]:
 
 
 def _copy(source, pack, path: str, folder: str, caption: str, noun: str, model: str) -> dict[str, str]:
-    """Put a member below `folder` of the new pack; its row there."""
+    """Copy a member into `folder` of the new pack; returns its index row there."""
     pack.writestr(f"{folder}/{path}", source.read(path))
     return {"path": f"{folder}/{path}", "caption": caption, "noun": noun, "model": f"{folder} {model}"}
 

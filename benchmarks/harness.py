@@ -1,9 +1,10 @@
 """How this project measures: ratios side by side in one process, quantiles, ceilings of the same run, appended rows.
 
-A figure alone says nothing on a machine that is shared, throttled or simply another one. So candidates run in
-alternating blocks (A B C A A B C A ...), the first one twice a round, so that the spread of equal code is printed
-beside every ratio; matrix product and copy are measured in the same run as ceilings; and each row carries commit, date,
-device, versions, switches, peak memory and what quality the timed code had. Rows are appended, never edited (ledger.py).
+A time alone says little on a machine that is shared, throttled or simply a different one. So candidates run in
+alternating blocks (A B C A A B C A ...). The first one runs twice per round, so that every ratio can be printed with
+the spread between runs of equal code. Matrix product and copy are measured in the same run as ceilings. Each row
+carries commit, date, device, versions, switches, peak memory and the quality of the timed code. Rows are appended,
+never edited (ledger.py).
 """
 
 import ctypes
@@ -26,7 +27,7 @@ CONDITIONS = ("date", "commit", "device", "torch", "triton", "diffusers", "xform
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call of one candidate, one mean per block."""
+    """Seconds per call of one candidate: one mean per block."""
 
     name: str
     seconds: tuple[float, ...]
@@ -36,7 +37,7 @@ class Timing:
         return 1e3 * statistics.median(self.seconds)
 
     def quantile_ms(self, q: float) -> float:
-        """The q-quantile over blocks by linear interpolation."""
+        """The q-quantile over blocks, in milliseconds, by linear interpolation."""
         return 1e3 * torch.tensor(self.seconds, dtype=torch.float64).quantile(q).item()
 
     def row(self) -> dict[str, float | int]:
@@ -54,9 +55,9 @@ class Comparison:
     """Timings of candidates that ran in alternating blocks; the first is the baseline."""
 
     timings: dict[str, Timing]
-    spread_pct: float  # how far two sets of blocks of the baseline itself lie apart, in percent of its median
+    spread_pct: float  # difference between the medians of two sets of blocks of the baseline itself, in percent
     failures: dict[str, str] = field(default_factory=dict)  # candidates that could not run, and why
-    held_mib: dict[str, float] = field(default_factory=dict)  # of those that ran out of memory: what they had got
+    held_mib: dict[str, float] = field(default_factory=dict)  # what candidates that ran out of memory held by then
 
     @property
     def baseline(self) -> str:
@@ -69,14 +70,14 @@ class Comparison:
 
 
 class Budget:
-    """A bound on the wall time of a benchmark, asked between measurements."""
+    """A limit on the wall time of a benchmark, checked between measurements."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         self.seconds, self._start = seconds, time.perf_counter()
 
     @property
     def left(self) -> float:
-        """Seconds left; negative when it is spent. 0 as the bound means no bound."""
+        """Seconds left; negative once it is spent. A limit of 0 means no limit."""
         return self.seconds - (time.perf_counter() - self._start) if self.seconds else float("inf")
 
 
@@ -91,15 +92,17 @@ def compare(
     clock: str = "wall",
     before: Callable[[], object] | None = None,
 ) -> Comparison:
-    """Time candidates in alternating blocks after a warm-up call each, two where blocks repeat it.
+    """Time candidates in alternating blocks, after one warm-up call each (two if blocks repeat their candidate).
 
-    Every block repeats its candidate until it lasts `block_seconds`, as its warm-up predicted (0: once); at least one
-    round is run, and a new one only while `max_seconds` lasts and `enough`, told how long a round takes, says no. A candidate that cannot run its warm-up (no memory, not installed)
-    is reported in `failures` with the reason; if that is the first, the next one is the baseline. Raises ValueError if
-    none is left. `clock`, `before`: see `block`.
+    A block repeats its candidate as often as fits `block_seconds`, predicted from the warm-up (0: once). At least one
+    round is run; another starts only while `max_seconds` is not exceeded and `enough`, given the seconds per round,
+    returns False. A candidate whose warm-up fails (no memory, not installed) is reported in `failures` with the reason;
+    if it is the first, the next one becomes the baseline. `clock`, `before`: see `block`.
+
+    Raises ValueError if no candidate can run.
     """
     repeats, failures, held_mib = {}, {}, {}
-    apart = 0.0  # seconds of what precedes a call: no part of its time, but of how long a block lasts
+    apart = 0.0  # seconds of `before`: not part of a call's time, but of a block's duration
     if before is not None:
         before()
         apart = block(before, 1, device, clock)
@@ -146,10 +149,12 @@ def block(
     clock: str = "wall",
     before: Callable[[], object] | None = None,
 ) -> float:
-    """Mean seconds a call of `count` calls: device events on a GPU; on a CPU the wall clock, or with clock "process"
-    the processor time of all our threads, which others on the machine disturb less (compare one thread with one).
+    """Mean seconds per call over `count` calls.
 
-    before: what is called before each call, outside of its time.
+    On a GPU by device events. On a CPU by the wall clock or, with clock "process", the processor time of all threads of
+    this process, which other work on the machine disturbs less (only compare single-threaded with single-threaded).
+
+    before: is called before each call and not timed.
     """
     on_gpu = torch.device(device).type == "cuda"
     if before is not None:
@@ -172,7 +177,7 @@ def block(
 
 
 def _calls_apart(function, count: int, before, now: Callable[[], float]) -> float:
-    """Seconds of `count` calls without those of what precedes each."""
+    """Seconds of `count` calls, not counting the calls of `before`."""
     seconds = 0.0
     for _ in range(count):
         before()
@@ -183,7 +188,7 @@ def _calls_apart(function, count: int, before, now: Callable[[], float]) -> floa
 
 
 def _calls_apart_on_gpu(function, count: int, before, _now) -> float:
-    """The same by a pair of events a call; the host never waits between calls, so launches stay hidden."""
+    """The same with a pair of events per call; the host does not wait between calls, so launch times stay hidden."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     torch.cuda.synchronize()
     for begin, end in events:
@@ -196,14 +201,14 @@ def _calls_apart_on_gpu(function, count: int, before, _now) -> float:
 
 
 def described(error: BaseException) -> str:
-    """An exception as one line: its class, unless that says the same, and the first line of its message."""
+    """An exception as one line: its class (not for out-of-memory errors) and the first line of its message."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
     return text if isinstance(error, torch.OutOfMemoryError) else f"{kind}: {text}"[:300]
 
 
 def is_lost(device: torch.device | str) -> bool:
-    """Whether a GPU answers this process no more: after an illegal access every later call of the process fails."""
+    """Whether the GPU is unusable for this process: after an illegal access every later call of the process fails."""
     if torch.device(device).type != "cuda":
         return False
     try:
@@ -215,9 +220,9 @@ def is_lost(device: torch.device | str) -> bool:
 
 
 def replayed(function: Callable[[], object]) -> Callable[[], object]:
-    """`function` on a CUDA device as replays of a graph, captured at its first call; its outputs are static.
+    """`function` on a CUDA device as replays of a graph, captured on the first call; its outputs are static.
 
-    A replay allocates nothing: what a call holds is to be measured on `launched` of it.
+    A replay allocates nothing, so the memory of a call has to be measured on `launched` of it.
     """
     replay: list[Callable[[], object]] = []
 
@@ -231,14 +236,14 @@ def replayed(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def launched(function: Callable[[], object]) -> Callable[[], object]:
-    """What `function` replays, launched one by one; itself if it is no `replayed`."""
+    """The function that `function` replays, whose kernels are launched one by one; itself if it is not `replayed`."""
     return getattr(function, "launched", function)
 
 
 def _capture(function: Callable[[], object], warm_up: int = 3) -> Callable[[], object]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compilation and lazy initialization are no part of a capture
+    with torch.cuda.stream(side):  # compilation and lazy initialization must not be captured
         for _ in range(warm_up):
             function()
     torch.cuda.current_stream().wait_stream(side)
@@ -256,14 +261,14 @@ def _capture(function: Callable[[], object], warm_up: int = 3) -> Callable[[], o
 def peak_mib(
     function: Callable[[], object], device: torch.device | str = "cpu", *, pool_bytes: int = 0
 ) -> float | None:
-    """Memory that one call needs beyond what is held before it, MiB; None where the system does not tell.
+    """The memory in MiB that one call needs beyond what is held before it; None if the system does not report it.
 
-    On a GPU what torch's allocator counts, and the pools of captured graphs that the call replays: their memory is held
-    all the time and a replay works in it, which the allocator does not count. On a Linux CPU by the high-water mark of
-    the process, which sees whole pages only.
+    On a GPU: what torch's allocator counts, plus the pools of captured graphs that the call replays. Pool memory is
+    held all the time, so that the allocator does not count it during a replay. On a Linux CPU: the high-water mark of
+    the process, which counts whole pages only.
 
     Args:
-        pool_bytes: of those graphs, as measured when they were captured (see `modules.diffusion.capture`).
+        pool_bytes: size of these pools, as measured when the graphs were captured (see `modules.diffusion.capture`).
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -280,7 +285,7 @@ def peak_mib(
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field_name))
 
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed but kept would hide what the call needs
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed pages that the process keeps would hide what the call needs
         reset.write_text("5")
     except OSError:  # a container may forbid it
         return None
@@ -290,7 +295,7 @@ def peak_mib(
 
 
 def conditions(device: torch.device | str = "cpu") -> dict[str, object]:
-    """The columns every row begins with: CONDITIONS."""
+    """The columns that every row starts with: CONDITIONS."""
     found = environment()
     packages = found["packages"]
     return {
@@ -305,13 +310,13 @@ def conditions(device: torch.device | str = "cpu") -> dict[str, object]:
 
 
 def results_file(name: str, device: torch.device | str) -> Path:
-    """Where rows of a benchmark go: <name>_gpu.csv or <name>_cpu.csv below $OUT where it is set, else results/."""
+    """The file for the rows of a benchmark: <name>_gpu.csv or <name>_cpu.csv in $OUT if it is set, else in results/."""
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
     return folder / f"{name}_{'gpu' if torch.device(device).type == 'cuda' else 'cpu'}.csv"
 
 
 def rows_file(asked: str, name: str, device: torch.device | str) -> Path | None:
-    """Where the rows of --out go: "none" nowhere, "" to `results_file`, into a folder under that file's name."""
+    """The file that --out names: None for "none", `results_file` for "", a file of that name in it for a folder."""
     if asked == "none":
         return None
     usual = results_file(name, device)
@@ -319,12 +324,12 @@ def rows_file(asked: str, name: str, device: torch.device | str) -> Path | None:
 
 
 def finish(document: dict[str, object]) -> None:
-    """Print the benchmark's outcome as one line of JSON, the last line of its output."""
+    """Print the benchmark's results as one line of JSON, the last line of its output."""
     print(json.dumps(document, default=str), flush=True)
 
 
 def _load() -> float:
-    """Processes that wanted a core in the last minute, ours among them: above `cores`, times are upper bounds."""
+    """Processes that wanted a core in the last minute, including ours: above `cores`, times are upper bounds."""
     try:
         return float(Path("/proc/loadavg").read_text().split()[0])
     except OSError:

@@ -1,7 +1,7 @@
-"""What the generation benchmarks are fed: one setting for all, a pipeline, images, prompts, and what the work costs.
+"""The inputs of the generation benchmarks: one setting for all, a pipeline, images, prompts, and the cost of the work.
 
-The setting is DA-Fusion's: strength .5 of 50 steps, guidance 7.5, so 25 guided calls of the UNet an image; DDIM for all.
-Where there are no Stable Diffusion weights the exact shape with random weights serves as well: time does not depend on
+The setting is DA-Fusion's: strength .5 of 50 steps at guidance 7.5, i.e. 25 guided UNet calls per image; DDIM for all.
+Without Stable Diffusion weights, random weights in the exact shape serve as well: the time does not depend on the
 values, as long as they are not zero.
 
 Shapes: N images, T tokens, E text width, H W pixels, h w latent grid.
@@ -27,18 +27,18 @@ NOUNS = ("bolt", "gear", "nut", "ring", "screw", "bearing", "flange", "washer")
 
 @dataclass(frozen=True)
 class Setting:
-    """What every candidate does."""
+    """The generation setting that all candidates share."""
 
     images: int = 64
     strength: float = 0.5
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     solver: str = "ddim"
-    guided_steps: int | None = None  # calls from the noisy end that guidance acts on; None: all
+    guided_steps: int | None = None  # guidance acts on this many calls, from the noisy end; None: all
     seed: int = 0
 
     def calls(self, scheduler: dict) -> tuple[int, int]:
-        """UNet calls an image takes, and how many of them are guided and so evaluate two rows."""
+        """The UNet calls per image, and how many of them are guided and so evaluate two rows."""
         grid = time_grid(scheduler, self.solver, self.num_inference_steps, self.guided_steps)
         start = grid.start(self.strength)
         guided = max(0, grid.guided_steps - start) if self.guidance_scale != 1 else 0
@@ -56,12 +56,12 @@ def load(source: str, device: torch.device, resolution: int = 0, dtype: torch.dt
 
 
 def default_pipeline(device: torch.device) -> str:
-    """The SD 1.5 shape with random weights on a GPU, the embedded pipeline on a CPU."""
+    """`random` (the SD 1.5 shape with random weights) on a GPU, `embedded` on a CPU."""
     return "random" if device.type == "cuda" else "embedded"
 
 
 def own_copy(pipeline: StableDiffusion, *, channels_last: bool = False) -> StableDiffusion:
-    """The same pipeline with a UNet and a VAE of its own, so that one candidate's changes reach no other."""
+    """The same pipeline with its own copies of UNet and VAE, so that a candidate's changes do not affect others."""
     unet, vae = copy.deepcopy(pipeline.unet), copy.deepcopy(pipeline.vae)
     if channels_last:
         unet, vae = (part.to(memory_format=torch.channels_last) for part in (unet, vae))
@@ -69,19 +69,19 @@ def own_copy(pipeline: StableDiffusion, *, channels_last: bool = False) -> Stabl
 
 
 def smooth_images(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    """uint8 [N, H, W, 3] of random smooth color: no constant image, no noise that a JPEG or a VAE would not see."""
+    """uint8 [N, H, W, 3] of random smooth color: neither constant nor noise, which a JPEG or a VAE would not keep."""
     coarse = torch.rand(count, 3, 8, 8, generator=stream(seed, "benchmark images"))
     smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False).clamp(0, 1)
     return smooth.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def prompts(count: int) -> list[str]:
-    """A prompt an image, of a few nouns."""
+    """One prompt per image, from a few nouns."""
     return [f"a photo of a {NOUNS[i % len(NOUNS)]}" for i in range(count)]
 
 
 def write_images(folder: Path, classes: int, images: int, side: int) -> Path:
-    """A folder of class folders of PNG files, for benchmarks that begin at the disk; returns it."""
+    """Write class folders of PNG files into a folder, for benchmarks that start from disk; returns the folder."""
     from PIL import Image
 
     rows = smooth_images(classes * images, side)
@@ -94,7 +94,7 @@ def write_images(folder: Path, classes: int, images: int, side: int) -> Path:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of each part for one row, 2 x multiply-adds of matrix products and convolutions."""
+    """Floating-point operations of each part per row: 2 x multiply-adds of matrix products and convolutions."""
 
     unet: int
     decode: int
@@ -102,7 +102,7 @@ class Work:
     text: int
 
     def of_image(self, setting: Setting, scheduler: dict, *, peer: bool) -> int:
-        """Operations an image takes: UNet calls and decoding; a peer also encodes its source and both prompts."""
+        """Operations per image: UNet calls and decoding; a peer also encodes its source and both prompts."""
         calls, guided = setting.calls(scheduler)
         least = self.unet * (calls + guided) + self.decode
         return least + (self.encode + 2 * self.text if peer else 0)
@@ -110,7 +110,7 @@ class Work:
 
 @torch.no_grad()
 def count_work(pipeline: StableDiffusion) -> Work:
-    """Operations of each part, counted on the real modules at one row."""
+    """The operations of each part, counted on the real modules with one row."""
     side, size, device, dtype = pipeline.resolution, pipeline.latent_size, pipeline.device, pipeline.dtype
     z = torch.randn(1, 4, size, size, device=device, dtype=dtype)
     context = torch.randn(1, pipeline.num_tokens, pipeline.text_width, device=device, dtype=dtype)
@@ -120,7 +120,7 @@ def count_work(pipeline: StableDiffusion) -> Work:
     ids = torch.zeros(1, pipeline.num_tokens, dtype=torch.int64, device=device)
 
     def operations(call) -> int:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention goes uncounted
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
             call()
         return counter.get_total_flops()
 

@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py times: each op against eager torch, torch.compile and its named peer, over sizes.
+"""The cases of benchmarks/kernels.py: each op against eager torch, torch.compile and its named peer, over sizes.
 
 Legend as in kernels/.
 """
@@ -19,7 +19,7 @@ from kernels.supcon import supcon
 
 
 def supcon_case(device: torch.device, compiled: bool, R: int) -> Case:
-    """Loss and gradient, normalization included, with a third of near-OOD rows; peers get a label for each of those."""
+    """Loss and gradient, including normalization, with a third of near-OOD rows, each its own label for the peers."""
     g = torch.Generator().manual_seed(0)
     start = torch.randn(R, 128, generator=g).to(device)
     labels = torch.randint(0, 20, (R // 2,), generator=g).repeat(2).to(device)
@@ -56,9 +56,10 @@ def supcon_case(device: torch.device, compiled: bool, R: int) -> Case:
 
 
 def supcontrast(z_RE: torch.Tensor, labels_R: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The loss as its authors' repository arranges it: masks and log-probabilities of the whole R x R matrix.
+    """The loss as its authors' repository computes it: masks and log-probabilities of the whole R x R matrix.
 
-    Rows without a positive leave the mean, as in kernels/supcon.py. Source: Khosla et al. 2020 (2004.11362) eq. 2.
+    Rows without a positive are left out of the mean, as in kernels/supcon.py. Source: Khosla et al. 2020 (2004.11362)
+    eq. 2.
     """
     logits = z_RE @ z_RE.T / temperature
     logits = logits - logits.max(dim=1, keepdim=True).values.detach()
@@ -67,7 +68,7 @@ def supcontrast(z_RE: torch.Tensor, labels_R: torch.Tensor, temperature: float) 
     log_probability = logits - (logits.exp() * others).sum(1, keepdim=True).log()
     count = mask.sum(1)
     mean = (mask * log_probability).sum(1) / count.clamp(min=1)
-    anchors = count > 0  # not picked by index, for which a GPU would be waited for
+    anchors = count > 0  # a mask, not indexing, which would wait for a GPU
     return -torch.where(anchors, mean, 0.0).sum() / anchors.sum()
 
 
@@ -82,14 +83,14 @@ def metric_learning(labels_R: torch.Tensor):
 def step_case(device: torch.device, compiled: bool, S: int, side: int, production: bool = False) -> Case:
     """Guidance and one DDIM-like update of S slots at their own steps; the peer is a diffusers call per slot.
 
-    production: all that a step can have, as a tick meets it: predictions in channels_last, half as many unconditional
-    ones as slots, noise, and a mask with the source outside of it. diffusers' schedulers have no such step.
+    production: a step with everything it can have in a tick: predictions in channels_last, half as many unconditional
+    predictions as slots, noise, and a mask with the source outside it. diffusers' schedulers have no such step.
     """
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     c, u, z, x0 = (torch.randn(S, 4, side, side, generator=g).to(device) for _ in range(4))
     c, u, state = c.to(dtype), u.to(dtype), (z.clone(), x0.clone())
-    # a + b / alpha + c < 1, so that latents that are stepped again and again stay finite
+    # a + b / alpha + c < 1, so that latents stay finite when they are stepped again and again
     table = (torch.rand(50, 8, generator=g) / 10 + torch.tensor([0.9, 0.4, 0.3, 0.2, 0.1, 0, 0, 0])).to(device)
     row, w = torch.randint(0, 50, (S,), generator=g).to(device), torch.full((S,), 7.5, device=device)
     parts = {}
@@ -187,9 +188,9 @@ def norm_case(device: torch.device, compiled: bool, N: int, C: int, side: int, b
 
 
 def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: int, channels_last: bool = False) -> Case:
-    """Decoded images to reservoir slots; the peer is diffusers' way: numpy, then Pillow's resize, image by image.
+    """Decoded images to reservoir pixels; the peer is diffusers' way: numpy, then Pillow's resize, image by image.
 
-    channels_last: as a decoder in that layout answers, which is how it runs on a GPU.
+    channels_last: input as a decoder in that layout outputs it, which is how it runs on a GPU.
     """
     g = torch.Generator().manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -214,7 +215,7 @@ def pixel_case(device: torch.device, compiled: bool, N: int, side: int, size: in
 
 
 def pillow_rows(x_N3HW: torch.Tensor, size: int) -> Callable[[], tuple[torch.Tensor]]:
-    """The route of a pipeline that answers in PIL images."""
+    """The way of a pipeline that returns PIL images."""
     import numpy as np
     from PIL import Image
 
@@ -234,7 +235,7 @@ def pillow_rows(x_N3HW: torch.Tensor, size: int) -> Callable[[], tuple[torch.Ten
 
 @dataclass(frozen=True)
 class Sweep:
-    """How cases of one op are made, and from which sizes, the most telling first."""
+    """How the cases of one op are made, and at which sizes, the most informative first."""
 
     build: Callable[..., Case]  # (device, whether to compile, *size)
     reduced: tuple[tuple, ...]  # on a CPU

@@ -1,8 +1,8 @@
 """The views op against its peers: torchvision v2 row by row, and kornia's composition.
 
-Apart from the other cases because an augmentation has more to compare: peers that draw their own parameters, peers that
-are handed ours, and a form of the definition without rows picked on the host, which is what a compiler can trace.
-Legend as in kernels/views.py.
+Separate from the other cases because there is more to compare: peers that draw their own parameters, peers that are
+given ours, and a form of the definition without host-side selection of rows, which a compiler can trace. Legend as in
+kernels/views.py.
 """
 
 import functools
@@ -20,14 +20,14 @@ from kernels.views import GRAY_3, UNIFORMS, ViewParameters, device_tables, draw_
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.4, 0.4, 0.4, 0.1)
-WITH_HOST = "triton, with checks and tables"  # a whole call, as a training step makes it
+WITH_HOST = "triton, with checks and tables"  # a complete call, as in a training step
 
 
 def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
-    """Both views of a batch. The parameters are drawn beforehand; two peers draw their own, being handed none.
+    """Both views of a batch. The parameters are drawn beforehand; two peers are given none and draw their own.
 
-    On a GPU "triton" and "torch.compile" are replays of a graph whose parameters lie on the device; the eager definition
-    and WITH_HOST are whole calls.
+    On a GPU "triton" and "torch.compile" are replays of a graph with the parameters on the device; the eager definition
+    and WITH_HOST are complete calls.
     """
     g = torch.Generator().manual_seed(0)
     coarse = torch.rand(B, 3, side // 4, side // 4, generator=g)
@@ -41,7 +41,7 @@ def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
         compiled,
         eager=dense_views(images, parameters, dtype),
     )
-    if device.type == "cuda":  # the host's part of a call is longer than the device's: the kernel is timed without it
+    if device.type == "cuda":  # a call's host part takes longer than the device's: the kernel is timed without it
         tables = device_tables(parameters, device)
         candidates[WITH_HOST] = candidates["triton"]
         candidates["triton"] = replayed(lambda: (launch_views(images, tables, MEAN, STD, dtype, (side, side)),))
@@ -64,9 +64,9 @@ def view_case(device: torch.device, compiled: bool, B: int, side: int) -> Case:
 
 
 def dense_views(images_BHWC: torch.Tensor, parameters: ViewParameters, dtype: torch.dtype) -> Callable[[], tuple]:
-    """A call of the definition in which every row takes every step, as a compiler wants it; size in is size out.
+    """A call of the definition in which every row goes through every step, for the compiler; the image size is kept.
 
-    The definition turns the hue of picked rows only, and which those are is known to the host alone.
+    The definition turns the hue of selected rows only, and the selection is known to the host alone.
     """
     device, (B, H, W, _) = images_BHWC.device, images_BHWC.shape
     geometry_R6, op_R4, factor_R4 = (upload(table, device) for table in parameters.rows())
@@ -115,7 +115,7 @@ def _turned(x_R3HW: torch.Tensor, turn_R111: torch.Tensor) -> torch.Tensor:
 
 
 def same_rows(images_B3HW: torch.Tensor, parameters: ViewParameters, count: int) -> torch.Tensor:
-    """Views of the first `count` images by torchvision's functions, row by row, with our parameters."""
+    """The views of the first `count` images by torchvision's functions, row by row, with our parameters."""
     from torchvision.transforms.v2 import functional as TF
 
     p, size = parameters, list(images_B3HW.shape[2:])
