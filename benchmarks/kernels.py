@@ -1,8 +1,8 @@
 """Each kernel against eager torch, torch.compile and its named peer: `python -m benchmarks.kernels`.
 
 On a GPU the full sizes and the Triton kernels; on a CPU a reduced form that times the definitions against the peers.
-Rows are appended to benchmarks/results/kernels_gpu.csv or kernels_cpu.csv; the last line printed is one JSON document.
-Whether a kernel stays is said at the end (benchmarks/verdicts.py).
+Rows are appended to benchmarks/results/kernels_gpu.csv or kernels_cpu.csv; at the end, benchmarks/verdicts.py decides
+whether each kernel stays. The last line printed is one JSON document.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from modules.runtime import keep_freed_memory
 COLUMNS = (  # of a row, after its conditions
     "op", "implementation", "shape", "dtype", "median_ms", "p10_ms", "p90_ms", "blocks", "spread_pct", "speedup",
     "gib_per_s", "tflop_per_s", "ceiling_pct", "peak_mib", "quality", "switches",
-    "launches",  # of Triton kernels in one call, counted on the host; empty for what launches none by itself
+    "launches",  # Triton launches in one call, counted on the host; empty for candidates that launch none themselves
     "baseline",  # the candidate that `speedup` is relative to
 )  # fmt: skip
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = _parse(argv)
     device = torch.device(options.device)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # events and graphs are those of the current device
+        torch.cuda.set_device(device)  # events and graphs belong to the current device
     keep_freed_memory(device)  # as a run does, for every implementation alike
     budget = harness.Budget(options.budget_seconds)
     conditions, ceilings = harness.conditions(device), measure_ceilings(device, clock=options.clock)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def in_turns(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """(op, number of its size), the first size of every op before the second of any: a budget ends them all alike."""
+    """(op, index of its size): the first size of every op before the second of any, so a budget cuts all ops alike."""
     sizes = {op: len(SWEEPS[op].reduced if options.reduced else SWEEPS[op].full) for op in options.ops}
     for number in range(max(sizes.values(), default=0)):
         yield from ((op, number) for op in options.ops if number < sizes[op])
@@ -78,7 +78,7 @@ def in_turns(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def rows_of(
     op: str, number: int, device: torch.device, ceilings: Ceilings, options: argparse.Namespace, budget
 ) -> list[dict[str, object]]:
-    """The rows of one op at one size; one row with the reason where it is left out or cannot be measured."""
+    """The rows of one op at one size; a single row with the reason if it is left out or cannot be measured."""
     sweep = SWEEPS[op]
     size = (sweep.reduced if options.reduced else sweep.full)[number]
     switches = f"compile={options.compile} clock={options.clock}"
@@ -154,7 +154,7 @@ def _quality(case: Case, name: str) -> str:
 
 
 def _in_new_process(ops: list[str], options: argparse.Namespace, budget: harness.Budget) -> list[dict]:
-    """Rows of the ops, measured from the start by a process whose device is whole."""
+    """The rows of the ops, measured from the start by a new process in which the device works."""
     if not ops or budget.left <= 0:
         return []
     command = [sys.executable, "-u", "-m", "benchmarks.kernels", "--ops", ",".join(ops), "--device", options.device]

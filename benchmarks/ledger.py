@@ -7,11 +7,10 @@ from pathlib import Path
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Append rows to a CSV file, made with their keys as its header if it is new; no value in it is ever changed.
+    """Append rows to a CSV file; a new file gets their keys as its header. Existing values are never changed.
 
-    Rows that tell more than the file did (a condition that is written down since) add their columns to it, empty in what
-    stood there. Raises ValueError if rows lack one of its columns: then the file keeps its meaning and the rows want
-    another one.
+    Columns that only the new rows have (such as a condition recorded since) are added to the file, empty in its old
+    rows. Raises ValueError if rows lack one of the file's columns; such rows belong in another file.
     """
     if not rows:
         return
@@ -35,7 +34,7 @@ def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def append_once(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """As `append_rows`, without those rows that the file holds already but for their date: a finished run has one row."""
+    """As `append_rows`, without rows that the file already has up to their date: rows of a finished run occur once."""
     held = set()
     if path.exists():
         with path.open(newline="") as file:
@@ -48,7 +47,7 @@ def _undated(row: dict[str, object]) -> frozenset[tuple[str, str]]:
 
 
 def _add_columns(path: Path, columns: list[str]) -> None:
-    """Give a CSV file these columns in place of some of them; what it does not know stays empty."""
+    """Rewrite a CSV file with `columns`, which include all of its own; new ones are empty in its rows."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     written = path.with_suffix(".tmp")
@@ -60,7 +59,7 @@ def _add_columns(path: Path, columns: list[str]) -> None:
 
 
 def write_partial(out: Path, document: dict[str, object]) -> None:
-    """What is known so far, in <out>.partial.json: left behind only by a benchmark that was stopped."""
+    """Write the results so far to <out>.partial.json, which only a benchmark that was stopped leaves behind."""
     path = _partial(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(document, default=str) + "\n")
@@ -68,7 +67,7 @@ def write_partial(out: Path, document: dict[str, object]) -> None:
 
 
 def drop_partial(out: Path) -> None:
-    """Forget the partial results of a benchmark whose rows are written."""
+    """Delete the partial results of a benchmark whose rows are written."""
     _partial(out).unlink(missing_ok=True)
 
 

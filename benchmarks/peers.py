@@ -1,9 +1,9 @@
 """The peers of the slot engine, each at its best: DA-Fusion's loop and diffusers' image-to-image pipeline.
 
-Both are written here from their descriptions, on diffusers' own pipeline class, with the parts of the pipeline that the
-engine runs: the same weights, dtype and setting. DA-Fusion calls the pipeline with one PIL image and one prompt at a
-time and writes a PNG; the batched peer gets tensors and gives tensors, so that it pays for nothing it need not.
-Source of the loop: Trabucco et al. 2023 (2302.07944), section 4 and its published settings.
+Both are implemented here from their descriptions, on diffusers' own pipeline class, with the same parts as the engine:
+the same weights, dtype and setting. DA-Fusion calls the pipeline with one PIL image and one prompt at a time and writes
+a PNG; the batched peer takes and returns tensors, so that it pays for nothing it does not need. Source of the loop:
+Trabucco et al. 2023 (2302.07944), section 4 and its published settings.
 
 Shapes: N images, H W pixels, h w latent grid.
 """
@@ -26,7 +26,7 @@ from modules.diffusion.schedule import build_scheduler
 
 
 class Unavailable(Exception):
-    """A technique that cannot run here, and why."""
+    """Raised for a technique that cannot run here, with the reason."""
 
     def __init__(self, technique: str, reason: str):
         super().__init__(f"{technique}: {reason}")
@@ -50,7 +50,7 @@ def image_to_image(pipeline: StableDiffusion, setting: Setting) -> StableDiffusi
 
 
 def compiled(peer: StableDiffusionImg2ImgPipeline) -> StableDiffusionImg2ImgPipeline:
-    """The pipeline as diffusers' guide speeds it up: channels_last, then torch.compile of UNet and decoder."""
+    """The pipeline sped up as in diffusers' guide: channels_last, then torch.compile of UNet and decoder."""
     peer.unet.to(memory_format=torch.channels_last)
     peer.vae.to(memory_format=torch.channels_last)
     peer.unet = torch.compile(peer.unet, fullgraph=True, dynamic=False)
@@ -74,7 +74,7 @@ def batched(
 
     Args:
         images_N3HW: sources in [0, 1] on the device, N a multiple of `batch`.
-        texts: one prompt an image.
+        texts: one prompt per image.
     """
 
     def call(count: int) -> torch.Tensor:
@@ -91,9 +91,10 @@ def batched(
 def da_fusion(
     pipeline: StableDiffusion, sources: list[Image.Image], texts: list[str], setting: Setting, folder: Path
 ) -> Callable[[int], None]:
-    """A call of DA-Fusion's loop over the first `count` images: resize, generate alone under autocast, write a PNG.
+    """A call of DA-Fusion's loop over the first `count` images: resize, generate one under autocast, write a PNG.
 
-    As published the text encoder stays in fp32 and autocast spans the call; on a CPU all is in one dtype, nothing is cast.
+    As published, the text encoder stays in fp32 and autocast spans the call. On a CPU all parts have one dtype, without
+    autocast.
     """
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:

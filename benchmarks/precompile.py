@@ -1,10 +1,10 @@
-"""Compiled techniques compiled beside each other, before they are measured one after the other.
+"""Compiles the compiled techniques in parallel, before they are measured one after the other.
 
-Compiling a UNet of Stable Diffusion's size and its decoder takes a minute or more, on one core for the most part, and a
-benchmark has several. Processes of their own fill the compiler's cache on disk at the same time; this one then finds
-there what it would have compiled. They are told which attention backends and forms of upsampling were found fastest:
-timed beside each other they would take others, and compile another graph than the one that is asked for. Done on a GPU
-alone: on a CPU compiling takes all cores.
+Compiling a UNet of Stable Diffusion's size and its decoder takes a minute or more, mostly on one core, and a benchmark
+has several of them. Separate processes fill the compiler's cache on disk at the same time; this process then finds its
+graphs there. They are told which attention backends and forms of upsampling were found fastest: timing these in
+parallel could choose others, and so compile a different graph from the one that is needed. Only on a GPU: on a CPU one
+compilation already takes all cores.
 """
 
 import gc
@@ -25,20 +25,21 @@ READY_SHARE = 0.3  # of the budget: kept beside that of the blocks for making te
 
 
 def precompile(bench: Bench) -> float:
-    """Fill the compiler's cache for the techniques that will be measured; returns the seconds that took.
+    """Fill the compiler's cache for the techniques that will be measured; returns the seconds it took.
 
-    A process that fails says so and costs nothing else: its technique is compiled when its turn comes. What is not done
-    when the rest of the budget is needed is stopped and left to `bench.too_late`: begun again it would take as long.
+    A failing process is reported and has no other effect: its technique is compiled when its turn comes. Processes that
+    are not done when the rest of the budget is needed are stopped and added to `bench.too_late`: a new start would take
+    as long.
     """
     begin, waiting, running = time.perf_counter(), commands(bench), {}
     least = (BLOCKS_SHARE + READY_SHARE) * bench.budget.seconds
     if len(waiting) < 2:
-        return 0.0  # nothing to do beside each other
+        return 0.0  # nothing to do in parallel
     if bench.budget.left < least + LEAST_S:
-        # The first alone will be compiled when its turn comes: more would take the blocks' time.
+        # Only the first will be compiled, when its turn comes: more would take time from the blocks.
         bench.too_late |= set(list(waiting)[1:])
         return 0.0
-    gc.collect()  # the searches for the best batches leave caches: the processes need that memory
+    gc.collect()  # the searches for the best batches leave cached memory, which the processes need
     torch.cuda.empty_cache()
     try:
         while True:
@@ -65,7 +66,7 @@ def precompile(bench: Bench) -> float:
 
 
 def commands(bench: Bench) -> dict[tuple[str, int], list[str]]:
-    """(technique, batch) -> the command line of its process, what the ratios need first."""
+    """(technique, batch) -> the command line of its process; those that the ratios need come first."""
     chosen, options = bench.makers(), bench.options
     if bench.device.type != "cuda" or not options.compile:
         return {}

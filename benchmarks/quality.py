@@ -1,10 +1,10 @@
 """What cheaper generation costs in quality: `python -m benchmarks.quality`.
 
 Short runs on the embedded default, each with one choice changed: strength, solver and steps, or how often an image is
-used (fewer images a step, each in more batches). Every row has label agreement and diversity of what was generated, by a
-judge fixed before training, and accuracy of the probe and near-OOD AUROC of the encoder. Only val is read: these rows
-are for choosing settings, and the probe's learning rate is chosen on the same val images, so its accuracy flatters
-every row alike. A lossy choice passes the gate if it loses at most `TOLERANCE` in agreement, accuracy and AUROC.
+used (fewer images per step, each in more batches). Every row has label agreement and diversity of the generated images,
+by a judge fixed before training, and the encoder's probe accuracy and near-OOD AUROC. Only val is read, as these rows
+are for choosing settings. The probe's learning rate is chosen on the same val images, so its accuracy is too high in
+all rows alike. A lossy choice passes the gate if it loses at most `TOLERANCE` in agreement, accuracy and AUROC.
 
 Rows are appended to benchmarks/results/quality_gpu.csv or quality_cpu.csv; the last line printed is one JSON document.
 """
@@ -24,7 +24,7 @@ from modules.evaluation.evaluate import evaluate, feature_set
 from modules.evaluation.features import embed_images
 from modules.training.job import Job, State
 
-TOLERANCE = 0.03  # of agreement, accuracy and AUROC that a lossy choice may lose
+TOLERANCE = 0.03  # the most that a lossy choice may lose in agreement, accuracy and AUROC
 COLUMNS = (  # of a row, after its conditions
     "choice", "strengths", "solver", "images_per_step", "max_uses", "steps", "seed", "ms_a_step", "unet_rows_a_step",
     "reuse", "age_mean", "images_judged", "agreement", "real_agreement", "diversity_share", "distance_share",
@@ -32,7 +32,7 @@ COLUMNS = (  # of a row, after its conditions
     "near_ood_val_images",
 )  # fmt: skip
 JUDGED = ("agreement", "val_accuracy", "near_ood_auroc")
-EXACT = "exact"  # the demo as it is: what the others are compared with
+EXACT = "exact"  # the demo as it is, which the others are compared with
 CHOICES: dict[str, dict[str, object]] = {
     EXACT: {},
     "preset fast": {"pipeline.preset": "fast"},  # faster and turbo need weights that the embedded pipeline has not
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def measure(name: str, job: Job, state: State, steps: int) -> dict[str, object]:
-    """The row of a choice: train for `steps` steps, then look at what was generated and at val."""
+    """The row of a choice: train for `steps` steps, then judge the generated images and evaluate on val."""
     begin = time.perf_counter()
     for _ in range(steps):
         trainer.step(state)
@@ -113,7 +113,7 @@ def measure(name: str, job: Job, state: State, steps: int) -> dict[str, object]:
 
 
 def _suitability(job: Job, state: State) -> dict[str, float]:
-    """Agreement and diversity of the positives that the reservoir holds, agreement of its near-OOD images."""
+    """Agreement and diversity of the positives in the reservoir, and agreement of its near-OOD images."""
     shown = state.generator.examples()
     judged = judge_images(job.judge, torch.stack([image for image, _ in shown]))
     requests = [request for _, request in shown]

@@ -1,7 +1,7 @@
-"""A run brought to its first step in a temporary directory: what the step and quality benchmarks measure.
+"""Prepares a run up to its first step, in a temporary directory, for the step and quality benchmarks.
 
-It goes through the trainer's own stages, so that what is timed is what users run. Everything it writes (config, data
-list, tokens) is written before the first step, and is gone afterwards.
+It goes through the trainer's own stages, so that the benchmarks time what users run. Everything it writes (config, data
+list, tokens) is written before the first step and deleted afterwards.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 @contextmanager
 def session(settings: dict[str, object], path: Path = DEMO) -> Iterator[tuple[Job, State]]:
-    """A job and its state before step 0, under a config with `settings` ("section.key": value) laid over it.
+    """A job and its state before step 0, under the config at `path` overridden by `settings` ("section.key": value).
 
-    Where settings name no `run.dir`, the run directory is temporary.
+    The run directory is temporary unless settings name a `run.dir`.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder:
         settings = {"run.dir": folder} | settings
@@ -46,10 +46,10 @@ def session(settings: dict[str, object], path: Path = DEMO) -> Iterator[tuple[Jo
 
 
 def with_images_per_step(config, images: float):
-    """The config at another `generation.images_per_step`, which a running generator may be handed at any step."""
+    """The config with another `generation.images_per_step`; it may be given to a running generator at any step."""
     return dataclasses.replace(config, generation=dataclasses.replace(config.generation, images_per_step=images))
 
 
 def as_yaml(value) -> str:
-    """A value as the right side of `section.key=value`."""
+    """A value as the right-hand side of `section.key=value`."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()

@@ -1,11 +1,12 @@
 """The joint step, generation and training together: `python -m benchmarks.step`.
 
-Over the ratio (images_per_step) and the overlap mode, with a small ResNet at 64 px on the embedded set and, on a GPU,
-ResNet-50 at 224 px beside a generator of SD 1.5's shape at 512 px. Measured are the step and its phases, the share of
-generation, how much of it overlap hides, what mixing, augmenting and bookkeeping cost, host syncs and bytes written
-during a step; then that a step's cost grows linearly with images_per_step, and not with the number of train images.
+The grid is the ratio (images_per_step) x the overlap mode, with a small ResNet at 64 px on the embedded set and, on a
+GPU, ResNet-50 at 224 px beside a generator of SD 1.5's shape at 512 px. Measured are the step and its phases, the share
+of generation, how much of it overlap hides, the cost of mixing, augmenting and bookkeeping, and host syncs and bytes
+written during a step. A line is fitted to the step's cost over images_per_step, and the cost is compared at two numbers
+of train images.
 
-Overlap efficiency = (T_generate + T_train) / T_joint, each alone and together; it cannot exceed
+Overlap efficiency = (T_generate + T_train) / T_joint, where T_generate and T_train are measured alone; it cannot exceed
 (T_generate + T_train) / max(T_generate, T_train).
 
 Rows are appended to benchmarks/results/step_gpu.csv or step_cpu.csv; the last line printed is one JSON document.
@@ -45,9 +46,9 @@ COLUMNS = (  # of a row, after its conditions
     "peak_mib",  # that a block needs beyond what is held before it, graphs' pools included: see harness.peak_mib
     "switches", "quality",
 )  # fmt: skip
-BESIDE = 2.5  # rounds that the blocks beside the timed ones take at most
-OVER_IMAGES_S = 40.0  # that two sessions and a round of blocks take where the cost of more train images is shown
-FEW_SHOTS = 4  # train images a class of the small side, where the cost of more of them is shown
+BESIDE = 2.5  # the blocks beside the timed ones take at most as long as this many rounds
+OVER_IMAGES_S = 40.0  # for two sessions and a round of blocks in `over_train_images`
+FEW_SHOTS = 4  # train images per class on the small side of `over_train_images`
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Case:
     name: str
     settings: dict[str, object]
     grid: tuple[float, ...]  # images_per_step; 0 comes first and is training alone
-    usual: float  # the ratio of the config, at which one figure stands for all
-    image_folder: tuple[int, int, int] | None = None  # classes, images a class, pixels a side, where no set is shipped
+    usual: float  # the ratio of the config, for results given at one ratio only
+    image_folder: tuple[int, int, int] | None = None  # classes, images per class, pixels a side, if no set is shipped
     modes: tuple[str, ...] = ("sequential",)
-    least_s: float = 0.0  # that loading, compiling, a round of blocks and a row of each take
+    least_s: float = 0.0  # for loading, compiling, a round of blocks and the rows
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -89,10 +90,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator[dict[str, object]]:
-    """Rows of one case in all its modes, measured in alternating blocks.
+    """The rows of one case in all its modes, measured in alternating blocks.
 
-    A new round begins only while the seconds left are enough for it and for what each row needs beside its time: a
-    block whose phases are timed, and one that is watched.
+    A new round starts only if the seconds left suffice for it and for the two further blocks of each row: one whose
+    phases are timed, and one that is watched.
     """
     budget = harness.Budget(seconds if math.isfinite(seconds) else 0.0)
     with tempfile.TemporaryDirectory(prefix="benchmark-images-") as folder:
@@ -110,7 +111,7 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
 
 
 def lines_of(case: Case, rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
-    """The straight line through the rows of each mode of a case."""
+    """The straight line fitted to the rows of each mode of a case."""
     of_mode = {mode: [row["step_ms"] for row in rows if row["mode"] == mode] for mode in case.modes}
     return {f"{case.name}, {mode}": straight_line(case.grid, times) for mode, times in of_mode.items()}
 
@@ -152,7 +153,7 @@ def _row(case: Case, images: float, stepper: Stepper, found: harness.Comparison)
 
 
 def stream_over_sequential(rows: list[dict]) -> dict[str, float]:
-    """How many times as fast a step is with generation on a side stream, by case and images_per_step."""
+    """The speedup of a step by generation on a side stream, by case and images_per_step."""
     step_ms = {(row["case"], row["images_per_step"], row["mode"]): row["step_ms"] for row in rows}
     return {
         f"{case}, {images:g}": round(step_ms[case, images, "sequential"] / ms, 4)
@@ -162,7 +163,7 @@ def stream_over_sequential(rows: list[dict]) -> dict[str, float]:
 
 
 def left_out(case: Case, reason: str) -> list[dict[str, object]]:
-    """The rows, one a mode, of a case that was not measured."""
+    """The rows of a case that was not measured, one per mode."""
     empty = dict.fromkeys(COLUMNS, "") | {"case": case.name, "quality": f"skipped: {reason}"}
     return [empty | {"mode": mode} for mode in case.modes]
 
@@ -177,7 +178,7 @@ def _tick(stepper: Stepper) -> str:
 
 
 def straight_line(x: tuple[float, ...], y: list[float]) -> dict[str, float]:
-    """Least-squares line y = base + slope x, its R^2 and the largest distance of a point from it in percent of y."""
+    """Least-squares line y = base + slope x, its R^2, and the largest distance of a point from it in percent of y."""
     design = torch.stack([torch.ones(len(x), dtype=torch.float64), torch.tensor(x, dtype=torch.float64)], 1)
     values = torch.tensor(y, dtype=torch.float64)
     base, slope = torch.linalg.lstsq(design, values[:, None]).solution[:, 0].tolist()
@@ -192,7 +193,7 @@ def straight_line(x: tuple[float, ...], y: list[float]) -> dict[str, float]:
 
 
 def over_train_images(case: Case, options: argparse.Namespace, seconds: float) -> tuple[list[dict], dict[str, object]]:
-    """The same step on few and on all train images of the embedded set, in alternating blocks: rows, and their ratio."""
+    """The same step with few and with all train images of the embedded set, in alternating blocks: rows and ratio."""
     few, every = ({"data.shots_per_class": shots} for shots in (FEW_SHOTS, 0))
     settings = COMMON | case.settings | {"generation.images_per_step": case.usual}
     with session(settings | few) as (_, small), session(settings | every) as (_, large):
@@ -215,7 +216,7 @@ def over_train_images(case: Case, options: argparse.Namespace, seconds: float) -
 
 
 def _times(timing: harness.Timing, steps: int) -> dict[str, object]:
-    """Columns of the time of one step, from blocks of `steps`."""
+    """The columns on the time of one step, from blocks of `steps` steps."""
     return {
         "step_ms": round(timing.median_ms / steps, 3),
         "p10_ms": round(timing.quantile_ms(0.1) / steps, 3),

@@ -1,4 +1,4 @@
-"""A state that steps at any ratio, and what a block of its steps costs: used by benchmarks/step.py."""
+"""Runs blocks of steps at any ratio and measures what they cost; used by benchmarks/step.py."""
 
 import warnings
 from collections.abc import Callable
@@ -21,22 +21,22 @@ SYNC = "called a synchronizing CUDA operation"  # torch's words for each; switch
 
 @dataclass(frozen=True)
 class Watched:
-    """What a block of steps does beside its work."""
+    """The side effects of a block of steps: syncs, writes, memory."""
 
-    host_syncs: int | None  # times the host waits for the device; None without a device to wait for
-    bytes_written: int | None  # handed to the system for writing by this process; None where it does not count
+    host_syncs: int | None  # how often the host waits for the device; None without a device to wait for
+    bytes_written: int | None  # that this process gave to the system for writing; None if the system does not count
     peak_mib: float | None  # needed beyond what is held before it, graphs' pools included: see `harness.peak_mib`
 
 
 class Stepper:
     """Blocks of joint steps, of training alone (ratio 0) and of generation alone.
 
-    A block is a whole number of turnovers of the slots, so that as many images arrive and are decoded in it as the ratio
-    owes.
+    A block is a whole number of turnovers of the slots, so that exactly as many images are finished and decoded in it
+    as the ratio requires.
     """
 
     def __init__(self, state: State, least: int, mode: str = "sequential"):
-        """least: steps of a block at least; mode: how generation shares the device."""
+        """least: the least number of steps in a block; mode: how generation shares the device."""
         self.state, self.least, self.config = state, least, state.config
         self.device = next(state.encoder.parameters()).device
         self.advance = state.generator.advance
@@ -48,12 +48,12 @@ class Stepper:
         return len(self.state.generator.labels)
 
     def steps(self, images: float) -> int:
-        """Steps of a block at a ratio."""
+        """The number of steps in a block at a ratio."""
         self._set(images)
         return window(self.state, self.least)
 
     def at(self, images: float) -> Callable[[], None]:
-        """A call that takes a block of joint steps at a ratio."""
+        """A call that runs a block of joint steps at a ratio."""
         count = self.steps(images)
 
         def call() -> None:
@@ -65,7 +65,7 @@ class Stepper:
         return call
 
     def generating(self, images: float) -> Callable[[], None]:
-        """A call that does the generation of such a block alone."""
+        """A call that runs only the generation of such a block."""
         count = self.steps(images)
 
         def call() -> None:
@@ -76,9 +76,9 @@ class Stepper:
         return call
 
     def phases(self, images: float) -> dict[str, float]:
-        """Milliseconds a step over one block: `step`, each phase, and `bookkeeping`.
+        """Milliseconds per step over one block: `step`, each phase, and `bookkeeping`.
 
-        Bookkeeping is what the generate phase takes beside UNet calls with their solver steps, decoding and text
+        Bookkeeping is the rest of the generate phase after UNet calls with their solver steps, decoding and the text
         encoder: admission, noise, uploads, storing.
         """
         count = self.steps(images)
@@ -89,7 +89,7 @@ class Stepper:
         return phases | {"step": found.step_ms, "bookkeeping": bookkeeping}
 
     def watched(self, images: float) -> Watched:
-        """What one block waits for, writes and holds; a block of its own, as watching costs time."""
+        """The syncs, bytes written and peak memory of one block, which is run separately as watching costs time."""
         call, found = self.at(images), {}
 
         def watched_call() -> None:

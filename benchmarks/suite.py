@@ -1,12 +1,12 @@
 """Every benchmark in one call, within a budget: `python -m benchmarks.suite [--only ...] [--budget-s 540]`.
 
-Correctness first, and what is found wrong is not timed: a wrong op is left out of the kernels, a wrong engine takes the
-parts that run it; then generator, kernels, step and quality, each with a share of the time that is left, the last one
-with all of it. Each part is a process of its own, so that a crash or a full memory in one costs no other, and is stopped
-when it takes half as long again as its share. At Stable Diffusion's size the compiled techniques and the large step do
-not fit into 540 s beside the others: `--only generator`, then `--only step`, give them the whole budget. On a CPU every
-part runs in a reduced form. Rows go to $OUT where it is set, else to benchmarks/results; a short table comes last, the
-last line is one JSON document.
+Correctness runs first, and what is found wrong is not timed: a wrong op is left out of the kernels, and if the engine
+is wrong, the parts that run it are skipped. Then come generator, kernels, step and quality, each with a share of the
+time left, the last one with all of it. Each part is a separate process, so that a crash or a full memory in one does
+not affect the others, and is stopped if it takes more than half as long again as its share. At Stable Diffusion's size
+the compiled techniques and the large step do not fit into 540 s with the others: `--only generator`, then `--only
+step`, give them the whole budget. On a CPU every part runs in a reduced form. Rows go to $OUT if it is set, else to
+benchmarks/results. A short table is printed last, and one JSON document as the last line.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from benchmarks import harness, ledger
 from kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST_S = 20.0  # a part that would get less is left out
-OVERSTAY = 1.5  # times its share, and CLOSING_S more, after which a part is stopped
-CLOSING_S = 10.0  # of a part's share: for starting, peak memory and writing, beside what it is told to fill
+LEAST_S = 20.0  # a part is skipped if less time than this is left
+OVERSTAY = 1.5  # a part is stopped after this many times its share, plus CLOSING_S
+CLOSING_S = 10.0  # the part of a share that is kept for starting, peak memory and writing
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,15 @@ PARTS = (
 
 
 def command_of(part: Part, options: argparse.Namespace, seconds: float) -> list[str]:
-    """The command of a part that is to fill `seconds`."""
+    """The command line of a part that should take `seconds`."""
     return [sys.executable, "-u", "-m", f"benchmarks.{part.name}", *part.arguments(options, seconds)]
 
 
 def run_part(part: Part, options: argparse.Namespace, left: float, last: bool = False) -> Outcome:
-    """Run a part in a process of its own, its output passed on.
+    """Run a part in a separate process and pass its output on.
 
-    It is told its share of the `left` seconds, the `last` one all of them, and stopped when it stays too long beyond it.
+    The part is given its share of the `left` seconds (all of them if it is the `last`) and stopped if it far exceeds
+    that.
     """
     share = left if last else part.share * left
     command = command_of(part, options, max(LEAST_S / 2, share - CLOSING_S))
@@ -167,7 +168,7 @@ def run_part(part: Part, options: argparse.Namespace, left: float, last: bool = 
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a part with what it started (compiler workers); nothing where it has ended."""
+    """End a part together with the processes it started (compiler workers); does nothing if it has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> dict:
             outcomes.append(Outcome(part.name, "skipped: budget"))
         else:
             outcomes.append(run_part(part, options, budget.left, last=part.name == chosen[-1]))
-        if part.name == "correctness" and not options.keep_going:  # without an answer nothing is known to be wrong
+        if part.name == "correctness" and not options.keep_going:  # without its document nothing is known to be wrong
             options.wrong = (outcomes[-1].document or {}).get("wrong", [])
         if os.environ.get("OUT"):  # the documents of the parts whole, where files are carried away, as they come
             whole = {outcome.part: outcome.document for outcome in outcomes}

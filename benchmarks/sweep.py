@@ -1,8 +1,8 @@
 """Which settings of generation and training pay, read on val alone: `python -m benchmarks.sweep configs/parts.yaml`.
 
-A sweep changes one thing of a config at a time, under the arms it concerns; a trial is one unmodified `trainer.py run`
-in a process of its own, with one thread, so that as many run beside each other as there are cores. Finished trials are
-read, not repeated. Test images are not scored (evaluation.test). Rows are appended to benchmarks/results/sweep.csv.
+A sweep changes one thing of a config at a time, under the arms it concerns. A trial is one unmodified `trainer.py run`
+in a separate process with one thread, so that as many can run in parallel as there are cores. Finished trials are read,
+not repeated. Test images are not scored (evaluation.test). Rows are appended to benchmarks/results/sweep.csv.
 
     python -m benchmarks.sweep configs/parts.yaml --sweeps strength,fraction --seeds 0,1 --jobs 2
 """
@@ -19,7 +19,7 @@ from modules.commands.trials import Planned, plan, refuse_other_settings, run_tr
 from modules.errors import ConfigError, UserError
 
 SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> arms, {variant: overrides}
-    "steps": (  # as many images however long the schedule: each serves more often
+    "steps": (  # the same number of images for any schedule: in a longer one each is used more often
         ("ce", "supcon", "positives"),
         {
             f"{steps} steps": [
@@ -30,7 +30,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
             for steps in (300, 900, 1800)
         },
     ),
-    "long_strength": (  # where real images begin to run out
+    "long_strength": (  # a schedule so long that real images start to run out
         ("positives",),
         {
             f"900 steps, strength {name}": [
@@ -39,7 +39,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
             for name, mix in ((".35", "{0.35: 1.0}"), (".5", "{0.5: 1.0}"), (".16 .35 .5", "{0.16: 1.0, 0.35: 1.0, 0.5: 1.0}"))
         },
     ),
-    "ceiling": (  # what further real images would be worth: no generator of as many can be worth more
+    "ceiling": (  # the value of further real images: an upper bound for as many generated ones
         ("supcon",),
         {
             f"{shots or 'all'} shots, {steps} steps": [f"data.shots_per_class={shots}", f"learning.steps={steps}"]
@@ -81,7 +81,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         ("positives_ood", "roundtrip_rows", "separate_batchnorm"),
         {"as configured": []},
     ),
-    "weighting": (  # what else could make negatives count: the gate, their weight, the hardest ones
+    "weighting": (  # other ways to make negatives count: the gate, their weight, hard weighting
         ("positives_ood",),
         {
             "gated": ["gate.enabled=true"],
@@ -98,7 +98,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {  # name -> a
         },
     ),
 }  # fmt: skip
-OWN = ("run.dir", "run.name", "run.seed", "evaluation.test")  # where trials stand and what they may read
+OWN = ("run.dir", "run.name", "run.seed", "evaluation.test")  # where trials are stored and what they may read
 METRICS = (
     "val.accuracy", "val.macro_accuracy", "val.knn_accuracy", "val.ece", "val.near_ood.knn.auroc", "val.near_ood.msp.auroc",
     "val.near_ood.mahalanobis.auroc", "artifact.probe_auroc", "artifact.score_auroc", "cost.images_generated", "cost.reuse",
@@ -106,7 +106,7 @@ METRICS = (
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run what is not finished, append the rows, print a table and one JSON line; returns what that line holds."""
+    """Run the trials that are not finished, append the rows, print a table and one JSON line; returns its content."""
     options = _parse(argv)
     stem, trials = Path(options.config).stem, {}
     for sweep in options.sweeps:
@@ -161,7 +161,7 @@ def _parse(argv: list[str] | None):
 
 
 def _varied(sweeps: list[str]) -> set[str]:
-    """Settings that some variant of these sweeps changes."""
+    """The settings that some variant of these sweeps changes."""
     variants = [settings for sweep in sweeps for settings in SWEEPS[sweep][1].values()]
     return {override.partition("=")[0] for settings in variants for override in settings}
 
@@ -171,7 +171,7 @@ def _log(trial: Planned) -> Path:
 
 
 def _bring_to_end(trial: Planned) -> int:
-    """Exit code of the trial, 0 at once if it is finished."""
+    """Run a trial and return its exit code; 0 at once if it is finished."""
     if (trial.path / "results.json").exists():
         return 0
     code = run_trial(trial, _log(trial))
@@ -180,7 +180,7 @@ def _bring_to_end(trial: Planned) -> int:
 
 
 def rows_of(key: tuple, trial: Planned) -> list[dict]:
-    """A row for each val metric of a finished trial, with its conditions."""
+    """One row per val metric of a finished trial, with its conditions."""
     sweep, variant, arm, seed = key
     results = json.loads((trial.path / "results.json").read_text())
     made = json.loads((trial.path / "environment.json").read_text())
@@ -202,7 +202,7 @@ def rows_of(key: tuple, trial: Planned) -> list[dict]:
 
 
 def _table(rows: list[dict]) -> str:
-    """Mean over seeds of three val metrics, a line a variant and arm."""
+    """The mean over seeds of three val metrics, one line per variant and arm."""
     shown = ("val.accuracy", "val.knn_accuracy", "val.near_ood.knn.auroc")
     lines = [
         f"{'variant':<28}{'arm':<20}{'seeds':>6}" + "".join(f"{metric.removeprefix('val.'):>20}" for metric in shown)

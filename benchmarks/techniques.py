@@ -1,7 +1,7 @@
-"""The techniques that benchmarks/generator.py compares: what each is, and the inputs they share.
+"""The techniques that benchmarks/generator.py compares, and the inputs they share.
 
-A technique is a call that makes as many images as asked, in whole batches. Whatever one changes (attention, memory
-layout, compilation) it changes on a UNet and a VAE of its own.
+A technique is a call that makes a given number of images, in whole batches. Whatever it changes (attention, memory
+layout, compilation), it changes on its own copies of UNet and VAE.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TECHNIQUES = (  # in the order in which a short budget should reach them
     SLOTS, DIFFUSERS, DA_FUSION, XFORMERS, SLOTS_COMPILED, COMPILED, SLOTS_FAST, SLOTS_KERNELS, SLOTS_TUNED,
 )  # fmt: skip
 QUALITY_IMAGES = 4
-BLOCKS_SHARE = 0.33  # of the budget: kept for the alternating blocks, whatever making techniques ready takes
+BLOCKS_SHARE = 0.33  # of the budget, reserved for the alternating blocks however long preparing techniques takes
 
 
 @dataclass
@@ -44,10 +44,10 @@ class Candidate:
     peer: bool
     switches: str
     quality: str
-    setting: Setting | None = None  # where it is not that of all others
-    at_most: int = 1 << 30  # images a call makes at most: enough for a rate where one image at a time is made
-    ready_s: float = 0.0  # compilation, where there is any, and the first batch
-    batch_s: float = 0.0  # that as many images as the batch common to all take
+    setting: Setting | None = None  # if it differs from that of the others
+    at_most: int = 1 << 30  # images per call at most; a few give a rate if images are made one at a time
+    ready_s: float = 0.0  # seconds for compilation, if any, and the first batch
+    batch_s: float = 0.0  # seconds for as many images as the batch common to all
     peak_mib: float | None = None
     pool_bytes: int = 0  # of the graphs it replays, part of peak_mib
 
@@ -76,9 +76,9 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="da-fusion-")
 
     def makers(self) -> dict[str, Callable[[], Candidate]]:
-        """One a technique, of those asked for, in the order of TECHNIQUES.
+        """One maker per requested technique, in the order of TECHNIQUES.
 
-        The engine as it is comes first: blocks are compared with themselves on it, and its images are the reference's.
+        The engine as it is comes first: its blocks give the spread of equal code, and its images are the reference's.
         """
         known = {
             SLOTS: self.slots,
@@ -94,7 +94,7 @@ class Bench:
         return {name: known[name] for name in TECHNIQUES if name in (self.options.only or TECHNIQUES)}
 
     def slots(self) -> Candidate:
-        """The engine, no compiler, torch's own choice of attention."""
+        """The engine, uncompiled, with torch's own choice of attention."""
         return self._engine(SLOTS)
 
     def slots_tuned(self) -> Candidate:
@@ -127,26 +127,26 @@ class Bench:
         )
 
     def slots_kernels(self) -> Candidate:
-        """The compiled engine with run.kernels=triton: what they gain over the compiler's own fusions."""
+        """The compiled engine with run.kernels=triton: what the kernels gain over the compiler's own fusions."""
         self._need_compiler(SLOTS_KERNELS)
         if self.device.type != "cuda":
             raise peers.Unavailable(SLOTS_KERNELS, "Triton kernels need a CUDA GPU")
         return self._engine(SLOTS_KERNELS, compile_setting="on", tune=True, kernels="triton")
 
     def diffusers(self) -> Candidate:
-        """diffusers at its best batch, attention as it comes."""
+        """diffusers at its best batch, with default attention."""
         peer = peers.image_to_image(self.pipeline, self.setting)
         return self._batched(DIFFUSERS, peer, f"as it comes; {self.tried}", self.batch)
 
     def xformers(self) -> Candidate:
-        """The same with xformers' attention, at the batch that is best with it."""
+        """The same with xformers' attention, at its own best batch."""
         own = inputs.own_copy(self.pipeline)
         peer = peers.with_xformers(peers.image_to_image(own, self.setting), XFORMERS)
         batch, tried = self._best_batch(own, XFORMERS)
         return self._batched(XFORMERS, peer, f"enable_xformers_memory_efficient_attention; {tried}", batch)
 
     def diffusers_compiled(self) -> Candidate:
-        """The same compiled as diffusers' guide says, at the better of the batches that there is time to compile for."""
+        """The same compiled as in diffusers' guide, at the best of the batches that there is time to compile for."""
         self._need_compiler(COMPILED)
         if self.options.compile_only:  # one step is compiled as all of them are
             self.setting = dataclasses.replace(self.setting, num_inference_steps=2)
@@ -161,7 +161,7 @@ class Bench:
         return self._batched(COMPILED, peer, f"UNet and decoder compiled, channels_last; {tried}", batch)
 
     def da_fusion(self) -> Candidate:
-        """The loop as published; it makes one image at a time, so fewer images measure the same rate."""
+        """DA-Fusion's loop as published; it makes one image at a time, so fewer images suffice to measure its rate."""
         count = min(self.options.da_fusion_images, self.setting.images)
         sources = [Image.fromarray(row.numpy()) for row in self.pixels_NHWC[:count]]
         call = peers.da_fusion(self.pipeline, sources, self.texts[:count], self.setting, Path(self._folder.name))
@@ -169,7 +169,7 @@ class Bench:
         return Candidate(DA_FUSION, call, 1, True, switches, "draws its own noise", at_most=count)
 
     def wait(self) -> None:
-        """Until the device has done what it was asked."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -201,7 +201,7 @@ class Bench:
         return engine
 
     def tune(self) -> None:
-        """Find what the engines that are compiled will take by time, before anything else is on the device."""
+        """Time the choices that the compiled engines will use, before anything else is on the device."""
         for setting in (self.setting, self._fast()):
             self._built(setting, compile_setting="on", tune=True, accelerated=False)
 
@@ -219,13 +219,13 @@ class Bench:
         return peers.batched(peer, images, self.texts, batch, self.setting)
 
     def _best_batch(self, pipeline: StableDiffusion, name: str) -> tuple[int, str]:
-        """The batch at which diffusers' pipeline is fastest, and what was tried for it."""
+        """The batch at which diffusers' pipeline is fastest, and what was tried."""
         if self.options.batch:
             return self.options.batch, f"batch {self.options.batch} as asked"
         return batches.best_batch(pipeline, self.setting, self.options.images, name, self.budget.left)
 
     def _best_slots(self) -> tuple[int, str]:
-        """The slots at which the engine is fastest as it is, and what was tried for it."""
+        """The number of slots at which the uncompiled engine is fastest, and what was tried."""
         if self.options.batch:
             return self.options.batch, f"{self.options.batch} slots as asked"
         own = inputs.own_copy(self.pipeline)
@@ -233,7 +233,7 @@ class Bench:
         return batches.best_slots(build, self.options.images, self.device, SLOTS, self.budget.left)
 
     def batches_to_compile(self) -> tuple[int, ...]:
-        """The best batch of the pipeline as it comes and the next one: each takes a compilation of its own."""
+        """The best batch of the uncompiled pipeline and the one next to it; each needs its own compilation."""
         if self.options.batch:
             return (self.batch,)
         tried = (self.batch, *batches.next_to(self.batch, self.options.images, self.device))

@@ -1,7 +1,8 @@
-"""One UNet call with its solver step, apart from everything around it: how near a matrix product it comes.
+"""Times one UNet call with its solver step separately, as a share of the rate of a matrix product.
 
-Measured at the rows at which an engine runs (slots and their unconditional rows) and at ROWS, at which others publish
-theirs. The latter has no unconditional rows: these share the first layers of their slots, so that not every row is work.
+It is measured at the rows at which an engine runs (slots and their unconditional rows) and at ROWS, a number at which
+others publish results. The latter has no unconditional rows: those share the first layers with their slots, so that a
+row would not always be a full row of work.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ QUALITY = "the time of one call; the row of its technique judges the images"
 
 
 def tick(bench: Bench, peak: float, name: str) -> dict[str, object]:
-    """Rows, milliseconds and share of the matrix product of a tick of an engine that the benchmark ran."""
+    """Rows, milliseconds and share of the matrix product for a tick of an engine that the benchmark ran."""
     if name not in bench.engines:
         return left_out(name, 0, "the engine made no images")
     engine = bench.engines[name]
@@ -28,10 +29,10 @@ def tick(bench: Bench, peak: float, name: str) -> dict[str, object]:
 
 @torch.no_grad()
 def at_rows(bench: Bench, peak: float, name: str, rows: int, ready_s: float, left: float) -> dict[str, object]:
-    """The same of that engine built for `rows` slots without guidance.
+    """The same for that engine built with `rows` slots and without guidance.
 
     Args:
-        ready_s: seconds that making the engine of this name ready took, compilation included.
+        ready_s: seconds that preparing the engine of this name took, including compilation.
         left: seconds that may be spent.
     """
     if name not in bench.how:
@@ -50,12 +51,12 @@ def at_rows(bench: Bench, peak: float, name: str, rows: int, ready_s: float, lef
 
 
 def left_out(name: str, rows: int, reason: str) -> dict[str, object]:
-    """What stands in place of a call that was not measured."""
+    """The entry for a call that was not measured."""
     return {"technique": name, "rows": rows, "guided": False, "ms": None, "mfu_pct": None, "skipped": reason}
 
 
 def as_row(columns: list[str], call: dict[str, object], bench: Bench) -> dict[str, object]:
-    """A call as a row with the columns of the techniques' rows; what does not apply to it is empty."""
+    """A call as a row with the columns of the techniques' rows; columns that do not apply are empty."""
     row = dict.fromkeys(columns, "") | {
         "technique": f"one UNet call, {call['rows']} rows{', guided' * call['guided']}, {call['technique']}",
         "batch": call["rows"],

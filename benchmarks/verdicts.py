@@ -1,6 +1,7 @@
-"""Whether a kernel stays, from the rows of benchmarks/kernels.py, and whether what kernels/backend.py trusts is backed.
+"""Decides from the rows of benchmarks/kernels.py which kernels stay, and checks those that kernels/backend.py trusts.
 
-The rule: >= 1.05x torch.compile in time, or >= 2x better in memory at equal time, the median over the sizes of a run.
+A kernel stays if it is >= 1.05x torch.compile in time, or >= 2x better in memory at equal time, in the median over the
+sizes of a run.
 """
 
 import csv
@@ -14,9 +15,10 @@ RUN = ("date", "commit", "device")  # rows that share these were measured side b
 
 
 def verdicts(rows: Iterable[dict]) -> dict[str, str]:
-    """op -> whether its kernel stays, in words that begin with it; ops of which no kernel was timed are left out.
+    """op -> its verdict, starting with "stays", "goes" or "not judged"; ops without a timed kernel are left out.
 
-    rows: of one run. An op that was never timed beside torch.compile is not judged: faster than eager code is no claim.
+    rows: those of one run. An op that was never timed beside torch.compile is not judged: beating eager code is not
+    enough.
     """
     rows, found = list(rows), {}
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -41,7 +43,7 @@ def _verdict(pairs: list[tuple[dict, dict]]) -> str:
     if ratios:
         leaner = statistics.median(ratios)
         said, lean = f"{leaner:.1f}x in memory", leaner >= LEANER and faster >= 1 / FASTER
-    else:  # in place: any number is infinitely many times nothing, which buys no time
+    else:  # the kernel needs no memory (or none is known), so there is no ratio: it may not cost time either
         saved = statistics.median([other for _, other in known] or [0.0])
         said, lean = f"in place against {saved:.1f} MiB" if known else "memory unknown", saved > 0 and faster >= 1
     stays = faster >= FASTER or lean
@@ -53,7 +55,7 @@ def _mib(row: dict) -> float | None:
 
 
 def unbacked(judged: Iterable[str], folder: Path) -> list[str]:
-    """The ops among `judged` whose kernel no run of kernels_gpu*.csv in `folder` lets stay, by its last run there."""
+    """The ops among `judged` whose last verdict from the runs in `folder`/kernels_gpu*.csv is not "stays"."""
     last: dict[str, str] = {}
     for path in sorted(folder.glob("kernels_gpu*.csv")):
         runs: dict[tuple, list[dict]] = {}
