@@ -11,7 +11,7 @@ import importlib.util
 import os
 import platform
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ def set_default(implementation: str) -> None:
 
 
 @contextlib.contextmanager
-def using(implementation: str):
+def using(implementation: str) -> Iterator[None]:
     """Context manager in which `implementation="auto"` means this one, to measure implementations side by side.
 
     Raises ValueError if `implementation` is not one of auto, torch, triton.

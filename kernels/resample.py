@@ -8,7 +8,9 @@ and m output pixels along an axis.
 import torch
 
 
-def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=None) -> torch.Tensor:
+def crop_centers(
+    start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R: torch.Tensor | None = None
+) -> torch.Tensor:
     """Source coordinates_Rm (fp32) at which each of the m output pixels of the crop [start, start + length) samples.
 
     Pixel i samples at start + (i + 1/2) length/m - 1/2, where whole numbers are pixel centers; flip_R (bool) mirrors i.
@@ -20,7 +22,9 @@ def crop_centers(start_R: torch.Tensor, length_R: torch.Tensor, m: int, flip_R=N
     return torch.minimum(center_Rm.maximum(start_R1), start_R1 + length_R1 - 1)
 
 
-def resample_matrix(start_R: torch.Tensor, length_R: torch.Tensor, n: int, m: int, flip_R=None) -> torch.Tensor:
+def resample_matrix(
+    start_R: torch.Tensor, length_R: torch.Tensor, n: int, m: int, flip_R: torch.Tensor | None = None
+) -> torch.Tensor:
     """Weights_Rmn (fp32) that turn n source pixels into the m output pixels of each row's crop [start, start + length).
 
     With c the center of pixel i (as in `crop_centers`, before clamping) and f = max(length/m, 1) the filter's half
@@ -39,7 +43,7 @@ def resample_matrix(start_R: torch.Tensor, length_R: torch.Tensor, n: int, m: in
     return weight_Rmn.div_(weight_Rmn.sum(2, keepdim=True))
 
 
-def _centers(start_R1, length_R1, m: int, flip_R) -> torch.Tensor:
+def _centers(start_R1: torch.Tensor, length_R1: torch.Tensor, m: int, flip_R: torch.Tensor | None) -> torch.Tensor:
     i_m = torch.arange(m, device=start_R1.device, dtype=torch.float32)
     if flip_R is not None:
         i_m = torch.where(flip_R[:, None], m - 1 - i_m, i_m)

@@ -71,7 +71,17 @@ def supcon(
         return supcon_reference(z_RE, labels_R, is_ood_R, *settings)
 
 
-def supcon_reference(z_RE, labels_R, is_ood_R, num_views, temperature, ood_columns, ood_weight, hardness, ood_anchors):
+def supcon_reference(
+    z_RE: torch.Tensor,
+    labels_R: torch.Tensor,
+    is_ood_R: torch.Tensor,
+    num_views: int,
+    temperature: float,
+    ood_columns: str,
+    ood_weight: float,
+    hardness: float,
+    ood_anchors: bool,
+) -> torch.Tensor:
     """`supcon` in plain torch: its formula on the whole similarity matrix."""
     z_RE = z_RE if z_RE.dtype == torch.float64 else z_RE.float()
     positive_RR, negative_RR, ood_negative_RR = masks(labels_R, is_ood_R, num_views, ood_columns, ood_anchors)
@@ -123,7 +133,12 @@ def masks(
 
 
 def reference_level(
-    labels_R, is_ood_R, *, num_views: int = 2, ood_columns: str = "global", ood_weight: float = 1.0
+    labels_R: torch.Tensor,
+    is_ood_R: torch.Tensor,
+    *,
+    num_views: int = 2,
+    ood_columns: str = "global",
+    ood_weight: float = 1.0,
 ) -> torch.Tensor:
     """The loss if all embeddings coincide, at any hardness: mean over I+ of log(|I| - 1 + ood_weight |O_i|), fp32."""
     positive_RR, negative_RR, ood_negative_RR = masks(labels_R, is_ood_R, num_views, ood_columns)

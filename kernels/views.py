@@ -61,7 +61,14 @@ def views(
     return views_reference(images_BHWC, parameters, mean, std, out_dtype, out_size)
 
 
-def views_reference(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
+def views_reference(
+    images_BHWC: torch.Tensor,
+    parameters: ViewParameters,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    out_dtype: torch.dtype,
+    size: tuple[int, int],
+) -> torch.Tensor:
     """`views` in plain torch: a block of rows that fits the cache at a time on a CPU, all rows at once on a GPU.
 
     Within a block, rows are sorted by the place of hue among their jitters; rows without jitter come last. The blends
@@ -188,7 +195,14 @@ def _turn_hue(x_b3HW, turn_b) -> None:
     torch.addcmul(low[:, None], x_b3HW.clamp_(0, 1), chroma[:, None], out=x_b3HW)
 
 
-def views_triton(images_BHWC, parameters, mean, std, out_dtype, size) -> torch.Tensor:
+def views_triton(
+    images_BHWC: torch.Tensor,
+    parameters: ViewParameters,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    out_dtype: torch.dtype,
+    size: tuple[int, int],
+) -> torch.Tensor:
     """`views` by the kernel: one launch, or two if any view has contrast."""
     return launch_views(images_BHWC, device_tables(parameters, images_BHWC.device), mean, std, out_dtype, size)
 

@@ -40,7 +40,14 @@ def launch_settings(height: int, width: int) -> dict[str, int]:
     return {"COLUMNS": 32 * pixels, "ROWS": 32 if height > 64 else 16, "PIXELS": pixels, "num_warps": 1}
 
 
-def launch_views(images_BHWC, tables, mean, std, out_dtype, size) -> torch.Tensor:
+def launch_views(
+    images_BHWC: torch.Tensor,
+    tables: tuple[torch.Tensor, bool],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    out_dtype: torch.dtype,
+    size: tuple[int, int],
+) -> torch.Tensor:
     """The views, from tables already on the device: one launch, or two with contrast; a CUDA graph can capture it."""
     B, H, W, _ = images_BHWC.shape
     table_BVE, contrast = tables
