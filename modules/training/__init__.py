@@ -1,7 +1,7 @@
-"""A run from its settings to its results: job and state, the stages, the choices a machine makes, the loop, the report.
+"""A run from settings to results: job and state, stages, choices made for the machine, training loop, report.
 
-trainer.py tells the story of a run by it; the verbs of modules/commands look at a run, or a part of one, through it.
-Libraries are quieted before any of it imports them.
+trainer.py is built from these modules; the verbs in modules/commands use them to inspect a run or a part of one.
+Importing this package first silences chatty libraries, before any module in it imports them.
 """
 
 from modules.quiet import quiet_libraries

@@ -1,4 +1,4 @@
-"""The run card: every choice of a run, made by its settings or by its machine, with the reason."""
+"""The run card: every choice made for a run, by its settings or for its machine, with the reason."""
 
 import torch
 
@@ -10,7 +10,7 @@ from modules.training.job import Job
 
 
 def run_card(job: Job) -> list[tuple[str, str, str]]:
-    """(what, value, reason) of each choice."""
+    """The rows of the card: (what, value, reason) for each choice."""
     config, runtime = job.config, job.runtime
     generation, learning = config.generation, config.learning
     counts = {name: len(images.items) for name, images in job.sets.images.items()}
@@ -45,7 +45,7 @@ def run_card(job: Job) -> list[tuple[str, str, str]]:
 
 
 def _kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
-    """One row for each reason by which an implementation was chosen, naming the ops it holds for."""
+    """One row per distinct choice of a kernel implementation, listing the ops it applies to."""
     by_choice: dict = {}
     for op, choice in backend.explain(device).items():
         by_choice.setdefault(choice, []).append(op)
@@ -53,7 +53,7 @@ def _kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def _noise_rows(job: Job) -> list[tuple[str, str, str]]:
-    """What near_ood.noise means in numbers, where a recipe uses it: literature gives sigma, not a share of the length."""
+    """near_ood.noise as a sigma per vector component, if token_noise is used: papers give sigma, not a length."""
     near_ood = job.config.near_ood
     if job.tokens is None or not near_ood.recipes.get("token_noise", 0) > 0:
         return []
@@ -69,7 +69,7 @@ def _noise_rows(job: Job) -> list[tuple[str, str, str]]:
 
 
 def _shares(weights: dict, prefix: str = "") -> str:
-    """Weights in words: "strength 0.2", or "strength 50 %, token_mix 50 %"."""
+    """Weights as text: "strength 0.2", or "strength 50 %, token_mix 50 %"."""
     used = {key: weight for key, weight in weights.items() if weight > 0}
     if len(used) == 1:
         return f"{prefix}{next(iter(used))}"

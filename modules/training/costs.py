@@ -1,7 +1,7 @@
-"""Operations and memory of a call, counted without running it: the same layers on torch's meta device.
+"""FLOPs and peak memory of a model call, counted without computing it, by running the same layers on the meta device.
 
-Shapes decide both, so a model of Stable Diffusion's size is counted in a second on any machine, before anything is
-allocated. Attention is counted as a fused kernel does it: its operations, but no matrix of scores.
+Both depend on shapes alone, so a model of Stable Diffusion's size is counted in a second on any machine, before
+anything is allocated. Attention is counted as a fused kernel computes it: its FLOPs, but no score matrix.
 
 Shapes: B rows, T tokens of a prompt, X columns of its keys and values, W guidance embedding width, H W pixels, h w
 latent grid.
@@ -24,19 +24,19 @@ from modules.diffusion.attention import install
 
 META = torch.device("meta")
 
-STATE_BYTES = {"sgd": 4, "adamw": 8, "sgd8bit": 1, "adamw8bit": 2}  # of the optimizer, a parameter
+STATE_BYTES = {"sgd": 4, "adamw": 8, "sgd8bit": 1, "adamw8bit": 2}  # optimizer state per parameter
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call takes."""
+    """FLOPs and working memory of one call."""
 
     flop: float  # 2 x multiply-adds of matrix products, convolutions and attention
-    peak_bytes: int  # the most it holds at once beside its weights and inputs
+    peak_bytes: int  # the most it holds at once, not counting its weights and inputs
 
 
 def cost_of(work: Callable[[], object], held: Iterable[torch.Tensor]) -> Cost:
-    """The cost of `work`, which computes on meta tensors; `held` are the weights and inputs, which it does not make."""
+    """The cost of `work`, which computes on meta tensors; `held` are its weights and inputs, which are not counted."""
     counter, live, attention = FlopCounterMode(display=False), _LiveBytes(held), _FusedAttention()
     with counter, live, attention:
         work()
@@ -45,7 +45,7 @@ def cost_of(work: Callable[[], object], held: Iterable[torch.Tensor]) -> Cost:
 
 @torch.no_grad()
 def unet_cost(pipeline, rows: int) -> Cost:
-    """One UNet call of `rows` latents, the text's keys and values at hand as in a tick."""
+    """One UNet call on `rows` latents, with the prompts' keys and values already computed, as in a tick."""
     unet = _on_paper(pipeline.unet, pipeline.dtype)
     size, width = pipeline.latent_size, pipeline.guidance_embedding_width
     empty = partial(torch.empty, dtype=pipeline.dtype, device=META)
@@ -61,14 +61,14 @@ def unet_cost(pipeline, rows: int) -> Cost:
 
 @torch.no_grad()
 def decode_cost(pipeline, rows: int) -> Cost:
-    """One call of the VAE's decoder on `rows` latents."""
+    """One call of the VAE decoder on `rows` latents."""
     vae, size = _on_paper(pipeline.vae, pipeline.dtype), pipeline.latent_size
     z_B4hw = torch.empty(rows, 4, size, size, dtype=pipeline.dtype, device=META)
     return cost_of(lambda: vae.decode(z_B4hw), [*vae.parameters(), z_B4hw])
 
 
 def encoder_cost(encoder: torch.nn.Module, rows: int, size: int, dtype: torch.dtype, *, training: bool) -> Cost:
-    """The learner's encoder and projection head on `rows` views in its autocast type; backward too if `training`."""
+    """The learner's encoder and head on `rows` views in `dtype`, its autocast type; with backward if `training`."""
     model = copy.deepcopy(encoder).to(META, dtype).train(training)
     x_B3HW = torch.empty(rows, 3, size, size, dtype=dtype, device=META)
 
@@ -82,7 +82,7 @@ def encoder_cost(encoder: torch.nn.Module, rows: int, size: int, dtype: torch.dt
 
 
 def key_value_columns(pipeline) -> int:
-    """X, the width of a prompt's keys and values in all layers of the UNet."""
+    """X, the total width of a prompt's keys and values over all layers of the UNet."""
     return install(_on_paper(pipeline.unet, pipeline.dtype))
 
 
@@ -92,15 +92,15 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 
 def _on_paper(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A module of the same diffusers config without weights, free of what was compiled or put into the original."""
+    """A module built from the same diffusers config on the meta device, without what was compiled or swapped in."""
     original = getattr(module, "_orig_mod", module)
     with META:
         module = type(original).from_config(original.config)
-    return torch.nn.Module.to(module, dtype).eval()  # diffusers' own `to` warns of layers that are not there
+    return torch.nn.Module.to(module, dtype).eval()  # diffusers' own `to` warns of missing layers
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Stands in for scaled_dot_product_attention: counts 2 N M (d + d_v) a head and returns an empty result."""
+    """Replaces scaled_dot_product_attention: counts 2 N M (d + d_v) FLOPs per head and returns an empty tensor."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +115,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make until they are dropped."""
+    """Tracks the bytes of storages that operations create, until these are freed, and their peak."""
 
     def __init__(self, held: Iterable[torch.Tensor]):
         super().__init__()
@@ -148,18 +148,18 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def prompt_bytes(pipeline) -> int:
-    """Of one prompt's keys and values in every cross-attention layer."""
+    """Bytes of one prompt's keys and values in all cross-attention layers."""
     return pipeline.num_tokens * key_value_columns(pipeline) * pipeline.dtype.itemsize
 
 
 def prompt_cache_bytes(generation, num_classes: int, pipeline) -> int:
-    """Of the keys and values of all prompts a run may see, within generation.kv_cache_gib."""
+    """Bytes of the keys and values of all prompts a run may use, at most generation.kv_cache_gib."""
     prompts = num_classes * len(generation.templates) * len(generation.conditions) + 1
     return min(prompts * prompt_bytes(pipeline), int(generation.kv_cache_gib * 2**30))
 
 
 def optimizer_bytes(encoder: torch.nn.Module, learning) -> int:
-    """Of the state that the optimizer of a config section `learning` makes at its first step."""
+    """Bytes of the state that the optimizer set in the config section `learning` allocates at its first step."""
     if learning.optimizer == "sgd" and learning.momentum == 0:
         return 0
     return STATE_BYTES[learning.optimizer] * sum(p.numel() for p in encoder.parameters())

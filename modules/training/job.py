@@ -1,4 +1,4 @@
-"""What the stages of a run hand on to each other, and everything that a step reads."""
+"""`Job`, what the stages of a run pass on to each other, and `State`, everything a training step reads."""
 
 import re
 from collections.abc import Callable
@@ -36,21 +36,21 @@ from modules.workdir import Workdir
 
 @dataclass
 class Job:
-    """A run under way: its settings, its directory, and what the stages have made so far."""
+    """A run in progress: its settings, its directory, and what its stages have produced so far."""
 
     config: Config
     workdir: Workdir
     console: Console
-    inputs: dict[str, str] = field(default_factory=dict)  # setting -> sha256 of the files it names
+    inputs: dict[str, str] = field(default_factory=dict)  # setting -> sha256 of the files it refers to
     sets: ImageSets | None = None
     pipeline: StableDiffusion | None = None
-    plan: Plan | None = None  # what the preset makes of the settings of generation
+    plan: Plan | None = None  # the generation settings after the preset was applied
     tokens: Tokens | None = None
     sources: Sources | None = None
     judge: Judge | None = None
     inversion_rows: list[dict] = field(default_factory=list)
-    warned: set[str] = field(default_factory=set)  # what `warn_once` has said
-    choices: dict[str, Choice] = field(default_factory=dict)  # how this machine generates, see `machine`
+    warned: set[str] = field(default_factory=set)  # warnings that `warn_once` has printed, without their digits
+    choices: dict[str, Choice] = field(default_factory=dict)  # how images are generated on this machine, see `machine`
     card: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -62,20 +62,20 @@ class Job:
 
     @property
     def device_name(self) -> str:
-        """The card, or "cpu"."""
-        return self.runtime.device.reason if self.device.type == "cuda" else "cpu"  # the reason names the card
+        """The name of the GPU, or "cpu"."""
+        return self.runtime.device.reason if self.device.type == "cuda" else "cpu"  # on a GPU the reason is its name
 
     @property
     def cache_dir(self) -> Path:
-        """Where tokens and judge are kept, shared by runs."""
+        """The directory in which runs share class tokens and judges."""
         return Path(self.config.run.cache_dir or Path(self.config.run.dir) / "cache")
 
     def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] | None = None) -> None:
-        """These files, and no others, are what this run is made from; DataError if it was begun with others.
+        """Record the sha256 of the files that `setting` refers to; DataError if the run was begun with other files.
 
-        Where work goes on, environment.json is written once all of them agree: a refused command made nothing here, so
-        the record stays that of the commands that did. Then it is also said if the work was made on another device, in
-        another precision or with other threads or kernels.
+        A resumed run rewrites environment.json only once all of its input files have been checked, so a command that is
+        refused leaves the record of the commands that did the work. After that check it also warns if the earlier work
+        was done on another device, in another precision, or with other threads or kernels.
         """
         self.workdir.hold_to(setting, value, digest, changes)
         waiting = not self._inputs_agree()
@@ -97,7 +97,7 @@ class Job:
         return read <= self.inputs.keys()
 
     def _computes_with(self) -> dict[str, object]:
-        """What rounding depends on, resolved: `auto` and 0 follow the machine."""
+        """What rounding depends on, with `auto` and 0 resolved for this machine."""
         names = {"precision": self.runtime.precision}
         if generates(self.config):
             names["pipeline dtype"] = self.runtime.pipeline_dtype
@@ -110,18 +110,18 @@ class Job:
         self.workdir.write_json("environment.json", environment())
 
     def warn_once(self, text: str) -> None:
-        """A warning whose figures may change from row to row, printed the first time only."""
+        """Print a warning the first time only; texts that differ only in their numbers are the same warning."""
         if (kind := re.sub(r"[\d.]+", "", text)) not in self.warned:
             self.warned.add(kind)
             self.console.warn(text)
 
     @contextmanager
     def stage(self, name: str):
-        """A timed stage with its progress display; memory that runs out in it is named after it.
+        """Run a stage: time it, show its progress, and name it in the error if memory runs out.
 
         Raises:
             OutOfMemory: see `modules.memory`.
-            Terminated: SIGTERM came, and a library took it for a failure that could be gone on from.
+            Terminated: a signal asked to stop, and a library swallowed the exception and went on.
         """
         with named_memory(name, self.config), self.meter.stage(name), self.console.stage(name) as progress:
             yield progress
@@ -130,7 +130,7 @@ class Job:
 
 @dataclass
 class State:
-    """Everything a step reads that a later step could miss."""
+    """Everything that a training step reads and that carries over to later steps."""
 
     config: Config
     meter: Meter
@@ -144,11 +144,11 @@ class State:
     alarm: CollapseAlarm
     overlap: Overlap  # where the generation of a step runs
     step: int = 0
-    forward_rows: int = 0  # views that went through the encoder
+    forward_rows: int = 0  # views passed through the encoder so far
     logs: dict = field(default_factory=dict)  # device tensors of the last step
 
     def autocast(self) -> torch.autocast:
-        """The context in which the encoder computes."""
+        """The autocast context in which the encoder runs."""
         device = next(self.encoder.parameters()).device.type
         return torch.autocast(device, self.precision, enabled=self.precision != torch.float32)
 
@@ -159,11 +159,11 @@ class State:
 
     @property
     def evaluated_encoder(self) -> Encoder:
-        """The encoder that embeds, is evaluated and exported: the averaged one where there is one."""
+        """The encoder used for embedding, evaluation and export: the averaged one if there is one."""
         return self.encoder if self.average is None else self.average.module
 
     def embed(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of stored images by the evaluated encoder, in evaluation mode."""
+        """Features [B, F], float32, of stored images, from the evaluated encoder in evaluation mode."""
         encoder = self.evaluated_encoder
         training = encoder.training
         encoder.eval()
@@ -182,7 +182,7 @@ class State:
         return own | {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, tree: dict) -> None:
-        """Go on from `state_dict`."""
+        """Restore a `state_dict`."""
         self.overlap.join()
         self.step, self.forward_rows = tree["step"], tree["forward_rows"]
         for name, part in self._parts().items():

@@ -1,4 +1,4 @@
-"""Stage contrastive of a run: steps to the end, metric rows, checkpoints, and a stop that loses nothing."""
+"""Stage contrastive of a run: the training loop with metric rows and checkpoints; a stop loses no finished step."""
 
 from functools import partial
 
@@ -13,12 +13,12 @@ from modules.workdir import Workdir
 
 
 def train(job: Job, state: State, step, progress) -> None:
-    """Stage contrastive: steps to the end, with metric rows and whole-state checkpoints.
+    """Stage contrastive: train to the last step, writing metric rows and checkpoints of the whole state.
 
     Raises:
         Terminated: a signal came; the state was checkpointed first.
-        StorageError: it came, and the state could not be written.
-        NonFinite: an update was refused; a capture was written.
+        StorageError: a signal came, and the state could not be written.
+        NonFinite: an update was skipped; its batch was written for replay.
     """
     config, workdir, console = job.config, job.workdir, job.console
     total = config.learning.steps
@@ -54,7 +54,7 @@ def train(job: Job, state: State, step, progress) -> None:
 
 
 def _progress_of(state: State) -> tuple[int, int, int]:
-    """Optimizer steps taken, views that went through the encoder and images generated so far."""
+    """Optimizer steps, views passed through the encoder, and images generated so far."""
     generated = 0 if state.generator is None else state.generator.slots.counts["finished"]
     return state.step, state.forward_rows, generated
 
@@ -65,7 +65,7 @@ def _save(job: Job, state: State) -> None:
 
 
 def _or_warn(console, write, *what) -> None:
-    """write(*what) in passing: a full disk costs this checkpoint or row, not the run, and the older checkpoint stays."""
+    """Call write(*what), but only warn if storage fails: the run goes on, and the older checkpoint stays."""
     try:
         write(*what)
     except StorageError as error:
@@ -76,12 +76,14 @@ def _metric_row(job: Job, state: State, begun: tuple[int, int, int]) -> dict:
     """One row of metrics.jsonl: losses, geometry, mixture, reservoir, times.
 
     Args:
-        begun: `_progress_of` the state where the interval of the times began.
+        begun: `_progress_of` the state at the start of the timed interval.
     """
     row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
     row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
     steps, views, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
-    synchronize(state)  # a side stream may still be at the last step's images, and its times stand before the others
+    synchronize(
+        state
+    )  # a side stream may still run the last step's generation, whose events precede others in the queue
     times = state.meter.interval(steps)
     times["views_per_s"] = views / max(1e-9, times["step_ms"] * steps / 1e3)
     if state.generator is not None:
@@ -104,7 +106,7 @@ def _knn_accuracy(job: Job, state: State) -> float:
 
 
 def _write_capture(workdir: Workdir, failure: dict) -> str:
-    """Store the batch and figures of a refused update for replay; says where."""
+    """Store batch, loss and gradient norm of a skipped update for replay; returns the path."""
     path = workdir.path / "nonfinite.safetensors"
     facts = {name: str(failure[name]) for name in ("step", "loss", "gradient_norm")}
     checkpoints.write_atomic(path, checkpoints.safetensors_bytes(failure["tensors"], facts))

@@ -1,9 +1,9 @@
-"""How a run generates on this machine: what fits, which attention, compiled or not, beside the learner or before it.
+"""How a run generates on this machine: number of slots, attention, compilation, and beside the learner or before it.
 
-Each choice is made once, on idle slots or on copies of the state, written to `machine.json` with its reason, and taken
-again when the run goes on on the same device: a run that was stopped goes on with the engine it had. What was asked for
-stands beside it: choices made for other settings or files (of a run stopped before its first checkpoint, of an earlier
-profile) say nothing about these.
+Each choice is made once, on idle slots or on copies of the state, and written to `machine.json` with its reason. A run
+that is resumed on the same device reads its choices from there, so that it continues with the same engine. The settings
+and files that a choice was made for are stored with it: choices made for others (by a run stopped before its first
+checkpoint, or by an earlier profile) are ignored.
 """
 
 import copy
@@ -39,7 +39,7 @@ from modules.training.job import Job, State
 from modules.training.timing import copied, time_steps, window
 
 FILE = "machine.json"
-DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs memory and time on the device
+DEPENDS_ON = (  # sections and settings that choices depend on, including all that affect memory and time on the device
     "pipeline.",
     "generation.",
     "near_ood.",
@@ -50,16 +50,16 @@ DEPENDS_ON = (  # sections and settings: what is asked for, and what else needs 
     "data.",
     "run.precision",
 )
-CALIBRATION_STEPS = 8  # joint steps timed in each overlap mode, at least
-TUNER_REPEATS = 5  # of which the median counts
+CALIBRATION_STEPS = 8  # least number of joint steps timed in each overlap mode
+TUNER_REPEATS = 5  # timed calls, of which the median counts
 
 
 def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir: Reservoir) -> Generator:
-    """The generator of a job with empty slots, fitted, tuned and accelerated; its choices stand in `job.choices`.
+    """The generator of a job with empty slots, sized to memory, tuned and accelerated; sets `job.choices`.
 
     Raises:
-        OutOfMemory: not even one slot fits beside the learner, or fewer than the run had when it was stopped, or
-            pipeline.compile is on and what that takes does not fit.
+        OutOfMemory: not even one slot fits beside the learner, or fewer fit than the run had when it was stopped, or
+            pipeline.compile is on and the compiled engine does not fit.
         ConfigError: a recipe or an attention backend that cannot be used here.
     """
     kept = _read(job)
@@ -71,7 +71,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
 
     def faster(slots: Slots) -> None:
         made.clear()
-        upsampling.reset_forms(*models)  # of an attempt before, which did not fit
+        upsampling.reset_forms(*models)  # an earlier attempt, which did not fit, may have set them
         made["attention"] = _tune_attention(job, slots.in_flight, kept.get("backends", {}))
         made["upsampling"] = _tune_upsampling(job, slots, kept)
         made["tick"] = accelerate(slots, job.config.pipeline.compile, lambda text: job.console.line(f"  {text}"))
@@ -106,7 +106,7 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
 
 
 def _as_it_is(job: Job, slots: Slots) -> dict[str, Choice]:
-    """The choices of an engine that only fits as it is.
+    """The choices of an engine that only fits unaccelerated: eager, with default attention and upsampling.
 
     Raises:
         OutOfMemory: pipeline.compile is on.
@@ -132,7 +132,7 @@ def _as_it_is(job: Job, slots: Slots) -> dict[str, Choice]:
 
 
 def choose_overlap(job: Job, state: State, step) -> None:
-    """Give a state the overlap mode of its run: kept from before, or measured now on copies.
+    """Set the overlap mode of a state: the one this run chose before, else the one measured now on copies of the state.
 
     Raises:
         ConfigError: generation.mode asks for a mode that cannot run here.
@@ -147,7 +147,10 @@ def choose_overlap(job: Job, state: State, step) -> None:
             try:
                 with unchanged(state, Overlap(mode, job.device)) as trial:
                     return time_steps(trial, step, window(trial, CALIBRATION_STEPS)).step_ms
-            except (RuntimeError, MemoryError) as error:  # what is held twice for a trial, or by a second stream
+            except (
+                RuntimeError,
+                MemoryError,
+            ) as error:  # the trial's copy of the state or the second stream may not fit
                 if mode == "sequential" or not ran_out(error):
                     raise
             gc.collect()
@@ -163,19 +166,19 @@ def choose_overlap(job: Job, state: State, step) -> None:
 
 @contextmanager
 def unchanged(state: State, overlap: Overlap):
-    """A trial state over the same parts, with a meter of its own; what it does to them is undone at the end."""
+    """A trial state that shares its parts with `state` but has its own meter; its changes are undone on exit."""
     trial = replace(state, meter=Meter(next(state.encoder.parameters()).device), overlap=overlap)
     state.meter.restart_peak(state.pool_bytes)  # the trial counts its own
     before = copied(trial.state_dict())
     try:
         yield trial
     finally:
-        overlap.wait()  # of a step that failed, too
+        overlap.wait()  # also needed after a step that failed
         trial.load_state_dict(before)
 
 
 def _swap_layers(job: Job) -> None:
-    """Norms of UNet and VAE become layers that call the kernel, where that runs here."""
+    """Replace the norms of UNet and VAE by layers that call the Triton kernel, if that is used on this device."""
     if backend.choose("group_norm", device=job.device).name == "triton":
         swap_group_norm(job.pipeline.unet)
         swap_group_norm(job.pipeline.vae)
@@ -183,10 +186,10 @@ def _swap_layers(job: Job) -> None:
 
 @contextmanager
 def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
-    """Inside, as much memory is held as training will take: slots must fit beside a step of the encoder, the state that its
-    optimizer makes at the first one, and the prompts that are cached as they come.
+    """Reserve, while the slots are fitted, the device memory that training will need later.
 
-    On a CPU nothing is held: there the system's memory is not a fixed bound.
+    That is the memory of a step of the encoder, of the state that its optimizer allocates at the first step, and of the
+    prompts cached over time. On a CPU nothing is reserved: there the system's memory is not a fixed bound.
     """
     if job.device.type != "cuda":
         yield
@@ -202,7 +205,7 @@ def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
 
 
 def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
-    """Peak device memory of a training step beside what is held before it, measured on a copy of the encoder."""
+    """Peak device memory that a training step adds to what is held before it, measured on a copy of the encoder."""
     config, learning = state.config, state.config.learning
     rows = math.ceil(batch_rows(config))
     encoder = copy.deepcopy(state.encoder).train()
@@ -217,13 +220,13 @@ def _learner_bytes(state: State, train_DHWC: torch.Tensor) -> int:
 
 
 def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
-    """Set the attention backend of every layer, and say which were taken; each shape's times are printed."""
+    """Set the attention backend of every layer and summarize which were chosen; prints the times at each shape."""
     asked, unet = job.config.pipeline.attention, job.pipeline.unet
     if asked in ("auto", "sdpa") and job.device.type != "cuda":
         for layer in attention.layers_of(unet):
             layer.processor.backend = asked
         if asked == "auto" and products_pay(job.pipeline.dtype):
-            # by shape, not by time: the same run, the same bits
+            # chosen by shape, not by time, so that the same run gives the same bits
             return Choice("products where tokens are few, else sdpa", "auto: by shape on a CPU")
         where = "on processors other than Intel's" if job.pipeline.dtype == torch.float32 else "in fp32"
         why = f"auto: on a CPU products pay {where} alone"
@@ -244,10 +247,10 @@ def _tune_attention(job: Job, tick: Tick, kept: dict[str, str]) -> Choice:
 
 
 def _tune_upsampling(job: Job, slots: Slots, kept: dict) -> Choice:
-    """Set the form of every upsampling layer of UNet and decoder, and say which were taken.
+    """Set the form of every upsampling layer of UNet and decoder, and summarize which were chosen.
 
-    Only where the engine is compiled: which is fastest depends on the layout that it will run in. A run that was begun
-    without such a choice goes on without.
+    Forms are timed only if the engine is compiled, because which is fastest depends on the memory layout it will run
+    in. A run that began without this choice is resumed without it.
     """
     known = kept.get("upsampling_forms", {})
     if job.device.type != "cuda" or job.config.pipeline.compile == "off" or ("tick" in kept and not known):
@@ -264,7 +267,7 @@ def _tune_upsampling(job: Job, slots: Slots, kept: dict) -> Choice:
 
 
 def _upsampling_as_it_is(job: Job, why: str) -> Choice:
-    """The forms that are taken without timing; `why` on a GPU nothing is timed."""
+    """The forms used without timing; `why` is the reason given for not timing on a GPU."""
     summary = upsampling.summary(job.pipeline.unet, job.pipeline.vae)
     if job.device.type == "cuda":
         return Choice(summary, why)
@@ -273,7 +276,7 @@ def _upsampling_as_it_is(job: Job, why: str) -> Choice:
 
 
 def _read(job: Job) -> dict:
-    """The choices this run made before on this device, asked for the same; none where either was another."""
+    """The choices this run made before on this device for the same settings and files; {} if any of these differ."""
     path = job.workdir.path / FILE
     found = read_record(path) if path.exists() else {}
     return found if all(found.get(name) == value for name, value in _key(job).items()) else {}
@@ -284,6 +287,6 @@ def _write(job: Job, **choices) -> None:
 
 
 def _key(job: Job) -> dict:
-    """What choices hold for: the device, the settings and the files, as JSON gives them back."""
+    """What choices are valid for: device, settings and files, passed through JSON so that they compare equal."""
     asked = {name: value for name, value in flatten(job.config).items() if name.startswith(DEPENDS_ON)}
     return json.loads(json.dumps({"device": job.device_name, "asked": asked, "files": job.inputs}))

@@ -1,9 +1,9 @@
-"""What a run will hold in device memory, part by part, with the settings that change it; and what a checkpoint weighs.
+"""The device memory that a run needs, part by part, with the settings that change it, and the size of a checkpoint.
 
-Everything is computed from shapes before anything is allocated, so the plan also serves where the run does not fit.
+Everything is computed from shapes before anything is allocated, so the plan also works for a run that does not fit.
 Working memory (what a call holds while it runs) is counted on the meta device. On a CPU phases take turns, so only the
-largest one counts. On a GPU the slots are fitted beside a training step (`machine`), since generation may run beside it
-and captured graphs keep what they work in: there the largest of generation counts on top of the largest of training.
+largest counts. On a GPU generation may run beside a training step, and captured graphs keep their working memory, so
+the slots are fitted beside such a step (`machine`): the largest of generation is added to the largest of training.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from modules.training import costs
 from modules.training.job import Job
 from modules.training.stages import job_recipes
 
-PROVENANCE_BYTES = 900  # of one request as JSON, measured
+PROVENANCE_BYTES = 900  # size of one request as JSON, measured
 HELD, WORKING = "held", "working"
 
 
@@ -28,9 +28,9 @@ class Part:
     name: str
     bytes: int
     knobs: str  # settings that make it smaller; empty: none
-    kind: str = HELD  # held as long as the run, or working memory of a call
+    kind: str = HELD  # HELD for the whole run, or WORKING memory of a call
     saved: bool = False  # part of a checkpoint
-    loaded: bool = False  # there already when data and pipeline are
+    loaded: bool = False  # already allocated once data and pipeline are loaded
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MemoryPlan:
     """All parts, held ones first."""
 
     parts: tuple[Part, ...]
-    overlapped: bool  # generation has working memory beside that of training, so that they add up
+    overlapped: bool  # generation and training need working memory at the same time, so that they add up
 
     @property
     def held(self) -> int:
@@ -46,7 +46,7 @@ class MemoryPlan:
 
     @property
     def working(self) -> int:
-        """The largest working memory, or where they add up the largest of generation plus the largest of training."""
+        """The largest working memory; if `overlapped`, the largest of generation plus the largest of training."""
         largest = {"training": 0, "generation": 0}
         for part in self.parts:
             if part.kind == WORKING:
@@ -61,7 +61,7 @@ class MemoryPlan:
 
     @property
     def to_come(self) -> int:
-        """Bytes of the peak that are not there yet when data and pipeline are loaded."""
+        """Bytes of the peak that are still to be allocated after data and pipeline are loaded."""
         return self.peak - sum(part.bytes for part in self.parts if part.loaded)
 
     @property
@@ -70,12 +70,12 @@ class MemoryPlan:
         return sum(part.bytes for part in self.parts if part.saved)
 
     def largest(self, count: int = 3) -> list[Part]:
-        """The parts that settings can make smaller, the largest first."""
+        """The `count` largest parts that settings can make smaller, the largest first."""
         return sorted((p for p in self.parts if p.knobs), key=lambda p: -p.bytes)[:count]
 
 
 def memory_plan(job: Job) -> MemoryPlan:
-    """The plan of a job whose data, and where it generates pipeline and sources, are loaded."""
+    """The plan of a job whose data are loaded, and, if it generates, its pipeline and sources."""
     parts = [*_learner_parts(job)]
     if job.pipeline is not None:
         parts += _generation_parts(job)
@@ -142,7 +142,7 @@ def _generation_parts(job: Job) -> list[Part]:
         Part("VAE decode", costs.decode_cost(pipeline, generation.decode_batch).peak_bytes,
              "generation.decode_batch, pipeline.resolution, pipeline.vae", WORKING),
     ]  # fmt: skip
-    if job.device.type == "cpu":  # beside a GPU they stay on the host
+    if job.device.type == "cpu":  # with a GPU they stay on the host
         knobs = "pipeline.resolution, data.shots_per_class"
         parts.append(Part("source images", _pixels(count, pipeline.resolution), knobs, loaded=True))
     if job.sources.masks_DHW is not None:

@@ -1,4 +1,4 @@
-"""What a finished run leaves for people and for other programs: report.html, predictions, export/."""
+"""The outputs of a finished run for people and other programs: report.html, predictions, export/."""
 
 import json
 from collections import defaultdict
@@ -19,12 +19,12 @@ from modules.learning.encoder import choose_arch
 from modules.phases import BESIDE
 from modules.runtime import environment
 
-SHOTS = 3  # images of each kind a class on the contact sheet
+SHOTS = 3  # images of each kind per class on the contact sheet
 RECIPE_SHOTS = 3  # example images of a recipe
 
 
 def export(job, state, outcome) -> None:
-    """export/: encoder.safetensors, classes.json, preprocess.json, ood.safetensors; and predictions.safetensors."""
+    """Write predictions.safetensors and export/: encoder.safetensors, classes.json, preprocess.json, ood.safetensors."""
     folder = job.workdir.path / "export"
     arch = choose_arch(job.config.encoder.arch, job.config.data.image_size).value
     facts = {"arch": arch, "width": str(job.config.encoder.width)}
@@ -40,7 +40,7 @@ def export(job, state, outcome) -> None:
 
 
 def write_run_report(job, state, features, outcome, results: dict) -> None:
-    """report.html of a run; suitability also goes to recipes.json, the gate's counts to gate.json."""
+    """Write report.html of a run; also suitability to recipes.json and the gate's counts to gate.json."""
     config, sets = job.config, job.sets
     examples = state.generator.examples() if state.generator is not None else []
     recipe_rows = _suitability(job, examples)
@@ -89,7 +89,7 @@ def _notes(job, results: dict) -> tuple[str, ...]:
 
 
 def _sheet(job, examples) -> tuple[SheetRow, ...]:
-    """Source, positives and near-OOD images of each class: the sources are those of the images beside them."""
+    """Sources, positives and near-OOD images of each class; the sources are those of the positives, else negatives."""
     by_class = defaultdict(lambda: ([], []))
     for pixels, request in examples:
         by_class[request.label][request.is_ood].append((pixels, request))
@@ -104,7 +104,7 @@ def _sheet(job, examples) -> tuple[SheetRow, ...]:
 
 
 def _recipe_sheets(job, examples) -> tuple[RecipeSheet, ...]:
-    """Images of every recipe this run makes, of as many classes as there are, each beside its source."""
+    """Example images of every recipe this run uses, spread over as many classes as possible, each with its source."""
     config = job.config
     made = {POSITIVE: False} if config.generation.near_ood_fraction < 1 else {}
     if config.generation.near_ood_fraction > 0:
@@ -123,7 +123,7 @@ def _recipe_sheets(job, examples) -> tuple[RecipeSheet, ...]:
 
 
 def verdict_rows(counts: dict[str, dict[int, dict[str, int]]], classes: tuple[str, ...]) -> list[dict]:
-    """gate.Gate.counts as rows: recipe, class ("all" first), images, and a count for each reason that occurred."""
+    """`Gate.counts` as rows: recipe, class ("all" first), images, and a count for each reason that occurred."""
     found = {reason for of_class in counts.values() for reasons in of_class.values() for reason in reasons}
     columns = [reason for reason in REASONS if reason in found]
     rows = []
@@ -137,7 +137,7 @@ def verdict_rows(counts: dict[str, dict[int, dict[str, int]]], classes: tuple[st
 
 
 def _in_turns(found: list, key) -> list:
-    """The same images, the values of key(request) taking turns, so that the first few show as many as there are."""
+    """The same images reordered so that values of key(request) alternate: the first few cover as many as possible."""
     queues = defaultdict(list)
     for pixels, request in found:
         queues[key(request)].append((pixels, request))
@@ -151,10 +151,10 @@ def _shot(pixels, request) -> Shot:
 
 
 def _suitability(job, examples) -> list[dict]:
-    """Label agreement, diversity and distance to source by recipe and class, by the judge.
+    """Label agreement, diversity and distance to source by recipe and class, as rated by the judge.
 
-    What it finds in generated images is held against what it finds in their sources, the train images: it was fitted to
-    these, so that against other real images every positive near its source would seem to agree better than real ones.
+    Generated images are compared with the train images, their sources. The judge was fitted to these; compared with
+    other real images, every positive close to its source would seem to agree with its label better than real images do.
     """
     if job.judge is None or not examples:
         return []
@@ -174,7 +174,7 @@ def _suitability(job, examples) -> list[dict]:
 
 
 def _throughput(state) -> dict[str, int]:
-    """Images that went through each phase, for images per second."""
+    """Number of images that passed through each phase, from which images per second are computed."""
     images = {"augment": state.forward_rows, "encode": state.forward_rows, "backward": state.forward_rows}
     images["mix"] = state.forward_rows // 2
     if state.generator is not None:

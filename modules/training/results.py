@@ -1,4 +1,4 @@
-"""Stages evaluate and report of a run: readout, scores, what is kept of them and what is shown."""
+"""Stages evaluate and report of a run: readout and scores, the files written from them, and the table shown."""
 
 import dataclasses
 import shutil
@@ -14,11 +14,11 @@ from modules.training.job import Job, State
 from modules.training.report import export, write_run_report
 from modules.workdir import Workdir
 
-LIGHT_IMAGES = 256  # val images, at most, that the warning light of the artifact shortcut is read from
+LIGHT_IMAGES = 256  # most val images used to check for the shortcut through decoder artifacts
 
 
 def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], progress) -> Outcome:
-    """Stage evaluate: readout and thresholds on train and val, then test, once."""
+    """Stage evaluate: fit readout and thresholds on train and val, then score test once."""
     config = job.config
     generated = {}
     if state.generator is not None:
@@ -48,7 +48,7 @@ def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], p
 
 
 def _artifact_light(job: Job, state: State, val: FeatureSet, outcome: Outcome) -> dict:
-    """How well the features tell val images from the same ones after encode and decode (see evaluation/artifact.py)."""
+    """How well the features separate val images from their VAE reconstructions (see evaluation/artifact.py)."""
     stored, large = job.sets.judged()
     large = large[:: -(-len(large) // LIGHT_IMAGES)] if large else []
     if not large:
@@ -63,7 +63,7 @@ def _artifact_light(job: Job, state: State, val: FeatureSet, outcome: Outcome) -
 
 
 def write_results(job: Job, state: State, features: dict[str, FeatureSet], outcome: Outcome) -> dict:
-    """Stage report: predictions, export, report.html, results.json; results last, because they say "finished"."""
+    """Stage report: write predictions, export, report.html, and last results.json, which marks the run as finished."""
     results = dict(outcome.results)
     if state.generator is not None:
         counts = state.generator.statistics()
@@ -91,7 +91,7 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
 
 
 def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
-    """The closing table."""
+    """Print the closing table."""
 
     def percent(key: str) -> str:
         if key not in results:

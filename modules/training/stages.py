@@ -1,6 +1,6 @@
-"""Stages data and tokens of a run, and the state that its steps start from; `trainer.run` calls them in order.
+"""Stages data and tokens of a run, and the state that training starts from; `trainer.run` calls them in order.
 
-What a stage makes for the next ones stands in `Job` (data, pipeline, tokens); what a step reads stands in `State`.
+A stage stores what later stages need in `Job` (data, pipeline, tokens); what a training step reads is in `State`.
 """
 
 import shutil
@@ -44,12 +44,12 @@ from modules.training.job import Job, State
 from modules.training.machine import build_generator
 
 TOKEN_CHECKPOINT_STEPS = 200  # steps of textual inversion between checkpoints
-REPORTED_IMAGES = JUDGED_PER_CLASS  # val images a class that the report of the tokens measures
-VAE_CHECK_IMAGES = 2  # train images whose latents must decode to finite pixels before the others are encoded
+REPORTED_IMAGES = JUDGED_PER_CLASS  # most val images per class used in the token report
+VAE_CHECK_IMAGES = 2  # train images that must encode and decode to finite pixels before the others are encoded
 
 
 def load_data(job: Job, progress) -> None:
-    """Stage data: every image decoded once, at the sizes of learning and of generation, and checked; data.json."""
+    """Stage data: decode every image once, at the sizes for learning and generation, check the set, write data.json."""
     config = job.config
     if idle := idle_settings(config):
         job.console.warn(
@@ -82,7 +82,7 @@ def load_data(job: Job, progress) -> None:
 
 
 def _check_evaluation(job: Job) -> None:
-    """Refuse before training what the evaluation at its end would refuse.
+    """Refuse now, before training, what the evaluation after it would refuse.
 
     Raises:
         DataError, ConfigError: as `check_groups` and `check_score_name`.
@@ -95,7 +95,7 @@ def _check_evaluation(job: Job) -> None:
 
 
 def generation_size(config) -> int:
-    """Pixels a side at which images are generated; no weights are read.
+    """Pixels per side at which images are generated, found without reading weights.
 
     Raises:
         DataError, ConfigError: as `own_resolution`.
@@ -104,7 +104,7 @@ def generation_size(config) -> int:
 
 
 def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
-    """Stage tokens: the pipeline, VAE moments of every train image, a token for each class if `learn`, the judge."""
+    """Stage tokens: load the pipeline, encode every train image, get class tokens if `learn`, and get the judge."""
     config, sets = job.config, job.sets
     if not generates(config):
         job.console.line("  no generated rows: nothing to learn")
@@ -119,14 +119,14 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
             f"images were decoded at {sets.generation_size} px for a pipeline of {pipeline.resolution} px"
         )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        freeze_layers(part)  # here, so that no rounding depends on whether tokens were learned or read from the cache
+        freeze_layers(part)  # done here so that rounding is the same whether tokens are learned or read from the cache
     install(pipeline.unet)  # likewise
     check_generation(pipeline, config.generation, config.inversion, sets.index.keywords())
     pipeline.check_vae(stored.pixels_DHWC[:VAE_CHECK_IMAGES])
     moments = _train_moments(job, stored.pixels_DHWC, progress)
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
-    job.sources = Sources(moments, stored.pixels_DHWC, masks)  # at 512 px a thousand of them would take .8 GB of a GPU
-    job_recipes(job)  # what cannot be generated is refused here, not after hours of learning tokens
+    job.sources = Sources(moments, stored.pixels_DHWC, masks)  # pixels stay on the host: 1,000 at 512 px take .8 GB
+    job_recipes(job)  # refuses what cannot be generated now, not after hours of learning tokens
     if learn and not config.inversion.class_agnostic:
         job.tokens = _tokens(job, progress)
         job.inversion_rows = _token_report(job)
@@ -146,10 +146,10 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
 
 
 def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress=None) -> torch.Tensor:
-    """VAE moments of every train image, or of its mirror image, all finite: images are generated and learned from them.
+    """VAE moments of `pixels_DHWC`, the train images or their mirror images; generation and inversion start from them.
 
     Raises:
-        DataError: as `check_moments`.
+        DataError: as `check_moments`, if any are not finite.
     """
     moments = job.pipeline.encode_moments(pixels_DHWC, progress=progress)
     root = job.sets.index.root
@@ -158,7 +158,7 @@ def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress=None) -> torch.
 
 
 def _token_report(job: Job) -> list[dict]:
-    """What each class token is worth on val images, which inversion was not handed; some of each class."""
+    """Quality of each class token, measured on a few val images per class, which inversion has not seen."""
     sets, (val, large) = job.sets, job.sets.judged()
     labels_D = torch.tensor(sets.index.label_ids(val.items))
     if small := len(labels_D) - len(large):
@@ -172,7 +172,7 @@ def _token_report(job: Job) -> list[dict]:
 
 
 def job_recipes(job: Job) -> Recipes:
-    """The sequence of images that a run with this job's settings makes.
+    """The sequence of images that a run with this job's settings generates.
 
     Raises:
         ConfigError: as `Recipes`.
@@ -197,23 +197,23 @@ def job_recipes(job: Job) -> Recipes:
 
 
 def initializers(job: Job) -> tuple[str, ...]:
-    """The word of each class where each has its own, else ()."""
+    """The initializer word of each class if inversion.initializer is "keywords", else ()."""
     if job.config.inversion.initializer != KEYWORDS:
         return ()
     return class_initializers(job.sets.index.keywords(), job.pipeline.tokenizer, trained_words(job.pipeline.source))
 
 
 def token_key(job: Job) -> str:
-    """The cache key of the class tokens that this job learns; its sources must be there."""
+    """The cache key of the class tokens that this job learns; `job.sources` must be set."""
     names = [item.label for item in job.sets.train.items]
     settings, seed = job.config.inversion, job.config.run.seed
     return token_cache_key(job.pipeline, job.sources.pixels_DHWC, names, settings, seed, initializers(job))
 
 
 def _tokens(job: Job, progress):
-    """Class tokens: the run's own where it has steps behind it, else those of `_cached_or_learned`, which become its own.
+    """Class tokens: the run's own copy if it has a checkpoint, else those of `_cached_or_learned`, copied into the run.
 
-    Its own are read and never written again: steps were taken with them, so a kill must not find them in pieces.
+    Once steps were taken with this copy it is only read: rewriting it could destroy it if the process were killed.
     """
     own = job.workdir.path / "tokens"
     if own.is_dir() and any((job.workdir.checkpoints / "contrastive").rglob("manifest.json")):
@@ -226,9 +226,9 @@ def _tokens(job: Job, progress):
 
 
 def _cached_or_learned(job: Job, progress):
-    """Class tokens from the cache, else learned now and kept there.
+    """Class tokens from the cache, else learned now and stored there.
 
-    Of several processes that want the same tokens one learns them and the others wait, so all go on with the same.
+    If several processes need the same tokens, one learns them while the others wait, so that all use the same tokens.
     """
     key = token_key(job)
 
@@ -249,7 +249,7 @@ def _cached_or_learned(job: Job, progress):
 
 
 def _learn(job: Job, progress):
-    """Class tokens by textual inversion; resumable."""
+    """Class tokens learned by textual inversion, resumed from a checkpoint if there is one."""
     settings, sets = job.config.inversion, job.sets
     planes = [job.sources.moments_D8hw]
     if settings.flip > 0:
@@ -282,7 +282,7 @@ def _learn(job: Job, progress):
 
 
 def build(job: Job, progress) -> State:
-    """Everything a step reads, as it is before step 0 or as the newest checkpoint left it; prints the run card."""
+    """The state that training starts from, new or restored from the newest checkpoint; also prints the run card."""
     config, sets, device = job.config, job.sets, job.device
     num_classes = len(sets.index.classes)
     generation, learning = config.generation, config.learning
@@ -312,7 +312,7 @@ def build(job: Job, progress) -> State:
         job.console.warn(warning)
     if job.pipeline is not None:
         state.generator = build_generator(job, state, train, reservoir)
-        state.meter.restart_peak()  # a capture counted its pool; from here on it is added
+        state.meter.restart_peak()  # capturing counted the graphs' pool as allocated; from here on it is added instead
     job.card = run_card(job)
     job.console.card(f"run {job.workdir.path}", job.card)
     encoder.train()
@@ -323,13 +323,13 @@ def build(job: Job, progress) -> State:
 
 
 def roundtrip_images(job: Job) -> torch.Tensor:
-    """The train images after encode and decode, stored like generated ones."""
+    """The train images after encoding and decoding by the VAE, stored like generated images."""
     parts = job.sources.moments_D8hw.split(job.config.generation.decode_batch)
     return torch.cat([decode_means(job.pipeline, part, job.config.data.image_size) for part in parts])
 
 
 def _load(folder: Path, part, console) -> bool:
-    """Bring `part` to the newest valid checkpoint below `folder`; whether there was one."""
+    """Restore `part` from the newest valid checkpoint in `folder`; returns whether there was one."""
     found = checkpoints.load_newest(folder)
     if found is None:
         return False

@@ -1,7 +1,7 @@
-"""Real steps on a state that is thrown away: how long they take, where, and what this machine could do at best.
+"""Times real steps on a throwaway state: how long they take, in which parts, and what this machine could do at best.
 
-A window of steps makes whole turnovers of the slots and whole decoded batches, so that as many images arrive and are
-decoded in it as the ratio owes. Time is the wall's, with the device waited for at both ends.
+A window of steps covers whole turnovers of the slots and whole decoded batches, so that exactly as many images finish
+and are decoded in it as the ratio requires. Times are wall-clock, with the device synchronized at both ends.
 """
 
 import math
@@ -23,7 +23,7 @@ PARTS = {"unet": "UNet", "vae": "VAE decode", "text": "text encoder"}
 
 @dataclass(frozen=True)
 class Timing:
-    """A window of steps, per step."""
+    """The timing of a window of steps; all figures but `steps` and `peak_gib` are means per step."""
 
     steps: int
     step_ms: float
@@ -31,16 +31,16 @@ class Timing:
     part_ms: dict[str, float]  # of the generate phase, by PARTS
     images: float  # generated
     ticks: float
-    peak_gib: float  # of the window: tensors at the peak and the pools of captured graphs; on a CPU of the process
+    peak_gib: float  # of the window: tensors at their peak plus the pools of captured graphs; on a CPU, of the process
 
     def share(self, phase: str) -> float:
-        """Share of the step that a phase takes."""
+        """Fraction of the step's time that a phase takes."""
         return self.phase_ms.get(phase, 0.0) / self.step_ms
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best this device did in this run on a large matrix product and a large copy."""
+    """The rates this device reached in this run on a large matrix product and a large copy."""
 
     tflop_per_s: float
     gib_per_s: float  # read plus written
@@ -48,7 +48,7 @@ class Ceilings:
 
 
 def window(state: State, least: int) -> int:
-    """Steps of a window: at least `least`, and images for whole turnovers of the slots and whole decoded batches."""
+    """Steps of a window: at least `least`, generating whole turnovers of the slots and whole decoded batches."""
     if state.generator is None or not (rate := state.config.generation.images_per_step):
         return least
     slots = state.generator.slots
@@ -57,14 +57,14 @@ def window(state: State, least: int) -> int:
 
 
 def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Timing:
-    """`count` timed steps after `warmup` others."""
+    """Take `warmup` untimed steps, then time `count` steps."""
     meter = state.meter
     with parts_timed(state):
         for _ in range(warmup):
             step(state)
         synchronize(state)
         meter.restart_peak(state.pool_bytes)
-        meter.restart_interval()  # also reads the events of the warm-up, which belong to no window
+        meter.restart_interval()  # also reads the events of the warm-up, which must not count
         before, seconds = _counts(state), {name: meter.seconds[f"part.{name}"] for name in PARTS}
         for _ in range(count):
             step(state)
@@ -90,7 +90,7 @@ def synchronize(state: State) -> None:
 
 @contextmanager
 def parts_timed(state: State):
-    """Inside, the meter also attributes UNet, VAE decode and text encoder, as "part.<name>"."""
+    """Context in which the meter also times UNet, VAE decode and text encoder, as "part.<name>"."""
     if state.generator is None:
         yield
         return
@@ -104,16 +104,16 @@ def parts_timed(state: State):
     finally:
         for owner, name, own in replaced:
             if own is None:
-                delattr(owner, name)  # the method of the class is seen again
+                delattr(owner, name)  # uncovers the method of the class
             else:
                 setattr(owner, name, own)
 
 
 @torch.no_grad()
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """2 n^3 operations of a matrix product and the bytes of a copy, over their median times.
+    """The rate of a matrix product, 2 n^3 FLOPs, and of a copy, each from the median time of its calls.
 
-    n = 8192 and 1 GiB on a GPU, 1024 and 32 MiB on a CPU; there of torch's and oneDNN's product the faster one.
+    n = 8192 and 1 GiB on a GPU; n = 1024 and 32 MiB on a CPU, where in fp32 the faster of torch's and oneDNN's counts.
     """
     on_gpu = device.type == "cuda"
     n, mib = (8192, 1024) if on_gpu else (1024, 32)
@@ -124,7 +124,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     target, measure = torch.empty_like(source), timer(device)
     products = {"": lambda: torch.mm(a, b, out=product)}
     if device.type == "cpu" and dtype == torch.float32 and backend.has_onednn():
-        products["oneDNN's "] = lambda: frozen_linear(a, b)  # what frozen layers run through, and often the faster one
+        products["oneDNN's "] = lambda: frozen_linear(a, b)  # used by frozen layers, and often the faster one
     times = {whose: measure(work, repeats=5) for whose, work in products.items()}
     whose, matmul_ms = min(times.items(), key=lambda item: item[1])
     copy_ms = measure(lambda: target.copy_(source), repeats=5)
@@ -136,7 +136,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def copied(tree):
-    """A tree of tensors and plain values that shares nothing with the original."""
+    """A deep copy of a tree of tensors and plain values; tensors are detached, tuples become lists."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
