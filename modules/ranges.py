@@ -1,4 +1,4 @@
-"""What each setting alone may be: a choice of words, or a range of numbers."""
+"""The values each setting may have on its own: a choice of words or a range of numbers."""
 
 CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),

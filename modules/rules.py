@@ -1,6 +1,6 @@
-"""Rules that settings must keep, alone and together; checked before any device is touched.
+"""Rules that settings must satisfy, alone and in combination, checked before any device is used.
 
-Each rule names the setting, what it was and what would do.
+The message of each rule names the setting, its value, and what would be accepted.
 """
 
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 from modules.errors import ConfigError
 from modules.ranges import CHOICES, RANGES
 
-NORM_GROUPS = {"vae_channels": 16, "unet_channels": 8}  # of a pipeline made from scratch: its channels are multiples
+NORM_GROUPS = {"vae_channels": 16, "unet_channels": 8}  # of a pipeline made from scratch: channels are multiples
 
 DIFFUSION_RECIPES = (
     "strength",
@@ -24,7 +24,7 @@ FREE_RECIPES = ("jigsaw", "jigsaw_roundtrip")  # no UNet call
 
 
 def check_rules(config) -> None:
-    """Raise ConfigError at the first setting, alone or with others, that cannot be run."""
+    """Raise ConfigError for the first setting that is invalid, alone or in combination with others."""
     sections = vars(config)
     for name, known in CHOICES.items():
         if name.split(".")[0] in sections and (value := _get(config, name)) not in known:
@@ -62,7 +62,7 @@ def generates(config) -> bool:
 
 
 def idle_settings(config) -> tuple[str, ...]:
-    """Names ("section.key") of settings that were changed and do nothing, because nothing is generated."""
+    """Names ("section.key") of changed settings that have no effect because nothing is generated."""
     if generates(config):
         return ()
     names = []
@@ -74,41 +74,41 @@ def idle_settings(config) -> tuple[str, ...]:
 
 
 def needs_masks(config) -> bool:
-    """Whether generation reads object masks of the train images."""
+    """Whether generation needs object masks of the train images."""
     negatives = config.generation.near_ood_fraction
     edits = config.generation.mask_edit != "none" and negatives < 1
     return generates(config) and (edits or (negatives > 0 and config.near_ood.recipes.get("mask_split", 0) > 0))
 
 
 def judged(config) -> bool:
-    """Whether gate or controller look at made images with the encoder that is being trained."""
+    """Whether gate or controller judge generated images with the encoder that is being trained."""
     return config.gate.enabled or config.controller.enabled
 
 
 def used_strengths(generation) -> list[float]:
-    """Strengths of the positives that have a weight."""
+    """Strengths of the positives whose weight is above 0."""
     return [float(strength) for strength, weight in generation.strengths.items() if weight > 0]
 
 
 def real_rows(config) -> int:
-    """Real rows a batch: those that are balanced over classes, and further ones."""
+    """Real rows per batch: P x K rows balanced over classes, plus learning.extra_real_rows."""
     learning = config.learning
     return learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
 
 
 def batch_rows(config) -> float:
-    """Rows a batch on average, real and generated; each is seen under two views."""
+    """Mean rows per batch, real and generated; the encoder sees two views of each."""
     return real_rows(config) + generated_rows(config)
 
 
 def generated_rows(config) -> float:
-    """g: generated rows a batch needs on average, so that they are synthetic_fraction of it."""
+    """Mean generated rows per batch: f P K / (1 - f), with f the synthetic_fraction and P K the balanced real rows."""
     fraction = config.generation.synthetic_fraction
     return config.learning.classes_per_batch * config.learning.rows_per_class * fraction / (1 - fraction)
 
 
 def lowest_strength(steps: int) -> float:
-    """The lowest strength, of three digits, that takes a step of a grid of `steps`: 1 / steps, rounded up."""
+    """The lowest strength that takes at least one of `steps` denoising steps: 1 / steps, rounded up to three digits."""
     return float(f"{rounded_up(1 / steps):.3g}")
 
 
@@ -231,7 +231,7 @@ def _check_feeding(config) -> None:
 
 
 def rounded_up(value: float) -> float:
-    """`value` > 0 to three digits, never below it."""
+    """`value` > 0 rounded up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.ceil(value / unit - 1e-12) * unit
 

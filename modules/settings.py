@@ -1,7 +1,7 @@
-"""Reads settings: defaults < YAML file < `section.key=value` on the command line.
+"""Reads settings, in rising precedence: defaults, YAML file, `section.key=value` on the command line.
 
-An unknown key is an error with a suggestion, a value of the wrong type names what was expected, and the origin of
-every value is kept, so that a run can say where each of its settings came from.
+An unknown key is an error with a suggestion, the error for a value of the wrong type says what was expected, and the
+origin of every value is kept, so that a run can say where each of its settings came from.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from modules.ranges import CHOICES
 from modules.rules import check_rules
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-TAG = "tag:yaml.org,2002:"  # begins what YAML takes a scalar for
-PLACES = ("run.dir", "run.cache_dir", "training.out")  # written to; ~ in them is the home, as it is in what is read
+TAG = "tag:yaml.org,2002:"  # prefix of the tag by which YAML gives the type of a scalar
+PLACES = ("run.dir", "run.cache_dir", "training.out")  # output paths, whose ~ is expanded here
 NO_TEXT = {TAG + name for name in ("int", "float", "bool", "timestamp")}
 
 
@@ -88,7 +88,7 @@ def with_settings(config: Config, settings: dict[str, object]) -> Config:
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """{"section.key": value} of every setting, in the order of the schema."""
+    """{"section.key": value} for every setting, in the order of the schema."""
     return {
         f"{section.name}.{key.name}": getattr(getattr(config, section.name), key.name)
         for section in dataclasses.fields(config)
@@ -97,7 +97,7 @@ def flatten(config: Config) -> dict[str, object]:
 
 
 def to_yaml(config: Config, origins: dict[str, str]) -> str:
-    """The resolved configuration as YAML, the origin of every value beside it."""
+    """The resolved configuration as YAML, with the origin of every value as a comment."""
     lines = []
     for section in dataclasses.fields(config):
         lines.append(f"{section.name}:")
@@ -108,23 +108,23 @@ def to_yaml(config: Config, origins: dict[str, str]) -> str:
 
 
 def as_yaml(value) -> str:
-    """The value of one setting as YAML in one line, as it can stand behind `section.key=`."""
+    """The value of one setting as one line of YAML, as it can be written after `section.key=`."""
     value = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
 
 
 class _GivenTwice(yaml.YAMLError):
-    """A key that stands twice in a mapping, of which YAML would take the second in silence."""
+    """A key that is given twice in a mapping; YAML would silently use the second value."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, as yaml.safe_load gives them; a key stands once."""
+    """yaml.SafeLoader that refuses duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         first: dict[object, int] = {}
         scalars = (key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode))
         for key_node in (scalar for scalar in scalars if scalar.tag != TAG + "merge"):
-            key, line = self.construct_object(key_node), key_node.start_mark.line + 1  # so that .5 is 0.5
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1  # a value, so that .5 is 0.5
             if key in first:
                 word = "; to YAML on, yes and true are one: quote the words" if isinstance(key, bool) else ""
                 raise _GivenTwice(f"`{key}` is given twice, on lines {first[key]} and {line}{word}")
@@ -133,9 +133,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(text: str, texts: set[str], name: str = ""):
-    """The value of a whole file, or of the setting `name`; what `texts` names stays as written.
+    """The value of a whole YAML file, or of the setting `name`; values of the settings in `texts` stay as written.
 
-    To YAML 0123 is 83, 12:30 is 750 and yes is true, which is no name for a run.
+    YAML would read 0123 as 83, 12:30 as 750 and yes as true, which are all valid names for a run.
     """
     loader = _Loader(text)
     try:
@@ -147,7 +147,7 @@ def _read_yaml(text: str, texts: set[str], name: str = ""):
             if value is not None and setting in texts and value.tag in NO_TEXT:
                 value.tag = TAG + "str"
         return None if node is None else loader.construct_document(node)
-    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's on a date that is none, a number without end
+    except (ValueError, LookupError, AttributeError) as error:  # raised by PyYAML on an invalid date or number
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
@@ -158,7 +158,7 @@ def _pairs(node) -> list[tuple]:
 
 
 def _texts(schema: type) -> set[str]:
-    """Every "section.key" that holds a text; those that may be `on` or `off` are read as YAML does."""
+    """Every "section.key" of type str, except those that may be `on` or `off`, which are read as YAML does."""
     names = {
         f"{s.name}.{k.name}" for s in dataclasses.fields(schema) for k in dataclasses.fields(s.type) if k.type is str
     }
@@ -188,7 +188,7 @@ def _all_keys(schema: type) -> dict[str, str]:
 
 
 def _full_names(key: str, schema: type) -> str:
-    """A suggestion for a key without its section, or with another one: every setting of that name."""
+    """A suggestion for a key given without its section or with a wrong one: every setting of that name."""
     found = [
         f"`{s.name}.{key}`" for s in dataclasses.fields(schema) if key in {k.name for k in dataclasses.fields(s.type)}
     ]
@@ -204,7 +204,7 @@ def _did_you_mean(word: str, known: list[str] | dict[str, str]) -> str:
 
 
 def _coerce(value, kind, name: str, origin: str):
-    """`value` as the annotated type; YAML's "1e-3" is a string to PyYAML and is accepted for a float."""
+    """`value` converted to the annotated type `kind`; "1e-3", a string to PyYAML, is accepted as a float."""
     try:
         return _coerced(value, kind)
     except (TypeError, ValueError):
