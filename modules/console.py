@@ -1,7 +1,7 @@
-"""All that is printed.
+"""All output to the terminal or a log.
 
-On a terminal: a run card, a progress bar a stage, a live table of phases while training. Off a terminal (a log file, a
-batch system): the same facts as plain lines, one an interval, nothing redrawn.
+On a terminal: a run card, a progress bar per stage, and a live table of phases while training. Otherwise (a log file, a
+batch system): the same information as plain lines, one per interval, nothing redrawn.
 """
 
 import errno
@@ -20,41 +20,41 @@ from rich.text import Text
 
 from modules.phases import BESIDE, STEP_PHASES
 
-LINE_SHARE = 0.25  # off a terminal a stage prints at each quarter of its work
+LINE_SHARE = 0.25  # off a terminal a stage prints its progress after each quarter of its work
 ACCURACY = "val.knn_accuracy"
 FILE_WIDTH = 160  # columns of a table off a terminal
-LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a terminal that is gone; a log whose disk is full
-OF_VIEWS = ("augment", "encode", "loss", "backward")  # phases that every view of a batch goes through
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the terminal is gone; the disk of the log is full
+OF_VIEWS = ("augment", "encode", "loss", "backward")  # phases that process every view of a batch
 
 
 class _Outliving(RichConsole):
-    """A console whose reader may leave (`| head`, a closed terminal) and whose log may find the disk full: what is
-    printed then is lost, the work is not."""
+    """A console that drops its output, instead of failing, if the reader is gone (`| head`, a closed terminal) or the
+    disk of the log is full."""
 
     def _write_buffer(self) -> None:
         try:
             super()._write_buffer()
         except OSError as error:
-            if error.errno not in LOST:  # rich knows the broken pipe alone
+            if error.errno not in LOST:  # rich itself handles only a broken pipe
                 raise
             self._buffer.clear()
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.file = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-        if sys.stdout is not None:  # what the interpreter flushes at its end has a place to go
+        if sys.stdout is not None:  # so that the interpreter's flush at exit does not fail
             os.dup2(self.file.fileno(), sys.stdout.fileno())
 
 
 class Console:
-    """Prints a run; holds the live display of the current stage."""
+    """Prints the progress and results of a run; holds the live display of the current stage."""
 
     def __init__(self, stream=None):
-        if stream is None and hasattr(sys.stdout, "reconfigure"):  # a class name that a terminal of ASCII cannot show
+        if stream is None and hasattr(sys.stdout, "reconfigure"):  # for class names that an ASCII terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")
         self.rich = _Outliving(file=stream, highlight=False, soft_wrap=True)
         self.live = self.rich.is_terminal
-        if not self.live:  # a file has no edge at which a table would have to be squeezed
+        if not self.live:  # tables in a file need not fit a narrow terminal
             self.rich.width = FILE_WIDTH
         self._display: Live | None = None
         self._progress: Progress | None = None
@@ -64,15 +64,15 @@ class Console:
         self._row: dict = {}  # the newest metric row of the stage
 
     def line(self, text: str, style: str = "") -> None:
-        """One plain line."""
+        """Print one plain line."""
         self.rich.print(Text(text, style=style))
 
     def warn(self, text: str) -> None:
-        """A choice or a loss the user should know of; never silent, never fatal."""
+        """Print a warning: something the user should know of, but not fatal."""
         self.line(f"warning: {text}", "yellow")
 
     def card(self, title: str, rows: list[tuple[str, str, str]]) -> None:
-        """The run card: (what, value, reason) a line."""
+        """Print a run card of (what, value, reason) rows."""
         if not self.live:
             self.line(title)
             for what, value, reason in rows:
@@ -88,7 +88,7 @@ class Console:
 
     @contextmanager
     def stage(self, name: str):
-        """A stage of the run: yields progress(done, total, note)."""
+        """Context that displays a stage of the run; yields progress(done, total, note="")."""
         self._last_share = 0.0
         if not self.live:
             self.line(f"[{name}]")
@@ -111,9 +111,9 @@ class Console:
         self._display = None
 
     def step_row(self, row: dict, total: int) -> None:
-        """A metric row of the contrastive stage: the live table of phases, or one plain line."""
+        """Show a metric row of the contrastive stage: as live table of phases, or as one plain line."""
         if self.live and self._display is not None:
-            self._row |= row  # what not every row holds stays in sight
+            self._row |= row  # keep showing values that only some rows have
             self._table = _phase_table(self._row)
             self._display.update(self._renderable())
             return
@@ -131,7 +131,7 @@ class Console:
         self.line("  " + " | ".join(parts + [" ".join(shares)]))
 
     def result(self, title: str, rows: list[tuple[str, str]], footer: str = "") -> None:
-        """The closing table of a verb."""
+        """Print the closing table of a verb."""
         style = box.SIMPLE_HEAD if self.live else None
         table = Table(title=Text(title, style="table.title"), title_justify="left", box=style, show_header=False)
         for row in rows:
@@ -141,7 +141,7 @@ class Console:
             self.line(footer)
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """A table with a header; columns of numbers are right-aligned, columns of words left."""
+        """Print a table with a header; columns of numbers, except the first, are right-aligned, others left-aligned."""
         table = Table(title=Text(title, style="table.title"), title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(header):
             justify = "right" if i and _numeric([row[i] for row in rows]) else "left"
@@ -169,20 +169,20 @@ class Console:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that makes it readable: 28 s, 12 min, 3.4 h."""
+    """A time as text in a readable unit: 28 s, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _numeric(cells: list[str]) -> bool:
-    """Whether most of the filled cells of a column begin as numbers do."""
+    """Whether most non-empty cells of a column look like numbers, judged by their first character."""
     filled = [cell for cell in cells if cell]
     return 2 * sum(cell[0] in "-+.0123456789" or cell in ("nan", "inf") for cell in filled) > len(filled)
 
 
 def _phase_table(row: dict) -> Table:
-    """Milliseconds, share and images a second of each phase: generated ones where it generates, else views."""
+    """Ms, share and images per second of each phase: generated images where it generates, views where it sees views."""
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=_headline(row))
     table.add_column("phase")
     for name in ("ms", "share", "images/s"):

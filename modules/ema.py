@@ -1,7 +1,7 @@
-"""An averaged copy of the encoder: what the gate judges with and what evaluation may read.
+"""An exponential moving average of the encoder, used by the gate and for evaluation if enabled.
 
-torch's AveragedModel keeps the copy and its state; its own update asks the device how many updates there were, which
-would make every step wait, so the one update an exponential average needs is written here.
+torch's AveragedModel holds the copy and its state. Its own update reads the update count from the device, which would
+make every step wait, so the update of an exponential average is written here.
 """
 
 import torch

@@ -1,17 +1,17 @@
-"""What a user can mend: one exception per exit code, each carrying one clear message.
+"""Errors that a user can fix: one exception per exit code, each carrying one clear message.
 
-The message says what is wrong, where (setting or file), what it was, and what would do. `trainer.main` prints it on
-one line and exits with `code`; every other exception is a bug and stays a traceback.
+The message says what is wrong, where (setting or file), what the value was, and what would work. `trainer.main` prints
+it and exits with `code`; any other exception is a bug and shows its traceback.
 """
 
 import signal
 from collections.abc import Sequence
 
-NAMED = 10  # files, folders or classes that a message names
+NAMED = 10  # most files, folders or classes that a message lists
 
 
 class UserError(Exception):
-    """Base of everything a user can mend; `code` is the exit code of the process."""
+    """Base class of errors that a user can fix; `code` is the exit code of the process."""
 
     code = 2
 
@@ -29,7 +29,7 @@ class DataError(UserError):
 
 
 class OutOfMemory(UserError):
-    """A part does not fit; the message names the part and the knobs (exit code 4)."""
+    """Some part does not fit into memory; the message names it and the settings to change (exit code 4)."""
 
     code = 4
 
@@ -47,7 +47,7 @@ class StorageError(UserError):
 
 
 class Terminated(UserError):
-    """A signal arrived; what could be was checkpointed first (exit code 128 + its number)."""
+    """A signal arrived; state that can be checkpointed was saved first (exit code 128 + its number)."""
 
     def __init__(self, text: str, signum: int = signal.SIGTERM):
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
@@ -56,11 +56,11 @@ class Terminated(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its name where it says nothing."""
+    """The first line of an exception's message, or its type's name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def first_of(names: Sequence[str], separator: str = ", ") -> str:
-    """The first ten of some names and how many more there are: "a, b", or "a, ..., j and 3 more"."""
+    """The first ten names, and how many more there are: "a, b", or "a, ..., j and 3 more"."""
     beyond = len(names) - NAMED
     return separator.join(names[:NAMED]) + (f" and {beyond} more" if beyond > 0 else "")

@@ -1,7 +1,7 @@
-"""Memory that ran out, named: which part of which stage asked for more than there is, and what makes it smaller.
+"""Out-of-memory errors that name the stage and part that ran out of memory, and the settings that make it smaller.
 
-Anything on a device may be the allocation that fails, so the handler stands around whole stages, once, and reads from
-the traceback which part it was: the innermost function of PARTS that was under way.
+Any allocation on a device may be the one that fails, so one handler wraps each whole stage and finds the part from the
+traceback: the innermost function listed in PARTS.
 """
 
 import traceback
@@ -13,7 +13,7 @@ from modules.errors import OutOfMemory, first_line
 from modules.runtime import choose_device, choose_pipeline_dtype
 from modules.settings import flatten
 
-ALLOCATION_FAILED = (  # what libraries below torch's own allocator say; torch hands it on as a plain RuntimeError
+ALLOCATION_FAILED = (  # messages of libraries that bypass torch's allocator, which torch raises as RuntimeError
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
@@ -21,7 +21,7 @@ ALLOCATION_FAILED = (  # what libraries below torch's own allocator say; torch h
 )
 GENERATOR = ("generation.slots", "generation.decode_batch", "pipeline.resolution")
 LEARNER = ("learning.classes_per_batch", "learning.rows_per_class", "data.image_size")
-HALF, PIPELINE = "pipeline.dtype=", "modules.diffusion.pipeline"  # HALF is followed by a format where that is smaller
+HALF, PIPELINE = "pipeline.dtype=", "modules.diffusion.pipeline"  # `_half` completes HALF with a 16-bit dtype
 PARTS = {  # function -> what it does, and the settings that make it smaller: a name to lower, or name=value to set
     f"{PIPELINE}.load_pipeline": ("loading the pipeline", (HALF,)),
     f"{PIPELINE}.StableDiffusion.encode_moments": ("encoding images by the VAE", ("pipeline.resolution", HALF)),
@@ -46,7 +46,7 @@ PARTS = {  # function -> what it does, and the settings that make it smaller: a 
     "modules.training.timing.time_steps": ("a step", (*GENERATOR, *LEARNER)),
     "modules.evaluation.features.embed_images": ("embedding images", ("evaluation.batch_size", "data.image_size")),
 }
-STAGES = {  # settings that make a stage smaller, where none of its parts is known to have asked
+STAGES = {  # settings that make a stage smaller, if the failing part is not in PARTS
     "data": ("data.image_size", "data.shots_per_class"),
     "tokens": ("pipeline.resolution", "data.shots_per_class", HALF),
     "load": ("run.device=cpu",),
@@ -60,10 +60,10 @@ WHOLE_RUN = (*GENERATOR, *LEARNER, "generation.ring_size", "data.shots_per_class
 
 @contextmanager
 def named_memory(stage: str, config):
-    """Inside, memory that runs out becomes an error that names stage, part and settings with their values.
+    """Context that turns running out of memory into an error naming stage, part, and settings with their values.
 
     Raises:
-        OutOfMemory: in place of what torch or a library below it raised; every other exception passes.
+        OutOfMemory: instead of the exception of torch or of a library it calls; all other exceptions pass unchanged.
     """
     try:
         yield
@@ -74,9 +74,9 @@ def named_memory(stage: str, config):
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Whether an exception says that memory ran out, or was raised while such a one was on its way.
+    """Whether an exception, or one in its chain of causes and contexts, reports that memory ran out.
 
-    A graph's capture that is left in the middle fails in words of its own.
+    The chain matters because a graph capture that is interrupted raises an exception of its own.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -105,14 +105,14 @@ def _explained(error: BaseException, stage: str, config) -> str:
 
 
 def _half(config) -> str:
-    """The setting under which the pipeline takes half the memory; "" where it computes in 16 bits already."""
+    """The setting that halves the memory of the pipeline; "" if it computes in 16 bits already."""
     device = choose_device(config.run).value
     computes = choose_pipeline_dtype(config.pipeline, device).value
     return "" if computes.itemsize < 4 else HALF + ("fp16" if device.type == "cuda" else "bf16")
 
 
 def _part(error: BaseException, values: dict) -> tuple[str, tuple[str, ...]] | None:
-    """The entry of the innermost function of PARTS that an exception came through and whose settings there are."""
+    """The entry in PARTS of the innermost function on the traceback whose settings all exist in this config."""
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         entry = PARTS.get(f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}")

@@ -1,7 +1,7 @@
-"""Time of each phase of a step, without a host sync; the only module that reads clocks.
+"""Times each phase of a step without synchronizing with the device; the only module that reads clocks.
 
-On a CPU a phase is timed by the wall clock. On a GPU a pair of events brackets it, and events are read when they have
-happened, by polling: the step never waits for its own measurement.
+On a CPU a phase is timed by the wall clock. On a GPU it is bracketed by a pair of CUDA events, which are polled and
+read once they have completed, so a step never waits for its own measurement.
 """
 
 import resource
@@ -15,9 +15,9 @@ from modules.phases import BESIDE, STEP_PHASES
 
 
 class Meter:
-    """Seconds by phase over the whole run and over the current interval.
+    """Accumulates seconds by phase, over the whole run and over the current interval; also tracks peak memory.
 
-    State: `seconds` and `counts` by phase (whole run), the same since the last `interval()`.
+    State: `seconds` and `counts` by phase over the whole run; private, the seconds since the last `interval()`.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -27,12 +27,12 @@ class Meter:
         self._interval: dict[str, float] = defaultdict(float)
         self._interval_start = time.perf_counter()
         self._pending: deque = deque()
-        self._stage: tuple[str, float] | None = None  # the stage under way and when it began
-        self._earlier_peak = 0  # bytes, of what came before the last `restart_peak`
+        self._stage: tuple[str, float] | None = None  # the current stage and when it began
+        self._earlier_peak = 0  # bytes, peak before the last `restart_peak`
 
     @contextmanager
     def phase(self, name: str):
-        """Attribute what runs inside to `name`."""
+        """Context whose time is added to the phase `name`."""
         with torch.profiler.record_function(name):
             if self.on_gpu:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -48,14 +48,14 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str):
-        """Attribute a whole stage, host time included."""
+        """Context whose wall time, including the host's, is added to "stage.<name>"."""
         self._stage = (f"stage.{name}", time.perf_counter())
         yield
         self._add(self._stage[0], time.perf_counter() - self._stage[1])
         self._stage = None
 
     def interval(self, steps: int) -> dict[str, float]:
-        """Milliseconds a step of each phase since the last call, and the wall time a step; starts a new interval."""
+        """Mean ms per step since the last call, of each phase and of the step (wall time); starts a new interval."""
         self._poll()
         now = time.perf_counter()
         names = [name for name in (*STEP_PHASES, BESIDE) if name in self._interval]
@@ -66,20 +66,20 @@ class Meter:
         return row
 
     def restart_interval(self) -> None:
-        """Begin the interval here: what happened since the last one belongs to no step."""
+        """Start a new interval here and discard the time since the last one, which belongs to no step."""
         self._poll()
         self._interval.clear()
         self._interval_start = time.perf_counter()
 
     def peak_memory_gib(self, pool_bytes: int = 0, *, since_restart: bool = False) -> float:
-        """Peak memory so far: on a GPU of the tensors in it and the pools of captured graphs, else of the process.
+        """Peak memory so far: on a GPU, of its tensors plus the pools of captured graphs; on a CPU, of the process.
 
-        torch counts a graph's memory as allocated while it is captured and never again, although it is held for good
-        and replays work in it: so the pools are added to what torch counts.
+        torch counts a graph's memory as allocated only during its capture, although the pool is kept and used by every
+        replay, so pools are added to what torch counts.
 
         Args:
-            pool_bytes: of the graphs that have been replayed since the last `restart_peak` (see `Slots.pool_bytes`).
-            since_restart: leave out what came before that.
+            pool_bytes: size of the pools of graphs replayed since the last `restart_peak` (see `Slots.pool_bytes`).
+            since_restart: on a GPU, leave out the peak before the last `restart_peak`.
         """
         if self.on_gpu:
             peak = torch.cuda.max_memory_allocated() + pool_bytes
@@ -87,13 +87,13 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def restart_peak(self, pool_bytes: int = 0) -> None:
-        """Measure peak memory anew from here: after a capture, or where a measurement begins; the old peak is kept."""
+        """Restart the peak measurement, after a capture or at the start of a measurement; the old peak is kept."""
         if self.on_gpu:
             self._earlier_peak = max(self._earlier_peak, torch.cuda.max_memory_allocated() + pool_bytes)
             torch.cuda.reset_peak_memory_stats()
 
     def state_dict(self) -> dict:
-        """Seconds and counts of the run so far, the stage under way included."""
+        """Seconds and counts of the run so far, including the current stage."""
         self._poll()
         seconds = dict(self.seconds)
         if self._stage is not None:
@@ -102,7 +102,7 @@ class Meter:
         return {"seconds": seconds, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Add what earlier processes of this run spent: a stage that two of them went through took both times."""
+        """Add the time spent by earlier processes of this run; a stage that was resumed counts the time of all."""
         for total, before in ((self.seconds, state["seconds"]), (self.counts, state["counts"])):
             for name, value in before.items():
                 total[name] += value
@@ -119,7 +119,7 @@ class Meter:
 
 
 def timer(device: torch.device | str):
-    """A function f(work, repeats) -> median milliseconds of work(), for tuners that may not read clocks themselves."""
+    """A function f(work, repeats, warmup) -> median ms of work(), for tuners, which must not read clocks themselves."""
 
     def measure(work, repeats: int = 10, warmup: int = 3) -> float:
         on_gpu = torch.device(device).type == "cuda"

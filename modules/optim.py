@@ -1,8 +1,8 @@
-"""The optimizer by name, its schedule as a pure function of the step, and the guard that keeps weights finite.
+"""The optimizer, its learning-rate schedule as a pure function of the step, and a guard that keeps weights finite.
 
-Loss and gradient norm are judged on the device before the update: a bad update is skipped there and noted there, and the
-host reads the note when it logs, so no step waits. What was noted includes the batch, so that the failure can be played
-back. Weights that are not finite are therefore never made, and never saved.
+Loss and gradient norm are checked on the device before the update. A non-finite update is skipped and recorded on the
+device, and the host reads the record only when it logs, so no step waits. The record includes the batch, so that the
+failure can be replayed. Non-finite weights are therefore never created or saved.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import nn
 from modules.config import Learning
 from modules.errors import ConfigError, NonFinite, first_line
 
-REFERENCE_ROWS = 256  # batch at which learning.lr is meant
-SCALE_START, SCALE_GROWTH_STEPS = 2.0**14, 500  # fp16 loss scaling: first scale, good steps until it doubles
+REFERENCE_ROWS = 256  # batch size that learning.lr refers to
+SCALE_START, SCALE_GROWTH_STEPS = 2.0**14, 500  # fp16 loss scaling: initial scale, finite steps until it doubles
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, steps: int) -> float:
-    """lr of update `step` (from 0): linear up to `peak` at the last warm-up step, then half a cosine towards 0.
+    """The learning rate of update `step` (from 0): linear warm-up to `peak` at the last warm-up step, then cosine to 0.
 
     peak (step+1)/warmup_steps while step < warmup_steps, then peak (1 + cos(pi t))/2 with
     t = (step - warmup_steps) / (steps - warmup_steps). Source: Loshchilov & Hutter 2017 (1608.03983) eq. 5, no restart.
@@ -31,13 +31,13 @@ def learning_rate(step: int, peak: float, warmup_steps: int, steps: int) -> floa
 
 
 def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.Optimizer:
-    """The optimizer `learning.optimizer` over `module`; weight decay on weights, none on norms and biases.
+    """The optimizer named by `learning.optimizer`, with weight decay on weights but not on norms and biases.
 
-    The 8-bit ones update parameters of 4,096 numbers and more in 8 bits, the rest in 32; on a GPU bitsandbytes waits
-    for the device at each parameter.
+    The 8-bit optimizers keep the state of parameters with at least 4,096 elements in 8 bits and the rest in 32; on a
+    GPU bitsandbytes waits for the device at each parameter.
 
     Raises:
-        ConfigError: an 8-bit optimizer without a bitsandbytes that works on the module's device.
+        ConfigError: an 8-bit optimizer is set, but bitsandbytes does not work on the module's device.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -46,7 +46,7 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
     ]
     if learning.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=learning.lr, momentum=learning.momentum, fused=True)
-        if learning.momentum > 0:  # torch leaves them uninitialized if its very first update is a skipped one
+        if learning.momentum > 0:  # torch leaves the buffers uninitialized if its very first update is skipped
             for parameter in parameters:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -55,7 +55,9 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
     try:
         from bitsandbytes.optim import AdamW8bit, SGD8bit
 
-        trial = nn.Parameter(torch.zeros(4096, device=parameters[0].device))  # its native library fails at a step only
+        trial = nn.Parameter(
+            torch.zeros(4096, device=parameters[0].device)
+        )  # a broken native library fails only in a step
         trial.grad = torch.zeros_like(trial)
         AdamW8bit([trial], lr=0.0).step()
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -63,7 +65,7 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
             f"learning.optimizer is {learning.optimizer!r}, but bitsandbytes does not work here "
             f"({first_line(error)}); install a build for this machine, or use sgd or adamw"
         ) from error
-    for parameter in parameters:  # its first step would do so, and a resumed run would then round as a new one does
+    for parameter in parameters:  # bitsandbytes would do so in its first step; done now, a resumed run rounds the same
         parameter.data = parameter.data.contiguous()
     if learning.optimizer == "sgd8bit":
         return SGD8bit(groups, lr=learning.lr, momentum=learning.momentum)
@@ -71,13 +73,14 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
 
 
 class Optimizer:
-    """One update a step: schedule, finite guard, clipping, update."""
+    """Updates the weights once per step: learning-rate schedule, finite guard, gradient clipping, update."""
 
     def __init__(self, module: nn.Module, learning: Learning, batch_rows: float, *, loss_scaling: bool = False):
-        """An optimizer over `module`, which is already on its device.
+        """Optimize `module`, which must already be on its device.
 
-        batch_rows: rows a batch holds on average; the peak lr is learning.lr x batch_rows / 256.
-        loss_scaling: scale losses so that fp16 gradients do not underflow; for fp16 autocast only.
+        Args:
+            batch_rows: mean rows per batch; the peak learning rate is learning.lr x batch_rows / 256.
+            loss_scaling: scale losses so that fp16 gradients do not underflow; for fp16 autocast only.
         """
         self.learning = learning
         self.peak_lr = learning.lr * batch_rows / REFERENCE_ROWS
@@ -90,15 +93,15 @@ class Optimizer:
         self._good_steps = torch.zeros((), device=self.device)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of `loss`, scaled where fp16 needs it."""
+        """Backpropagate `loss`, scaled under fp16."""
         (loss if self._scale is None else loss * self._scale).backward()
 
     def step(self, step: int, loss: torch.Tensor, capture: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Update the weights with the gradients that are there, then drop them; the gradient norm before clipping.
+        """Update the weights from their gradients, then free the gradients; returns the gradient norm before clipping.
 
-        If loss or norm is not finite nothing is updated (an 8-bit optimizer, which has no switch for it, steps with
-        gradients of zero), and the first such step is noted with copies of the tensors in `capture`. The norm stays on
-        the device, as everything here.
+        If loss or norm is not finite, nothing is updated (an 8-bit optimizer cannot skip, so it steps with gradients of
+        zero), and the first such failure is recorded with copies of the tensors in `capture`. The returned norm, like
+        all of this, stays on the device.
         """
         for group in self.inner.param_groups:
             group["lr"] = learning_rate(step, self.peak_lr, self.learning.warmup_steps, self.learning.steps)
@@ -112,7 +115,7 @@ class Optimizer:
             torch._foreach_mul_(gradients, (self.learning.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self._skips_by_itself:
             self.inner.found_inf = bad.float()
-        else:  # a zero gradient keeps weights and moments finite, though momentum and weight decay still act
+        else:  # zero gradients keep weights and moments finite, though momentum and weight decay still apply
             for gradient in gradients:
                 gradient.masked_fill_(bad, 0.0)
         self.inner.step()
@@ -120,12 +123,13 @@ class Optimizer:
         return norm
 
     def raise_if_nonfinite(self, write_capture: Callable[[dict], str]) -> None:
-        """Wait for the device and raise if any update since the start was bad.
+        """Wait for the device and raise if any update since the start failed.
 
-        write_capture: given {"step", "loss", "gradient_norm", "tensors"} of the first one, stores it and says where.
+        Args:
+            write_capture: stores {"step", "loss", "gradient_norm", "tensors"} of the first failure; returns its path.
 
         Raises:
-            NonFinite: with the step, its loss and gradient norm, and where the capture lies.
+            NonFinite: with the step, its loss and gradient norm, and the path of the capture.
         """
         failure = self.guard.failure()
         if failure is None:
@@ -137,15 +141,15 @@ class Optimizer:
         )
 
     def state_dict(self) -> dict:
-        """Moments, loss scale and what the guard noted; the schedule is a function of the step and needs no state."""
+        """Moments, loss scale and the guard's record; the schedule is a function of the step and needs no state."""
         state = {"inner": self.inner.state_dict(), "guard": self.guard.state_dict(), "good_steps": self._good_steps}
         return state if self._scale is None else {**state, "scale": self._scale}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on exactly where `state_dict` was taken."""
+        """Restore a `state_dict` exactly."""
         self.inner.load_state_dict(state["inner"])
         for parameter, values in self.inner.state.items():
-            for name, value in values.items():  # fused updates walk memory: moments need their weight's own layout
+            for name, value in values.items():  # fused updates need moments in the memory layout of their weight
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.guard.load_state_dict(state["guard"])
@@ -154,9 +158,9 @@ class Optimizer:
             self._scale.copy_(state["scale"])
 
     def _adapt_scale(self, bad_loss: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
-        """Halve the loss scale after a bad step, double it after many good ones; whether the step is a failure.
+        """Halve the loss scale after a bad step, double it after many good ones; returns whether the step failed.
 
-        A gradient that overflowed only because of the scale is no failure: the next step tries a smaller one.
+        A gradient that overflowed only because of the scale is not a failure: the next step uses a smaller scale.
         """
         if self._scale is None:
             return bad
@@ -169,7 +173,7 @@ class Optimizer:
 
 
 class FiniteGuard:
-    """Remembers, on the device, the first step that was not finite, with its batch."""
+    """Records on the device the first step that was not finite, with its batch."""
 
     def __init__(self, device: torch.device):
         self._first = torch.tensor(-1, device=device)
@@ -177,13 +181,13 @@ class FiniteGuard:
         self._captured: dict[str, torch.Tensor] = {}
 
     def note(self, step: int, loss, norm, failed: torch.Tensor, capture: dict[str, torch.Tensor]) -> None:
-        """Keep this step's figures and copies of `capture` if it is the first that failed (bool scalar, device)."""
+        """Record this step and copies of `capture` if it is the first with `failed` (bool scalar on the device)."""
         first = failed & (self._first < 0)
         self._first = torch.where(first, step, self._first)
         self._figures = torch.where(first, torch.stack([loss.float(), norm.float()]), self._figures)
         for name, tensor in capture.items():
             kept = self._captured.get(name)
-            if kept is None or len(kept) < len(tensor):  # batches differ by a row: keep room for the largest
+            if kept is None or len(kept) < len(tensor):  # batches may differ by a row: make room for the largest
                 larger = torch.zeros_like(tensor)
                 if kept is not None:
                     larger[: len(kept)] = kept
@@ -191,7 +195,7 @@ class FiniteGuard:
             kept[: len(tensor)] = torch.where(first, tensor, kept[: len(tensor)])
 
     def failure(self) -> dict | None:
-        """The first failed step, read from the device: step, loss, gradient_norm, tensors; None if all were finite."""
+        """{"step", "loss", "gradient_norm", "tensors"} of the first failure, read from the device; None without one."""
         step = int(self._first)
         if step < 0:
             return None
@@ -199,10 +203,10 @@ class FiniteGuard:
         return {"step": step, "loss": loss, "gradient_norm": norm, "tensors": self._captured}
 
     def state_dict(self) -> dict:
-        """The first failed step, -1 for none; captured batches are not kept."""
+        """The first failed step (-1 for none) and its figures; captured batches are not saved."""
         return {"first": self._first, "figures": self._figures}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self._first.copy_(state["first"])
         self._figures.copy_(state["figures"])

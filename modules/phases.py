@@ -1,4 +1,4 @@
-"""The words for what a step does, the same in code, live table, trace, CSV and README."""
+"""The names of the phases of a step, used alike in code, live table, trace, CSV and README."""
 
 STEP_PHASES = ("generate", "mix", "augment", "encode", "loss", "backward", "optimize")
-BESIDE = "generate_beside"  # generation on a side stream, beside the other phases: "generate" is then the wait for it
+BESIDE = "generate_beside"  # generation on a side stream, in parallel; "generate" is then the time spent waiting for it

@@ -1,8 +1,8 @@
-"""What this machine really does: every accelerator is asked by a real call, and its answer is kept.
+"""Tests which accelerators really work on this machine, by making a real call to each.
 
-That a package imports, or calls itself available, proves little: xformers does so where it refuses every tensor. So a
-probe runs the call that training would run, compares the result with float64, and keeps what was measured or why it
-failed.
+That a package imports, or reports itself available, proves little: xformers does so even where it refuses every tensor.
+So a probe makes the call that training would make, compares the result with float64, and keeps what was measured or the
+reason of the failure.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from modules.runtime import stream
 
 MATMUL_SIZE = 256
 HEADS_SHAPE = (2, 64, 8, 40)  # rows, tokens, heads, head width: head width 40 is SD 1.5's, which some kernels refuse
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest value of the truth
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to the largest true value
 ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -28,7 +28,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Probe:
-    """The answer of one accelerator."""
+    """The result of testing one accelerator."""
 
     name: str
     works: bool
@@ -36,11 +36,11 @@ class Probe:
 
 
 class Wrong(Exception):
-    """A call was refused for a reason that is known, or returned and its result is not what it should be."""
+    """A call was refused for a known reason, or returned a wrong result."""
 
 
 def accelerators(device: torch.device) -> list[Probe]:
-    """Every accelerator this project can use, each by a real call on `device`; a compiler takes seconds to answer."""
+    """Test every accelerator this project can use by a real call on `device`; compilers take some seconds."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     half = torch.float16 if device.type == "cuda" else torch.float32
     probes = [probe(f"matmul {name}", lambda dtype=dtype: _matmul(device, dtype)) for name, dtype in dtypes.items()]
@@ -58,7 +58,7 @@ def accelerators(device: torch.device) -> list[Probe]:
 
 
 def probe(name: str, work: Callable[[], str]) -> Probe:
-    """The answer of `work`, which returns what it measured; whatever it raises is the reason that stands in its place."""
+    """Run `work`, which returns a description of what it measured; if it raises, the detail is the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -69,7 +69,7 @@ def probe(name: str, work: Callable[[], str]) -> Probe:
 
 
 def available_memory(device: torch.device) -> tuple[int, int] | None:
-    """(free, total) bytes of the device's memory, of the machine's on a CPU; None where the system does not tell."""
+    """(free, total) bytes of the GPU's memory, or of the machine's on a CPU; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     try:
@@ -81,7 +81,7 @@ def available_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def hardware(device: torch.device) -> list[tuple[str, str]]:
-    """(what, value) of the device: memory, and on a GPU its capability, multiprocessors and driver's CUDA version."""
+    """(what, value) rows of the device: memory, and on a GPU its capability, multiprocessors and the cuDNN version."""
     memory = available_memory(device)
     rows = [] if memory is None else [("memory", f"{memory[0] / 2**30:.1f} of {memory[1] / 2**30:.1f} GiB free")]
     if device.type == "cuda":
@@ -94,7 +94,7 @@ def hardware(device: torch.device) -> list[tuple[str, str]]:
 
 
 def xformers_reasons(error: Exception) -> str:
-    """Why each of xformers' operators refuses, which its message tells after it has repeated the shapes; else ""."""
+    """The reasons why xformers' operators refused, taken from the end of its error message; "" if it gives none."""
     _, _, refusals = str(error).partition("is not supported because:")
     return "; ".join(dict.fromkeys(line.strip() for line in refusals.splitlines() if line.startswith("    ")))
 
@@ -105,7 +105,7 @@ def _normal(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) 
 
 
 def _compare(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> str:
-    """The largest error as a share of the largest value; raises Wrong beyond the tolerance of `dtype`."""
+    """Text with the largest error relative to the largest true value; raises Wrong beyond the tolerance of `dtype`."""
     truth = truth.double().cpu()
     error = float((found.double().cpu() - truth).abs().max() / truth.abs().max())
     if not error <= TOLERANCE[dtype]:
@@ -119,7 +119,7 @@ def _matmul(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _attention_truth(q, k, v) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v in float64 of [rows, heads, tokens, width]."""
+    """softmax(q k^T / sqrt(d)) v in float64, for q, k, v of shape [rows, heads, tokens, width]."""
     q, k, v = (x.double() for x in (q, k, v))
     return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
@@ -130,7 +130,7 @@ def _sdpa(device: torch.device, dtype: torch.dtype, backend: SDPBackend) -> str:
         with warnings.catch_warnings(record=True) as told, sdpa_kernel(backend):
             warnings.simplefilter("always")
             found = F.scaled_dot_product_attention(q, k, v)
-    except RuntimeError as error:  # it says only that no backend is left; why stands in warnings, on a GPU alone
+    except RuntimeError as error:  # says only that no backend is left; on a GPU the reasons are given as warnings
         reasons = "; ".join(str(warning.message).split(" (Triggered")[0] for warning in told)
         raise Wrong(reasons or f"it takes no {dtype} tensors on {device.type}") from error
     return _compare(found, _attention_truth(q, k, v), dtype)
@@ -150,7 +150,7 @@ def _xformers(device: torch.device, dtype: torch.dtype) -> str:
 def _bitsandbytes(device: torch.device) -> str:
     from bitsandbytes.optim import AdamW8bit
 
-    (start,) = _normal(device, torch.float32, (64, 128))  # 8,192 numbers: from 4,096 on the state is kept in 8 bits
+    (start,) = _normal(device, torch.float32, (64, 128))  # 8,192 elements: state is kept in 8 bits from 4,096 on
     weight = torch.nn.Parameter(start.clone())
     optimizer = AdamW8bit([weight], lr=1e-3)
     weight.square().sum().backward()
@@ -192,7 +192,7 @@ def _graph(device: torch.device) -> str:
         raise Wrong("there is no CUDA GPU")
     x, y = _normal(device, torch.float32, (64, 64), (64, 64))
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # libraries make their workspaces before the capture
+    with torch.cuda.stream(side):  # warm-up: libraries must allocate their workspaces before the capture
         x @ y
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

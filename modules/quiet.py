@@ -1,11 +1,11 @@
-"""Chatter of libraries, silenced before any of them is imported."""
+"""Silences chatty libraries before any of them is imported."""
 
 import logging
 import os
 
 
 def quiet_libraries() -> None:
-    """Silence import-time chatter that says nothing about a run (our folder `kernels` shadows an optional package)."""
+    """Silence messages at import that do not concern a run (our folder `kernels` shadows an optional package)."""
     for name in ("bitsandbytes", "transformers", "diffusers", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

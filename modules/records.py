@@ -1,4 +1,4 @@
-"""The JSON files of a run directory, read back."""
+"""Reads the JSON files of a run directory."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from modules.errors import DataError
 
 
 def read_record(path: Path) -> dict:
-    """The object of a JSON file that a run wrote.
+    """The object in a JSON file that a run wrote.
 
     Raises:
-        DataError: it is gone or damaged.
+        DataError: the file is missing or damaged.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Device, dtype and threads, each a value with its reason; named random streams.
+"""Choice of device, dtypes and threads, each with its reason; and named random streams.
 
-Randomness is a pure function of identity: `stream(seed, "image", 17)` is the same generator in every run, on every
-machine, whatever was drawn before. Nothing in this project draws from torch's global generator; libraries that
+A random stream depends only on its name: `stream(seed, "image", 17)` gives the same numbers in every run and on every
+machine, whatever was drawn before. No code of this project draws from torch's global generator; libraries that
 initialize weights do, inside `seeded`.
 """
 
@@ -22,8 +22,9 @@ from kernels import backend
 from modules.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Pixels a side of which the last convolution of stride 2 sees one, in every backbone here. Of an input smaller than the
-# stride oneDNN's gradient of 16-bit weights holds memory that nobody has written (torch 2.11; see benchmarks/LOG.md).
+# Image size up to which the last convolution of stride 2 sees a single pixel, in every backbone here. If the input is
+# smaller than the stride, oneDNN leaves part of the gradient of 16-bit weights uninitialized (torch 2.11; see
+# benchmarks/LOG.md).
 ONE_PIXEL_UP_TO = 16
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PACKAGES = (
@@ -43,7 +44,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Choice:
-    """A value the program chose and the reason it prints for it."""
+    """A value chosen by the program, and the reason printed with it."""
 
     value: object
     reason: str
@@ -51,7 +52,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which number formats a run computes."""
+    """The device, number formats and threads that a run computes with."""
 
     device: Choice  # torch.device
     precision: Choice  # torch.dtype of the encoder's autocast; float32: no autocast
@@ -60,12 +61,16 @@ class Runtime:
 
 
 def resolve_runtime(run, pipeline, trains_at: int | None = None) -> Runtime:
-    """The runtime of config sections `run` and `pipeline`, every choice with its reason.
+    """The runtime for the config sections `run` and `pipeline`, every choice with its reason.
 
-    trains_at: pixels a side of the images that an encoder is trained on; None where none is.
+    Also sets torch's thread count, TF32 switch and default kernels, and the allocator of the process.
+
+    Args:
+        trains_at: pixels per side of the images that an encoder is trained on; None if none is trained.
 
     Raises:
-        ConfigError: a GPU is demanded and there is none; on a CPU, fp16 autocast or, for tiny images, bf16 is asked for.
+        ConfigError: run.device or run.kernels asks for what is not available here; on a CPU, run.precision is fp16, or
+            bf16 with tiny images.
     """
     device = choose_device(run)
     on_gpu = device.value.type == "cuda"
@@ -95,10 +100,10 @@ def resolve_runtime(run, pipeline, trains_at: int | None = None) -> Runtime:
 
 
 def choose_device(run) -> Choice:
-    """Where `run.device` comes to.
+    """The device that `run.device` resolves to.
 
     Raises:
-        ConfigError: a GPU is demanded and there is none.
+        ConfigError: run.device is cuda and there is no CUDA GPU.
     """
     gpu = torch.cuda.is_available()
     if run.device == "cuda" and not gpu:
@@ -112,38 +117,38 @@ def choose_device(run) -> Choice:
 
 
 def choose_pipeline_dtype(pipeline, device: torch.device) -> Choice:
-    """What `pipeline.dtype` comes to on a device."""
+    """The dtype that `pipeline.dtype` resolves to on a device."""
     if pipeline.dtype == "auto":
         return auto_pipeline_dtype(device)
     return Choice(DTYPES[pipeline.dtype], f"pipeline.dtype{_slow(pipeline.dtype, device)}")
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process's malloc keep the memory that a CPU's tensors free, for those of the next step.
+    """Make this process's malloc keep the memory of freed CPU tensors for those of the next step.
 
-    By default a tensor above 32 MiB is given back when it is freed, and others as soon as 64 MiB are free at the end of
-    the heap. Whether they are hangs on what lies there: in three of six runs a training step gave back 60 to 70 MB and had
-    the kernel clear as much again (see benchmarks/LOG.md). Without effect on a GPU, or where the C library is not glibc.
+    By default glibc returns a block above 32 MiB to the kernel when it is freed, and others once 64 MiB are free at the
+    end of the heap. Whether that happens depends on what lies there: in three of six runs a training step returned 60
+    to 70 MB and had the kernel zero as much again (see benchmarks/LOG.md). No effect on a GPU or without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type == "cpu" and mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)  # no block lies outside the heap
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes that may lie free at its end
+        mallopt(M_MMAP_MAX, 0)  # allocate every block on the heap
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes that may stay free at the end of the heap
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bf16; a processor without them convolves in it ten times as slowly as in fp32."""
+    """Whether a device has bf16 instructions; on a CPU without, bf16 convolutions are ten times slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def has_amx() -> bool:
-    """Whether the processor multiplies bf16 in tiles (Intel's AMX) and the kernel lets this process do so.
+    """Whether the CPU multiplies bf16 in tiles (Intel AMX) and the operating system lets this process do so.
 
-    On a Xeon with it products of 1024 ran four to five times as fast in bf16 as in fp32; on the same one held to its
-    other bf16 instructions a training step took as long as in fp32, or longer (see benchmarks/LOG.md). oneDNN's variable
-    of the environment that holds it to fewer instructions is heeded.
+    On a Xeon with AMX, matrix products of 1024 ran four to five times as fast in bf16 as in fp32; with the same CPU
+    limited to its other bf16 instructions, a training step took as long as in fp32, or longer (see benchmarks/LOG.md).
+    Respects the environment variables by which oneDNN is limited to an instruction set.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
     heeds = limit in ("", "ALL", "DEFAULT") or "AMX" in limit
@@ -151,12 +156,12 @@ def has_amx() -> bool:
 
 
 def auto_pipeline_dtype(device: torch.device) -> Choice:
-    """What the diffusion pipeline computes in where nobody says."""
+    """The dtype of the diffusion pipeline under `pipeline.dtype=auto`."""
     return _auto_on_cpu() if device.type == "cpu" else Choice(torch.float16, "auto: fp16 on a GPU")
 
 
 def auto_precision(device: torch.device, trains_at: int | None = None) -> Choice:
-    """What the encoder computes in where nobody says: 16 bits where the device is fast in them."""
+    """The encoder's dtype under `run.precision=auto`: 16 bits where the device is fast in them."""
     if device.type == "cpu":
         if has_amx() and _is_tiny(trains_at):
             return Choice(torch.float32, f"auto: fp32 on a CPU for images of at most {ONE_PIXEL_UP_TO} px")
@@ -181,14 +186,14 @@ def _slow(precision: str, device: torch.device) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """float32, bfloat16: the name of a number format without torch's prefix."""
+    """The name of a dtype without torch's prefix, such as float32 or bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def stream(seed: int, name: str, *identity: int | str) -> torch.Generator:
-    """A CPU generator that depends on (seed, name, identity) and on nothing else.
+    """A CPU generator whose seed depends on (seed, name, identity) alone.
 
-    Draws are made on the CPU and copied, so that a CPU and a GPU see the same numbers.
+    Numbers are drawn on the CPU and then copied, so that runs on a CPU and on a GPU use the same ones.
     """
     generator = torch.Generator()
     generator.manual_seed(stream_seed(seed, name, *identity))
@@ -196,16 +201,16 @@ def stream(seed: int, name: str, *identity: int | str) -> torch.Generator:
 
 
 def stream_seed(seed: int, name: str, *identity: int | str) -> int:
-    """The 63-bit seed of a named stream: blake2b over the parts, joined unambiguously."""
+    """The 63-bit seed of a named stream: a blake2b hash of the parts, joined by a separator."""
     text = "\x1f".join(str(part) for part in (seed, name, *identity))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @contextmanager
 def seeded(seed: int, name: str, *identity: int | str):
-    """Inside, torch's global CPU generator stands at the beginning of a named stream; afterwards it is as it was.
+    """Context in which torch's global CPU generator starts a named stream; its state is restored afterwards.
 
-    For weights that a library initializes, which takes no generator.
+    For libraries that initialize weights and accept no generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, name, *identity))
@@ -213,7 +218,7 @@ def seeded(seed: int, name: str, *identity: int | str):
 
 
 def environment() -> dict:
-    """What a result depends on beside the config: versions, device, commit."""
+    """What a result depends on besides the config: versions, hardware, commit."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -227,9 +232,9 @@ def environment() -> dict:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" if it was changed; "" outside a repository.
+    """The commit of this checkout, with "+" if tracked files were changed; "" outside a repository.
 
-    The environment variable SOURCE_COMMIT, where it is set, says it instead: for a copy of the files, as in a container.
+    The environment variable SOURCE_COMMIT overrides it if set, for a copy without a repository, as in a container.
     """
     if told := os.environ.get("SOURCE_COMMIT"):
         return told
@@ -258,5 +263,5 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    name = said.get("model name", platform.machine())  # virtual machines often say no more than the maker
+    name = said.get("model name", platform.machine())  # on virtual machines often only the vendor, hence the family
     return f"{name} family {said['cpu family']}" if "cpu family" in said else name

@@ -1,9 +1,9 @@
-"""Checkpoints: a tree of tensors and plain values, written so that a kill at any moment loses nothing.
+"""Checkpoints of trees of tensors and plain values; a process killed at any moment leaves the earlier ones intact.
 
-A checkpoint is a directory `step-00000120` with `tensors.safetensors`, `tree.json` and, written last, `manifest.json`
-with the sizes and hashes of both. It is built under a temporary name, fsynced and renamed; the newest directory whose
-manifest agrees is the state. A valid one is never replaced: a run is the same each time, so what stands at a step is the
-state of that step. Nothing is pickled.
+A checkpoint is a directory such as `step-00000120` with `tensors.safetensors`, `tree.json` and, written last,
+`manifest.json` with the hashes of both. It is built under a temporary name, fsynced and renamed; the newest directory
+that matches its manifest is loaded. A valid checkpoint is never replaced: runs are deterministic, so it already holds
+the state of its step. Nothing is pickled.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ PREFIX = "step-"
 
 
 def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
-    """Write `tree` (nested dicts and lists of tensors and plain values) as the state at `step`; purge old states.
+    """Write `tree` (nested dicts and lists of tensors and plain values) as the checkpoint of `step`; purge old ones.
 
-    Where a valid state of this step stands already (a stop in a step that ended in a save), it stays as it is.
+    An existing valid checkpoint of this step is kept as it is (after a stop during a step that ended with a save).
 
     Raises:
         StorageError: the disk is full or not writable; older checkpoints are untouched.
@@ -51,11 +51,11 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         _fsync(temporary / "manifest.json")
         _fsync(temporary)
-        if final.exists():  # not a valid one, so nothing is lost with it
+        if final.exists():  # invalid, so nothing is lost
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(folder)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a kind of its own
+    except (OSError, SafetensorError) as error:  # safetensors raises its own exception on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         older = any(folder.glob(f"{PREFIX}*"))
         then = "goes on from the checkpoint before" if older else "begins this stage anew, as there is none before it"
@@ -68,7 +68,11 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
 
 
 def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
-    """The newest valid state below `folder` as (step, tree, complaints about newer invalid ones); None without any."""
+    """The newest valid checkpoint in `folder` as (step, tree, complaints about newer invalid ones); None if empty.
+
+    Raises:
+        StorageError: there are checkpoints, but none is valid.
+    """
     invalid = []
     for path in sorted(Path(folder).glob(f"{PREFIX}*"), reverse=True):
         tree, reason = _read(path)
@@ -84,10 +88,10 @@ def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
 
 
 def purge(folder: Path, step: int, keep: int) -> None:
-    """Delete temporary directories of dead writers and all but the newest `keep` checkpoints up to the one at `step`.
+    """Delete temporary directories of dead writers, checkpoints after `step`, and all but the newest `keep` up to it.
 
-    Those beyond `step`, which has just been saved, could not be used when the run went on from an older one. They would
-    stand in the way of the steps that are made again, and count among the newest although they are worth nothing.
+    `step` has just been saved. A checkpoint after it was invalid when the run resumed from an older one; it would be in
+    the way when its step is taken again, and would count among the newest although it is useless.
     """
     folder = Path(folder)
     for path in folder.glob(f".{PREFIX}*"):
@@ -100,7 +104,11 @@ def purge(folder: Path, step: int, keep: int) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file or nothing: temporary name, fsync, rename."""
+    """Write a file atomically, as a whole or not at all: temporary name, fsync, rename.
+
+    Raises:
+        StorageError: it could not be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -116,10 +124,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file whose bytes, and so its hash, depend on its content alone.
+    """The bytes of a safetensors file, which depend on its content alone and so have a reproducible hash.
 
-    The library writes metadata in a new order each time; here its keys are sorted. Tensors may be on any device, of any
-    layout, and may share memory.
+    The library writes metadata in a different order each time; here its keys are sorted. Tensors may be on any device,
+    in any memory layout, and may share memory.
     """
     content = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
     end = 8 + int.from_bytes(content[:8], "little")
@@ -132,7 +140,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
 
 def _pack(node, tensors: dict[str, torch.Tensor]):
-    """JSON image of a tree; its tensors move to `tensors` under running names."""
+    """A tree as JSON values; its tensors are put into `tensors` under consecutive names (t0, t1, ...)."""
     if isinstance(node, torch.Tensor):
         name = f"t{len(tensors)}"
         tensors[name] = node.detach().cpu().contiguous().clone()
@@ -157,7 +165,7 @@ def _unpack(node, tensors: dict[str, torch.Tensor]):
 
 
 def _read(path: Path) -> tuple[dict | None, str]:
-    """The tree in a checkpoint directory, or None and why it cannot be used."""
+    """(tree, "") of a checkpoint directory, or (None, the reason why it cannot be used)."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, digest in manifest["files"].items():
@@ -165,7 +173,7 @@ def _read(path: Path) -> tuple[dict | None, str]:
                 return None, f"{name} does not match its manifest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"no valid manifest ({error})"
-    try:  # a manifest may fit files that hold no state
+    try:  # files may match their manifest and still not hold a state
         tensors = load_file(path / "tensors.safetensors")
         return _unpack(json.loads((path / "tree.json").read_text()), tensors), ""
     except (OSError, ValueError, LookupError, SafetensorError) as error:

@@ -1,12 +1,12 @@
-"""Signals that stop a process, obeyed between steps: SIGTERM, a lost terminal, Ctrl-C.
+"""Handles the signals that stop a process, deferring them to the end of a step: SIGTERM, a lost terminal, Ctrl-C.
 
-A batch system that wants its machine back sends SIGTERM and waits a little before it kills. In the middle of a step the
-state is neither that before it nor that after it, and a checkpoint of it would go on differently from a run that never
-stopped. So a step runs inside `whole()`, at whose end the signal is raised; everywhere else it is raised at once. Ctrl-C
-is raised at once as KeyboardInterrupt, but within a step it waits for its end as SIGTERM does; a second one does not wait.
+A batch system that wants its machine back sends SIGTERM and waits a little before it kills the process. In the middle
+of a step the state is inconsistent, and a run resumed from it would differ from one that was never stopped. So a step
+runs inside `whole()`, at the end of which a pending signal is raised as an exception; elsewhere it is raised at once.
+Ctrl-C raises KeyboardInterrupt at once, but in a step it waits for its end like SIGTERM; a second one does not wait.
 
-Raised at once it may land anywhere, also inside a library that turns every exception into one of its own (an import on
-demand does): `behind` finds it again.
+An exception raised at once may land anywhere, even inside a library that converts every exception into one of its own
+(as lazy imports do): `behind` recovers it.
 """
 
 import signal
@@ -16,14 +16,14 @@ from modules.errors import Terminated
 
 
 class Termination:
-    """What is known of such signals in this process."""
+    """The state of stop signals in this process, and their handler."""
 
     def __init__(self):
-        self._asked = 0  # number of the signal that came first
+        self._asked = 0  # number of the first signal received; 0: none
         self._whole = False
 
     def listen(self) -> None:
-        """Turn the signals into `Terminated` from here on; those that the caller had ignored (nohup) stay ignored."""
+        """Install the handlers; SIGHUP and SIGINT stay ignored if they already were (nohup)."""
         self._asked, self._whole = 0, False
         signal.signal(signal.SIGTERM, self._arrive)
         for number in (signal.SIGHUP, signal.SIGINT):
@@ -32,10 +32,10 @@ class Termination:
 
     @contextmanager
     def whole(self):
-        """What runs inside is brought to its end; then a signal that came meanwhile is raised.
+        """Context whose body is not interrupted; a signal received meanwhile is raised when it ends.
 
         Raises:
-            Terminated: a signal came inside.
+            Terminated: a signal was received inside.
         """
         self._whole = True
         try:
@@ -46,14 +46,14 @@ class Termination:
             raise self._terminated()
 
     def obey(self) -> None:
-        """Raise Terminated if a signal came while listening: for whoever goes on after an exception of a library."""
+        """Raise Terminated if a signal was received while listening, in case a library has swallowed the exception."""
         if self._asked and signal.getsignal(signal.SIGTERM) == self._arrive:
             raise self._terminated()
 
     def _arrive(self, signum, frame) -> None:
         if signum == signal.SIGINT and (self._asked or not self._whole):
             raise KeyboardInterrupt
-        if self._asked:  # it is being obeyed: a second one must not cut the checkpoint short
+        if self._asked:  # already stopping: a second signal must not cut the checkpoint short
             return
         self._asked = signum
         if not self._whole:
@@ -64,9 +64,9 @@ class Termination:
 
 
 def behind(error: BaseException) -> Terminated | None:
-    """The signal that an exception was made from (`raise ... from`), however often it was wrapped; None: another cause.
+    """The `Terminated` in an exception's chain of causes (`raise ... from`), itself included; None if there is none.
 
-    What fails while a signal is being obeyed, such as the last checkpoint, is no such wrapping and keeps its own name.
+    An error while handling a signal, such as a failed last checkpoint, has no such cause and is reported as itself.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, Terminated):

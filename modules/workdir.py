@@ -1,7 +1,7 @@
-"""One run's directory: what was asked, where it ran, what it read, what it measured.
+"""The directory of one run: its settings, environment, hashes of its input files, metrics, checkpoints and results.
 
-The directory is a function of the config (`run.dir`/`run.name`), locked while in use, safe to call again: the same
-command goes on from the newest checkpoint, and a finished run shows its result.
+Its path follows from the config (`run.dir`/`run.name`), and it is locked while in use. The same command can be started
+again: an unfinished run resumes from its newest checkpoint, a finished one shows its result.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from modules.errors import ConfigError, DataError, StorageError
 from modules.records import read_record
 from modules.settings import flatten, to_yaml
 
-MAY_CHANGE = {  # settings that do not change results, or by rounding only: of run.threads and run.kernels a run is warned
+MAY_CHANGE = {  # settings that do not change results, or only by rounding (run.threads and run.kernels: with a warning)
     "run.dir",
     "run.name",
     "run.threads",
@@ -38,8 +38,8 @@ MAY_CHANGE_SECTIONS = ("tune.",)
 class Workdir:
     """The directory of one run; holds its lock until closed.
 
-    config.yaml is written at once where no work stands yet, else with the first file of this command: a command that is
-    refused for what it reads leaves the record of the one before it.
+    In a directory without work config.yaml is written at once, else together with the first file that this command
+    writes: a command that is refused because of its input files leaves the config of the one before it.
 
     Raises:
         StorageError: not writable, or locked by another process.
@@ -47,10 +47,10 @@ class Workdir:
     """
 
     def __init__(self, config: Config, origins: dict[str, str], *, replacing: bool = False):
-        """replacing: what stands there of other settings is forgotten, not refused, once the directory is this command's."""
+        """replacing: discard a run of other settings found there instead of refusing, once the lock is held."""
         self.path = Path(config.run.dir) / config.run.name
         self._lock_file = None
-        self._waiting: list[str] = []  # metric rows that found the disk full
+        self._waiting: list[str] = []  # metric rows not yet written because the disk was full
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_file = open(self.path / ".lock", "ab+", buffering=0)  # noqa: SIM115 - held as long as the run
@@ -69,7 +69,7 @@ class Workdir:
             ) from None
         with contextlib.suppress(
             OSError
-        ):  # a full disk: the lock holds without its name, and a finished run still shows
+        ):  # on a full disk the lock holds without the process id, and a finished run can still be shown
             self._lock_file.truncate(0)
             self._lock_file.write(str(os.getpid()).encode())
         if replacing and changed_settings(self.path, config):
@@ -77,10 +77,10 @@ class Workdir:
             shutil.rmtree(self.checkpoints, ignore_errors=True)  # half-learned tokens of other settings
         self._refuse_other_settings(config)
         self._remove_leftovers()
-        self.goes_on = _holds_work(self.path)  # there is work here that this command adds to
+        self.goes_on = _holds_work(self.path)  # whether this command continues earlier work
         self._begun = self._read_inputs() if self.goes_on else {}
-        self._inputs = dict(self._begun)  # what inputs.json holds from here on
-        self._config_yaml = to_yaml(config, origins)  # None once it is written
+        self._inputs = dict(self._begun)  # the content of inputs.json from here on
+        self._config_yaml = to_yaml(config, origins)  # None once written
         if not self.goes_on:
             self._write_config()
 
@@ -104,13 +104,13 @@ class Workdir:
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def hold_to(self, setting: str, value: str, digest: str, changes: Callable[[], str] | None = None) -> None:
-        """Keep in inputs.json that the files which `setting` names have this sha256.
+        """Record in inputs.json the sha256 `digest` of the files that `setting` refers to.
 
         Args:
-            changes: says which files differ from those before, if that is known.
+            changes: describes which files differ from those before, or returns "" if that is not known.
 
         Raises:
-            DataError: work stands here that began with other files; nothing of it was changed.
+            DataError: the directory holds work that began with other files; nothing in it was changed.
         """
         if self._begun.get(setting, digest) != digest:
             which = f" ({told})" if changes is not None and (told := changes()) else ""
@@ -122,10 +122,10 @@ class Workdir:
         self.write_json("inputs.json", self._inputs)
 
     def computes_with(self, runtime: dict[str, object]) -> dict[str, tuple]:
-        """Keep in inputs.json with what this command computes, under `runtime`: one entry for each change.
+        """Record in inputs.json, under `runtime`, what this command computes with: one entry for each change.
 
         Returns:
-            name -> (before, now) of what the work that stands here was made otherwise with; None where it was not said.
+            name -> (before, now) of what differs from the previous entry; None where an entry does not have it.
         """
         history = self._inputs.setdefault("runtime", [])
         last = history[-1] if history else runtime
@@ -136,10 +136,11 @@ class Workdir:
         return {name: (last.get(name), runtime.get(name)) for name in names if last.get(name) != runtime.get(name)}
 
     def log(self, row: dict) -> None:
-        """Append one metric row, after those that could not be written before.
+        """Append one metric row, preceded by any that could not be written before.
 
         Raises:
-            StorageError: the disk is full; the file stays as it was, and the row waits for the next call.
+            StorageError: the file cannot be written, as on a full disk; it stays as it was, and the row is kept for the
+                next call.
         """
         path = self.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
@@ -156,7 +157,7 @@ class Workdir:
         self._waiting.clear()
 
     def rows(self) -> list[dict]:
-        """Every metric row so far; a half-written last line (power loss) is dropped."""
+        """All metric rows so far; an incomplete last line (power loss) is dropped."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -164,7 +165,7 @@ class Workdir:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def cut_rows(self, step: int) -> None:
-        """Drop metric rows beyond `step`: the steps after it are made again."""
+        """Drop metric rows after `step`, because those steps will be taken again."""
         rows = [row for row in self.rows() if row["step"] <= step]
         state.write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -178,7 +179,7 @@ class Workdir:
         return read_record(path) if path.exists() else {}
 
     def _remove_leftovers(self) -> None:
-        """What a killed process of this run had half written, or, once it was finished, not yet removed."""
+        """Remove temporary files of a killed process and, if the run is finished, its remaining checkpoints."""
         for folder in ("", "export", "tokens"):
             for path in (self.path / folder).glob(".*.[0-9]*"):
                 with contextlib.suppress(OSError):
@@ -196,9 +197,9 @@ class Workdir:
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
-    """What keeps `config` from going on with the run below `path`: "<setting> was <old>, now <new>" for each setting.
+    """The settings that keep `config` from resuming the run in `path`, each as "<setting> was <old>, now <new>".
 
-    Empty where there is nothing to go on with yet (a command that ended at a mistyped path may be corrected), or where
+    Empty if there is no work to resume yet (so that a command which failed at a mistyped path can be corrected), or if
     only settings differ that do not change results.
     """
     if not (path / "config.yaml").exists() or not _holds_work(path):

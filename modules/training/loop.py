@@ -81,9 +81,7 @@ def _metric_row(job: Job, state: State, begun: tuple[int, int, int]) -> dict:
     row = {"step": state.step} | {name: float(value) for name, value in state.logs.items()}
     row["lr"] = state.optimizer.inner.param_groups[0]["lr"]
     steps, views, images = (now - before for now, before in zip(_progress_of(state), begun, strict=True))
-    synchronize(
-        state
-    )  # a side stream may still run the last step's generation, whose events precede others in the queue
+    synchronize(state)  # a side stream may still be generating; times are read in order, so its events block others
     times = state.meter.interval(steps)
     times["views_per_s"] = views / max(1e-9, times["step_ms"] * steps / 1e3)
     if state.generator is not None:

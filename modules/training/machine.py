@@ -147,10 +147,7 @@ def choose_overlap(job: Job, state: State, step) -> None:
             try:
                 with unchanged(state, Overlap(mode, job.device)) as trial:
                     return time_steps(trial, step, window(trial, CALIBRATION_STEPS)).step_ms
-            except (
-                RuntimeError,
-                MemoryError,
-            ) as error:  # the trial's copy of the state or the second stream may not fit
+            except (RuntimeError, MemoryError) as error:  # no room for a copy of the state or a second stream
                 if mode == "sequential" or not ran_out(error):
                     raise
             gc.collect()

@@ -24,7 +24,7 @@ RECIPE_SHOTS = 3  # example images of a recipe
 
 
 def export(job, state, outcome) -> None:
-    """Write predictions.safetensors and export/: encoder.safetensors, classes.json, preprocess.json, ood.safetensors."""
+    """Write predictions.safetensors and export/{encoder.safetensors,classes.json,preprocess.json,ood.safetensors}."""
     folder = job.workdir.path / "export"
     arch = choose_arch(job.config.encoder.arch, job.config.data.image_size).value
     facts = {"arch": arch, "width": str(job.config.encoder.width)}
