@@ -1,9 +1,9 @@
-"""The story of a run: images in, a trained, probed and OOD-evaluated encoder out.
+"""The entry point, and the story of a run: from images to a trained, probed and OOD-evaluated encoder.
 
     python trainer.py run configs/demo.yaml learning.steps=400
 
-One process holds a Stable Diffusion image-to-image engine and trains an image encoder with SupCon while the engine
-generates that encoder's positives and near-OOD negatives in memory. A step is seven phases; a run is six stages:
+One process trains an image encoder with SupCon while a Stable Diffusion image-to-image engine in the same process
+generates the encoder's positives and near-OOD negatives in memory. A step has seven phases; a run has six stages:
 data -> tokens -> contrastive -> probe -> evaluate -> report.
 """
 
@@ -39,7 +39,7 @@ def step(state) -> None:
             state.overlap.generate(partial(state.generator.advance, state.step))
     with phase("mix"):
         batch = state.mixer.batch(state.step)
-        state.overlap.launch()  # in stream mode generation starts here, beside the rest of the step
+        state.overlap.launch()  # in stream mode generation starts here, in parallel with the rest of the step
     with phase("augment"):
         draws = {"seed": config.run.seed, "step": state.step, "learning": config.learning}
         views = two_views(batch.images_BHWC, **draws, out_dtype=state.precision)
@@ -59,7 +59,7 @@ def step(state) -> None:
 
 
 def run(config, origins: dict[str, str], console) -> dict:
-    """A whole run, from wherever its directory stands; returns its results."""
+    """Do a whole run, or resume or show the one its directory holds; returns its results."""
     from modules.evaluation.evaluate import embed_sets
     from modules.training import stages
     from modules.training.loop import train
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
         from modules.console import Console
 
         path, *overrides = rest or [""]
-        check_arguments(verb, path, overrides)  # before the verb imports torch: mistakes are answered at once
+        check_arguments(verb, path, overrides)  # before the verb imports torch, so that mistakes are reported at once
         importlib.import_module(f"modules.commands.{VERBS[verb][0]}").command(path, overrides, Console(), run, step)
     except Exception as error:
         found = behind(error) or error
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _tell(text: str) -> None:
-    with suppress(OSError):  # of a terminal that is gone: the exit code says it too
+    with suppress(OSError):  # the terminal may be gone; the exit code tells the same
         print(text, file=sys.stderr)
 
 

@@ -55,9 +55,7 @@ def build_torch_optimizer(module: nn.Module, learning: Learning) -> torch.optim.
     try:
         from bitsandbytes.optim import AdamW8bit, SGD8bit
 
-        trial = nn.Parameter(
-            torch.zeros(4096, device=parameters[0].device)
-        )  # a broken native library fails only in a step
+        trial = nn.Parameter(torch.zeros(4096, device=parameters[0].device))  # a broken native library fails here
         trial.grad = torch.zeros_like(trial)
         AdamW8bit([trial], lr=0.0).step()
     except (ImportError, RuntimeError, OSError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The verbs. Libraries are quieted before a verb imports them."""
+"""The verbs of trainer.py. Importing this package silences chatty libraries before a verb imports them."""
 
 from modules.quiet import quiet_libraries
 

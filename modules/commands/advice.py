@@ -1,7 +1,7 @@
-"""From a profile to the changes most likely to help, each with its reason and what it would save.
+"""Turns a profile into the changes most likely to help, each with its reason and the time it would save.
 
-Every rule looks at one thing that was measured and names one setting. Savings are estimates; what a change costs beside
-time (staler images, other pictures) is said with it, and a saving that changes what is learned counts for less.
+Every rule looks at one measured quantity and proposes one change. Savings are estimates. The reason also states what a
+change costs apart from time (staler images, other images), and a saving that changes what is learned is ranked lower.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from modules.config import Config
 from modules.rules import rounded_up, used_strengths
 
-LAUNCH_BOUND = 0.85  # share of a step in which a GPU has work, below which it waits for the host
-LOW_UTILIZATION = 0.35  # of the matrix ceiling, below which more rows a call are likely to help
-TAESD_SHARE = 0.06  # operations of a TAESD decode over those of Stable Diffusion's (141 of 2,515 GFLOP at 512 px)
+LAUNCH_BOUND = 0.85  # share of a step with work for the GPU below which it counts as waiting for the host
+LOW_UTILIZATION = 0.35  # share of the matrix ceiling below which more rows per call are likely to help
+TAESD_SHARE = 0.06  # FLOPs of a TAESD decode relative to Stable Diffusion's (141 of 2,515 GFLOP at 512 px)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules look at."""
+    """The settings and measurements that the rules look at."""
 
     config: Config
     on_gpu: bool
@@ -28,12 +28,12 @@ class Facts:
     arch: str  # of the encoder
     precision: str  # of the encoder: fp32 | bf16 | fp16
     pipeline_dtype: str
-    auto_precision: str  # what `auto` comes to on this device: fp32 where it is slow in 16 bits
+    auto_precision: str  # what `auto` resolves to on this device: fp32 if it is slow in 16 bits
     auto_pipeline_dtype: str
     kl_decoder: bool  # the VAE is an AutoencoderKL
-    views: str = "torch"  # what augments: torch | triton
+    views: str = "torch"  # implementation of the augmentations: torch | triton
     busy: float = 1.0  # share of a step in which the GPU has work
-    unet_utilization: float = 1.0  # of the matrix ceiling
+    unet_utilization: float = 1.0  # share of the matrix ceiling
     syncs: tuple[str, ...] = ()
     threads: int = 1
     cores: int = 1
@@ -41,16 +41,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Advice:
-    """One change."""
+    """One proposed change."""
 
     change: str
     reason: str
-    saves_ms: float  # of a step, estimated
-    likely: float  # 0..1: how likely it is wanted, beside its saving
+    saves_ms: float  # per step, estimated
+    likely: float  # 0..1: how likely the change is wanted, apart from its saving
 
 
 def advise(facts: Facts, count: int = 3) -> list[Advice]:
-    """The `count` changes of the largest likely saving, that one first."""
+    """The `count` changes with the largest expected saving (saves_ms x likely), in falling order."""
     rules = (_ratio, _solver, _guidance, _decoder, _launches, _slots, _overlap, _waits, _precision, _pipeline_dtype,
              _channels_last, _augmentation, _optimizer, _threads, _smaller_encoder, _smaller_images)  # fmt: skip
     found = [advice for rule in rules if (advice := rule(facts)) is not None and advice.saves_ms > 0]
@@ -66,7 +66,7 @@ def _ratio(facts: Facts) -> Advice | None:
     if lower > 0.95 * rate:
         return None
     return Advice(
-        f"generation.images_per_step {rate:g} -> {rounded_up(lower):g}",  # rounded down it might not feed a batch
+        f"generation.images_per_step {rate:g} -> {rounded_up(lower):g}",  # rounded down, a batch might lack images
         f"generation takes {_percent(generate_ms, facts)} of a step; an image would serve in {facts.needed / lower:.1f} "
         f"batches instead of {facts.needed / rate:.1f} (max_uses {generation.max_uses}); tune measures the choice",
         generate_ms * (1 - lower / rate),
@@ -94,7 +94,7 @@ def _guidance(facts: Facts) -> Advice | None:
     unet_ms = facts.part_ms.get("unet", 0.0)
     generation, near_ood = facts.config.generation, facts.config.near_ood
     against = generation.near_ood_fraction > 0 and near_ood.recipes.get("negative_guidance", 0) > 0
-    if not facts.unconditional_rows or not unet_ms or against:  # negative guidance needs those rows whatever the scale
+    if not facts.unconditional_rows or not unet_ms or against:  # negative guidance needs these rows at any scale
         return None
     slots = generation.slots
     return Advice(

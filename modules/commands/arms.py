@@ -1,10 +1,10 @@
-"""Arms of a comparison: each is a word for a handful of settings laid over one config.
+"""Arms of a comparison: each is a named set of a few settings that override those of one config.
 
-They are fair: whatever the arm, a batch holds the same P x K real rows under the same views, and every arm
-takes the same number of optimizer steps. Arms with generated rows add them, up to B rows; arms without them fill the
-same B with further real rows, so that neither batch size nor learning rate (which follows the batch) explains a
-difference. `<arm>_small_batch` runs at B_real = P x K rows, `<arm>_long` for more steps, as many as equal wall time
-allows. The words stand here, in a committed file, before any test split is read.
+The comparison is fair: in every arm a batch has the same P x K real rows under the same views, and all arms take the
+same number of optimizer steps. Arms with generated rows add these, up to B rows; arms without fill up to the same B
+with further real rows, so that neither batch size nor learning rate (which scales with the batch) explains a
+difference. `<arm>_small_batch` has B_real = P x K rows, `<arm>_long` takes more steps, as many as fit into equal wall
+time. Arms are defined here, in a committed file, before any test split is read.
 """
 
 import difflib
@@ -24,12 +24,12 @@ CLASSIC = {  # arms without generated rows
     | {"learning.method": "simclr", "learning.ood_columns": "global", "learning.ood_variant": "none"},
     "supcon": CONTRASTIVE,
 }
-GENERATING = {  # arms with them; what an arm does not name is the config's
+GENERATING = {  # arms with generated rows; other settings are those of the config
     "positives": SUPCON | {"generation.near_ood_fraction": 0.0},
     "positives_ood": SUPCON,
-    "positives_half": SUPCON  # a control: the batches of positives_ood, of which the loss does not see the negatives
+    "positives_half": SUPCON  # a control: the batches of positives_ood, but the loss ignores the negatives
     | {"learning.ood_columns": "none", "learning.ood_variant": "none"},
-    "class_agnostic": SUPCON  # a control: every prompt shows the initializer word, as in Real Guidance (2210.07574)
+    "class_agnostic": SUPCON  # a control: every prompt uses the initializer word, as in Real Guidance (2210.07574)
     | {"inversion.class_agnostic": True, "inversion.initializer": "object", "generation.near_ood_fraction": 0.0},
     "ce_exposure": CROSS_ENTROPY | {"learning.outlier_exposure": 0.5, "controller.enabled": False},
     "jigsaw_roundtrip": SUPCON | {"near_ood.recipes": {"jigsaw_roundtrip": 1.0}},  # in place of generated negatives
@@ -44,14 +44,14 @@ DEFAULT_ARMS = ("ce", "ce_strong", "supcon", "positives", "positives_ood", "jigs
 
 
 def arm_settings(arm: str, config: Config, long_steps: int = 0) -> dict[str, object]:
-    """{"section.key": value} that makes `arm` of the experiment `config` describes.
+    """{"section.key": value} that turns the experiment described by `config` into its arm `arm`.
 
     Args:
         long_steps: optimizer steps of the `_long` arms.
 
     Raises:
-        ConfigError: an unknown arm (with a suggestion), an arm with generated rows of a config that has none, a `_long`
-            arm without more steps than the config's.
+        ConfigError: an unknown arm (with a suggestion), an arm with generated rows if the config has none, a `_long`
+            arm if `long_steps` is not above the config's steps.
     """
     if arm not in ARMS:
         close = difflib.get_close_matches(arm, ARMS, n=1, cutoff=0.5)

@@ -1,8 +1,8 @@
-"""`trainer.py check CONFIG`: what a run will find, hold, write and take, before it is started.
+"""`trainer.py check CONFIG`: checks the data of a run and predicts its memory, disk use and time before it is started.
 
-The data is read and decoded as the run does it, every bad file is listed, memory is planned part by part, the checkpoint
-is weighed, and a few real steps on a state that is thrown away say how long the run will take. check.json stands in the
-run's directory under check/.
+The data are read and decoded as in the run, every bad file is listed, memory is planned part by part, the size of a
+checkpoint is computed, and a few real steps on a throwaway state predict how long the run will take. The result is
+written to check/check.json in the run's directory.
 
     --untimed      skip the timed steps
 """
@@ -30,14 +30,14 @@ from modules.training.timing import Timing, time_steps, window
 
 TIMED_STEPS = 4
 LISTED_FILES, LISTED_CLASSES = 20, 40
-ENCODER_FORWARD_SHARE = 1 / 3  # of a training step's encoder time: the backward pass costs about two forwards
+ENCODER_FORWARD_SHARE = 1 / 3  # of the encoder's time in a training step: backward costs about twice the forward pass
 
 
 def command(path: str, overrides: list[str], console, run, step) -> dict:
-    """Look at everything a run depends on; returns what check.json holds.
+    """Check everything a run depends on; returns the content of check.json.
 
-    Raises: as the stages of a run, for what no run could go on with; and at the end, when all else was told, what a run
-    would stop at: DataError for bad files, OutOfMemory where the plan does not fit.
+    Raises: as the stages of a run, for errors that prevent further checks; and at the end, after everything was
+    reported, for what would stop a run: DataError for bad files, OutOfMemory if the plan does not fit.
     """
     flags, overrides = split_flags(overrides, FLAGS["check"])
     asked, origins = load_config(path, overrides)
@@ -80,7 +80,7 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
 
 
 def _print_data(job: Job, on_bad_image: str, console) -> list[list[str]]:
-    """Tables of sets and classes and the list of bad files, which is returned."""
+    """Print tables of sets and classes and the list of bad files; returns that list as [path, reason]."""
     sets = job.sets
     rows = []
     for name, images in sets.images.items():
@@ -114,7 +114,7 @@ def _print_data(job: Job, on_bad_image: str, console) -> list[list[str]]:
 
 
 def _class_counts(job: Job) -> dict[str, dict[str, int]]:
-    """ID class -> images by split."""
+    """ID class -> split -> number of images."""
     sets = job.sets
     counts: dict[str, dict[str, int]] = {label: {} for label in sets.index.classes}
     for split in ("train", "val", "test"):
@@ -124,7 +124,7 @@ def _class_counts(job: Job) -> dict[str, dict[str, int]]:
 
 
 def _print_memory(console, plan: MemoryPlan, room: tuple[int, int] | None) -> bool:
-    """The plan as a table; whether it fits, as far as the system tells."""
+    """Print the plan as a table; returns whether it fits (True if the system does not report free memory)."""
     rows = [[part.name, "" if part.kind == HELD else part.kind, _size(part.bytes), part.knobs] for part in plan.parts]
     how = "largest of training + largest of generation" if plan.overlapped else "the largest"
     rows += [["held", "", _size(plan.held), ""], [f"working ({how})", "", _size(plan.working), ""]]
@@ -146,7 +146,7 @@ def _print_memory(console, plan: MemoryPlan, room: tuple[int, int] | None) -> bo
 
 
 def _print_time(job: Job, step, console) -> dict[str, float]:
-    """Seconds of each stage, from a few real steps; {} where they do not fit."""
+    """Seconds of each stage, predicted from a few real steps; {} if these do not fit into memory."""
     try:
         with job.stage("time") as progress:
             state = thrown_away(job, progress)
@@ -174,7 +174,7 @@ def _print_time(job: Job, step, console) -> dict[str, float]:
 
 
 def _token_seconds(job: Job) -> float:
-    """Seconds textual inversion will take: its steps times the time of one, timed on vectors that are thrown away."""
+    """Predicted seconds of textual inversion: its steps times the time of one, measured on throwaway vectors."""
     config = job.config
     if job.pipeline is None or config.inversion.class_agnostic or cached_tokens(job) is not None:
         return 0.0
@@ -183,12 +183,12 @@ def _token_seconds(job: Job) -> float:
     inversion = Inversion(
         job.pipeline, planes, job.sets.labels_D, job.sets.index.classes, config.inversion, config.run.seed
     )
-    repeats, warmup = (2, 1) if inversion.steps > 2 else (1, 0)  # there are no images for further steps
+    repeats, warmup = (2, 1) if inversion.steps > 2 else (1, 0)  # inversion cannot take more steps than it has
     return inversion.steps * timer(job.device)(inversion.step, repeats=repeats, warmup=warmup) / 1e3
 
 
 def _prefill_seconds(job: Job, state, timing: Timing) -> float:
-    """Images that the rings are filled with, at the rate at which the timed steps made them."""
+    """Predicted seconds of filling the rings, at the rate at which the timed steps generated images."""
     generation = job.config.generation
     if state.generator is None or not timing.images:
         return 0.0
@@ -197,7 +197,7 @@ def _prefill_seconds(job: Job, state, timing: Timing) -> float:
 
 
 def _feature_seconds(job: Job, timing: Timing) -> float:
-    """Forward passes of every image of every set, from the encoder's time in a training step."""
+    """Predicted seconds of the forward passes of all images, from the encoder's time in a training step."""
     images = sum(len(images.items) for images in job.sets.images.values())
     views = VIEWS * batch_rows(job.config)
     both_ms = timing.phase_ms.get("encode", 0.0) + timing.phase_ms.get("backward", 0.0)

@@ -1,9 +1,9 @@
-"""`trainer.py compare CONFIG --arms A,B --seeds 0,1,2`: every arm at every seed, then one comparison.
+"""`trainer.py compare CONFIG --arms A,B --seeds 0,1,2`: runs every arm at every seed, then compares them.
 
-A trial is one unmodified `run` command in a process of its own. That makes the grid anybody's to schedule:
-`--print-trials` prints the commands, a batch system runs them wherever and whenever it likes, and `compare` called again
-finds what is finished, runs what is not, and compares. Run directories are functions of arm and seed and locked while in
-use, tokens are cached under a hash of what they were made from, so nothing has to be coordinated.
+A trial is one unmodified `run` command in its own process, so any scheduler can run the grid: `--print-trials` prints
+the commands, a batch system runs them in any place and order, and `compare` called again finds the finished trials,
+runs the others, and compares. Trials need no coordination: run directories follow from arm and seed and are locked
+while in use, and tokens are cached under a hash of what they were made from.
 """
 
 import re
@@ -18,7 +18,7 @@ from modules.errors import ConfigError, UserError
 
 DEFAULT_SEEDS = ("0", "1", "2")
 BASELINE = "supcon"
-EXAMPLES = {  # of the flags that take a value
+EXAMPLES = {  # for flags that take a value
     "arms": "--arms=supcon,positives",
     "seeds": "--seeds=0,1,2",
     "baseline": "--baseline=supcon",
@@ -30,7 +30,7 @@ RENDERED = (
 
 
 class TrialsFailed(UserError):
-    """Trials that did not finish; `code` is the worst of theirs, a traceback above everything a user can mend."""
+    """Some trials did not finish; `code` is the worst of their exit codes: CRASHED (a bug), else the highest."""
 
     def __init__(self, message: str, codes: list[int]):
         super().__init__(message)
@@ -39,7 +39,7 @@ class TrialsFailed(UserError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -53,8 +53,8 @@ def command(path: str, arguments: list[str], console, run, step) -> None:
     """Start or resume every trial, one after another, and compare the finished ones; or print their commands.
 
     Raises:
-        ConfigError: an unknown arm or option, settings of an arm that contradict, trials already run under others.
-        TrialsFailed: some trials did not finish; the comparison of the others was written before.
+        ConfigError: an unknown arm or flag, contradicting settings of an arm, trials already run under other settings.
+        TrialsFailed: some trials did not finish; the comparison of the finished ones was written first.
     """
     asked = parse(arguments)
     trials = plan(path, asked.arms, asked.seeds, asked.overrides, asked.long_steps)
@@ -81,10 +81,11 @@ def command(path: str, arguments: list[str], console, run, step) -> None:
 
 
 def parse(arguments: list[str]) -> Asked:
-    """The flags and settings after CONFIG.
+    """Parse the flags and settings after CONFIG.
 
     Raises:
-        ConfigError: an unknown flag, a seed that is no number, an arm or seed named twice, a setting of the grid's own.
+        ConfigError: an unknown flag, an invalid seed, an arm or seed named twice, a baseline that is not among the
+            arms, or run.seed, which the comparison sets itself.
     """
     flags, overrides = split_flags(arguments, FLAGS["compare"])
     for name, example in EXAMPLES.items():
@@ -104,7 +105,7 @@ def parse(arguments: list[str]) -> Asked:
 
 
 def compare_finished(trials: list[Planned], asked: Asked, folder: Path, console) -> None:
-    """Write and print the comparison of the finished trials among `trials`; none finished: a warning instead."""
+    """Write and print the comparison of the finished trials among `trials`; warn instead if none is finished."""
     from modules.evaluation.compare import Trial, compare, find_trials, read_trials
     from modules.evaluation.compare_page import write_comparison
     from modules.evaluation.compare_text import as_text
@@ -142,12 +143,12 @@ def compare_finished(trials: list[Planned], asked: Asked, folder: Path, console)
 
 
 def equal_time_steps(finished: list[tuple[str, int, dict]]) -> list[tuple[str, str, int]]:
-    """(classic arm, arm with generated rows, optimizer steps at which the former takes the latter's seconds).
+    """(classic arm, arm with generated rows, optimizer steps at which the former takes as many seconds as the latter).
 
     steps x (T_generating - T_classic + C_classic) / C_classic, with T the seconds of a run and C those of its training
-    stage, means over the seeds of `finished` (arm, seed, results). Class tokens are learned by the first trial of a seed
-    and read from the cache by the others; here each pays for them. The arm with generated rows is `positives_ood`, else
-    the last one there is.
+    stage, both means over the seeds of `finished` (arm, seed, results). The first trial of a seed learns the class
+    tokens and the others read them from the cache; here every trial that uses them is charged for learning them. The
+    arm with generated rows is `positives_ood` if finished, else the last one.
     """
     from modules.evaluation.compare import seconds_with_tokens
 

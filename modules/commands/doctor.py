@@ -1,8 +1,8 @@
-"""`trainer.py doctor`: what this machine has and what of it really works, as text to paste into an issue.
+"""`trainer.py doctor`: reports what this machine has and which accelerators work, as text to paste into an issue.
 
-Needs no config. Every accelerator is asked by the call that training would make; a compiler may take half a minute.
+Needs no config. Every accelerator is tested by the call that training would make; a compiler may take half a minute.
 
-    --device=cpu|cuda      the device to ask (cuda where there is one)
+    --device=cpu|cuda      the device to test (cuda if there is one)
 """
 
 from kernels import backend
@@ -16,10 +16,10 @@ from modules.training.timing import measure_ceilings
 
 
 def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
-    """Probe everything and print it; returns the answers. `path` may be empty or a flag: there is no config.
+    """Probe everything and print the results; returns the probes. `path` may be empty or a flag: there is no config.
 
     Raises:
-        ConfigError: an unknown flag, a setting (there is no config to change), or a GPU that is not there.
+        ConfigError: an unknown flag, a setting (there is no config to change), or --device=cuda without a GPU.
     """
     flags, rest = split_flags([path, *overrides] if path else overrides, FLAGS["doctor"])
     if rest:

@@ -1,9 +1,9 @@
-"""`trainer.py evaluate RUN [data.root=...]`: a finished run's encoder, judged again or put to work.
+"""`trainer.py evaluate RUN [data.root=...]`: evaluates a finished run's encoder again, or applies it to new images.
 
-Without data.root the run's own image sets are read again and probe, scores and intervals made anew, under other `probe`
-or `evaluation` settings or with a far-OOD set that was not there before. With data.root the exported encoder and
-detector judge every image below it: class, probability, and whether the exported threshold accepts it. Both read what
-the run exported, never its checkpoints, and leave what it wrote as it is.
+Without data.root the run's own image sets are read again, and probe, scores and intervals are computed anew, under
+other `probe` or `evaluation` settings or with another far-OOD set. With data.root the exported encoder and detector
+judge every image below it: class, probability, and whether the exported threshold accepts it. Both read what the run
+exported, never its checkpoints, and do not change what it wrote.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ ANYWHERE |= {f"run.{key}" for key in ("device", "precision", "threads", "kernels
 
 
 def command(path: str, overrides: list[str], console, run, step) -> Path:
-    """Evaluate the run below `path` again, or judge the images of data.root; returns the folder of what was written.
+    """Evaluate the run in `path` again, or judge the images of data.root; returns the folder written to.
 
     Raises:
-        DataError: no directory of a finished run, a broken export, no images.
-        ConfigError: a setting that would make it another encoder or that is not used.
+        DataError: `path` is not the directory of a finished run, its export is broken, or there are no images.
+        ConfigError: a setting that belongs to the training of the encoder or is not used here.
     """
     folder = Path(path)
     check_run(folder)
@@ -59,7 +59,7 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
 
 
 def check_overrides(given: set[str]) -> None:
-    """Raise ConfigError for a setting of the command line that evaluation does not use or that the encoder rests on."""
+    """Raise ConfigError for a command-line setting that evaluation does not use or that the encoder depends on."""
     for name in sorted(given - ANYWHERE - {"data.root"}):
         if "data.root" in given:
             raise ConfigError(
@@ -74,7 +74,7 @@ def check_overrides(given: set[str]) -> None:
 
 
 def runtime_of(folder: Path, config: Config) -> Runtime:
-    """What the run's encoder is read in here: fp32 if it was trained in it, since thresholds and features belong together."""
+    """The runtime for the run's encoder; under precision auto, fp32 if it was trained in it, so that thresholds fit."""
     runtime = resolve_runtime(config.run, config.pipeline)
     if config.run.precision == "auto" and _trained_in_fp32(folder):
         return dataclasses.replace(runtime, precision=Choice(torch.float32, "auto: it was trained in fp32"))
@@ -82,13 +82,13 @@ def runtime_of(folder: Path, config: Config) -> Runtime:
 
 
 def load_embed(path: Path, config: Config, num_classes: int, runtime: Runtime):
-    """embed(images_BHWC uint8) -> features_BF fp32 of an exported encoder, on the device of `runtime`.
+    """The function embed(images_BHWC uint8) -> features_BF fp32 of an exported encoder, on the device of `runtime`.
 
     Raises:
-        DataError: the file is broken or holds another encoder than config.yaml describes.
+        DataError: the file is broken or does not hold the encoder that config.yaml describes.
     """
     device, precision = runtime.device.value, runtime.precision.value
-    # the export holds the statistics of real rows only, which are all that evaluation reads
+    # the export holds only the BatchNorm statistics of real rows, and evaluation needs no others
     settings = dataclasses.replace(config.encoder, separate_batchnorm=False)
     encoder = build_encoder(settings, config.data.image_size, num_classes, config.run.seed)
     try:
@@ -107,16 +107,16 @@ def load_embed(path: Path, config: Config, num_classes: int, runtime: Runtime):
 
 
 def _trained_in_fp32(folder: Path) -> bool:
-    """Whether the run that stands here computed in float32 last; False where it does not say."""
+    """Whether the last command of the run trained in float32; False if that is not recorded."""
     record = folder / "inputs.json"
     computed = read_record(record).get("runtime") if record.exists() else None
     return bool(computed) and computed[-1].get("precision") == "float32"
 
 
 def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detector, embed, console) -> Path:
-    """Probe, scores and intervals of the run's sets into <run>/evaluated/again; prints them beside the run's own.
+    """Write probe, scores and intervals of the run's sets to <run>/evaluated/again; prints them beside the run's own.
 
-    Generated images are not kept, so the binary ID/OOD head learns from near-OOD val images, if there are any.
+    Generated images are not kept, so the binary ID/OOD head is trained on near-OOD val images, if there are any.
     """
     out = folder / "evaluated" / "again"
     with console.stage("data") as progress:
@@ -145,7 +145,7 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
 
 
 def _warn_of_other_images(folder: Path, sets: ImageSets, console) -> None:
-    """A warning where images are not those the run read; far-OOD may be another set, that is what it is for."""
+    """Warn if images are not those that the run read; far-OOD images are exempt, because changing them is supported."""
     before = read_record(folder / "data.json").get("files", {})
     now = {name: images for name, images in sets.images.items() if name != "far_ood_test"}
     read = {

@@ -1,4 +1,4 @@
-"""A finished run put to work: its exported encoder and detector judge images that it has never seen."""
+"""Applies a finished run to new images: its exported encoder and detector judge images they have never seen."""
 
 import csv
 import hashlib
@@ -20,10 +20,10 @@ from modules.state import write_atomic
 
 
 def judge_folder(folder: Path, config: Config, detector: Detector, embed, console) -> Path:
-    """Class, probability, scores and decision of every image below data.root into <run>/evaluated/<name of the root>.
+    """Write class, probability, scores and decision of every image below data.root to <run>/evaluated/<root>-<hash>.
 
     Raises:
-        ConfigError: the encoder learned from crops or backgrounds that need object masks, and the images have none.
+        ConfigError: the encoder was trained on images cropped or masked by object masks, and these images have none.
     """
     with console.stage("data") as progress:
         index = read_images(config.data.root, detector.classes)
@@ -51,10 +51,10 @@ def judge_folder(folder: Path, config: Config, detector: Detector, embed, consol
 
 
 def summarize(images: Images, judgment: Judgment, detector: Detector) -> dict:
-    """What was decided, in counts: accepted images by predicted class; and how right, where labels say so.
+    """Counts of accepted images by predicted class, and, if there are labels, how often the decisions are right.
 
-    `known` are images labeled with a class of the encoder (accuracy of all and share accepted), `other` those with
-    another label (share accepted, which should be small); an image without a label counts in neither.
+    `known` are images labeled with a class of the encoder (accuracy of all, share accepted), `other` those with another
+    label (share accepted, which should be small); images without a label count in neither.
     """
     labels = [item.label for item in images.items]
     predicted = [detector.classes[row] for row in judgment.labels_D.tolist()]
@@ -79,7 +79,7 @@ def summarize(images: Images, judgment: Judgment, detector: Detector) -> dict:
 
 
 def as_csv(images: Images, judgment: Judgment, detector: Detector) -> str:
-    """One line an image: path, label, predicted, probability, accepted (1 or 0), then every score."""
+    """CSV with one line per image: path, label, predicted, probability, accepted (1 or 0), then every score."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["path", "label", "predicted", "probability", "accepted", *judgment.scores])

@@ -1,6 +1,6 @@
-"""Flags of the verbs: the words beginning with "--" among their arguments, apart from section.key=value settings.
+"""The verbs' flags, that is, arguments beginning with "--", as distinct from section.key=value settings.
 
-They stand here and not with the verbs, so that a mistake in flags or settings is answered before torch is imported.
+They are defined here and not with the verbs, so that a mistake in flags or settings is reported before importing torch.
 """
 
 import difflib
@@ -34,14 +34,14 @@ FLAGS = {  # verb -> flag without dashes -> what it does
     "doctor": {"device": "cpu or cuda"},
 }
 EXPORTED = ("export/encoder.safetensors", "export/ood.safetensors", "data.json")  # what `evaluate` reads of a run
-SWITCH = ""  # the value of a flag that stands alone
+SWITCH = ""  # the value of a flag given without one
 
 
 def check_arguments(verb: str, path: str, arguments: list[str]) -> None:
-    """Whether what stands behind `verb` on the command line can be right, as far as no image is needed to tell.
+    """Check the arguments after `verb` as far as possible without reading images or importing torch.
 
     Raises:
-        ConfigError: an unknown flag or setting, a value out of its range.
+        ConfigError: an unknown flag or setting, or a value out of range.
         DataError: `evaluate` is not given a finished run.
     """
     if verb == "doctor":
@@ -49,8 +49,8 @@ def check_arguments(verb: str, path: str, arguments: list[str]) -> None:
         return
     _, overrides = split_flags(arguments, FLAGS.get(verb, {}))
     if verb == "compare":
-        return  # it imports torch in its trials only, and a config may lack what an arm brings
-    if verb == "evaluate":  # its CONFIG is a run, whose settings stand in it
+        return  # only its trials import torch, and a config may lack what an arm sets
+    if verb == "evaluate":  # its CONFIG is a run directory, which holds the settings
         check_run(Path(path))
         load_config(Path(path) / "config.yaml", overrides)
         check_finished(Path(path))
@@ -59,7 +59,7 @@ def check_arguments(verb: str, path: str, arguments: list[str]) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Raise DataError where `folder` is not the directory of a run, saying what it is instead."""
+    """Raise DataError if `folder` is not the directory of a run; names the runs in it, if there are any."""
     if not (folder / "config.yaml").is_file():
         trials = sorted(found.parent.name for found in folder.glob("*/config.yaml"))
         hint = f"; it holds the runs {', '.join(trials)}: name one of them" if trials else "; name one, as runs/demo"
@@ -67,7 +67,7 @@ def check_run(folder: Path) -> None:
 
 
 def check_finished(folder: Path) -> None:
-    """Raise DataError where the run of a directory is not finished, or not all that it wrote is there."""
+    """Raise DataError if the run in `folder` is not finished, or if an exported file is missing."""
     if not (folder / "results.json").is_file():
         raise DataError(
             f"{folder}: this run is not finished; start its `trainer.py run` command again to go on with it"
@@ -81,16 +81,16 @@ def check_finished(folder: Path) -> None:
 
 
 def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """({flag: its value, "" where it stands alone}, the other arguments).
+    """Split arguments into ({flag: its value, or "" without one}, the other arguments).
 
-    A value follows after "=" or as the next word, if that is neither a flag nor a setting: `--classes=a,b` or
+    The value follows "=" or is the next word, if that is neither a flag nor a setting: `--classes=a,b` or
     `--classes a,b`.
 
     Args:
-        known: flags of this verb without dashes -> what they do, for the message.
+        known: flag of this verb, without dashes -> its description, for the message.
 
     Raises:
-        ConfigError: an unknown flag, or one given twice.
+        ConfigError: an unknown flag, one given twice, or a value that ends with a comma.
     """
     flags: dict[str, str] = {}
     rest: list[str] = []
@@ -119,15 +119,15 @@ def split_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, 
 
 
 def words(value: str) -> list[str]:
-    """The parts of a list with commas, without empty ones."""
+    """The non-empty parts of a comma-separated list."""
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def number(flags: dict[str, str], name: str, default: int, low: int = 1) -> int:
-    """The whole number of a flag; `default` where it is absent or stands alone.
+    """The whole number given by a flag; `default` if the flag is absent or has no value.
 
     Raises:
-        ConfigError: it is no whole number, or below `low`.
+        ConfigError: it is not a whole number, or is below `low`.
     """
     text = flags.get(name, SWITCH) or str(default)
     if not text.isdecimal() or int(text) < low:

@@ -1,7 +1,7 @@
-"""What the looking verbs share: a run's data, pipeline and tokens, made as a run makes them, beside the run.
+"""Shared setup of tune, profile, preview and check: data, pipeline and tokens, prepared as in a run.
 
-tune, profile, preview and check read what `run` reads, but write below `<run>/<verb>` and train nothing that is kept:
-the run itself can be started or gone on with, before and after, and a look can be repeated with any settings.
+These verbs read what `run` reads, but write to `<run>/<verb>` and keep no trained encoder. So the run itself can be
+started or resumed before and after, and a verb can be repeated with any settings.
 """
 
 import io
@@ -21,9 +21,9 @@ from modules.workdir import Workdir
 
 @contextmanager
 def opened(config: Config, origins: dict[str, str], console, verb: str):
-    """A Job whose directory is `<run.dir>/<run.name>/<verb>`; results of an earlier look there are replaced."""
+    """Context with a Job in the directory `<run.dir>/<run.name>/<verb>`; results of an earlier call are replaced."""
     looks = {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0}
-    if verb != "check":  # it says what a run will meet; the others make no intervals, so no test group is too few
+    if verb != "check":  # check must fail where a run would; the others compute no intervals and accept few test groups
         looks["evaluation.bootstrap"] = 0
     config = with_settings(config, looks)
     workdir = Workdir(config, origins, replacing=True)
@@ -34,11 +34,11 @@ def opened(config: Config, origins: dict[str, str], console, verb: str):
 
 
 def load_generation(job: Job, progress, *, learn: bool) -> str:
-    """Stage tokens of a job: pipeline, VAE moments of the train images and class tokens; returns where these are from.
+    """Do stage tokens: pipeline, VAE moments of the train images, class tokens; returns where the tokens come from.
 
     Args:
-        learn: learn tokens that are not in the cache. Without it they stand at their initializer: enough where only
-            time and memory are asked for, since neither depends on their values.
+        learn: learn tokens that are not in the cache. If False these keep their initial values, which suffices for
+            measuring time and memory, because neither depends on the values.
 
     Raises: as the stage itself.
     """
@@ -56,13 +56,13 @@ def load_generation(job: Job, progress, *, learn: bool) -> str:
 
 
 def cached_tokens(job: Job):
-    """The tokens a run with this configuration would find in the cache, or None."""
+    """The tokens that a run with this configuration would read from the cache, or None."""
     key = stages.token_key(job)
     return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, job.pipeline.digest)
 
 
 def initial_tokens(job: Job) -> token_files.Tokens:
-    """Class tokens as textual inversion starts them: every vector is the initializer's row."""
+    """Class tokens as textual inversion starts from them: every vector is the embedding of its initializer word."""
     pipeline, settings, classes = job.pipeline, job.config.inversion, job.sets.index.classes
     own = stages.initializers(job)
     rows_CE = token_files.initializer_rows(pipeline, own or (settings.initializer,) * len(classes)).cpu()
@@ -83,7 +83,7 @@ def print_card(job: Job) -> None:
 
 
 def thrown_away(job: Job, progress) -> State:
-    """A job's state for timing alone: rings nearly empty, on which no time depends, but slots in full flow."""
+    """A throwaway state for timing: slots as busy as in a run, but rings not filled, since no time depends on them."""
     state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
     if state.generator is not None:
         state.generator.warm_up()
@@ -95,5 +95,5 @@ def thrown_away(job: Job, progress) -> State:
 
 
 def variant(job: Job, settings: dict[str, object]) -> Job:
-    """The same job under changed settings, printing nothing: its run card has been shown."""
+    """A copy of a job with changed settings and a silent console, because its run card has already been shown."""
     return replace(job, config=with_settings(job.config, settings), console=Console(io.StringIO()))

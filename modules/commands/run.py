@@ -4,7 +4,7 @@ from modules.settings import load_config
 
 
 def command(path: str, overrides: list[str], console, run, step) -> None:
-    """Start, go on with or show the run that the settings describe."""
+    """Start, resume or show the run that the settings describe."""
     config, origins = load_config(path, overrides)
-    console.line("importing torch and diffusers")  # takes some seconds, in which nothing else is seen
+    console.line("importing torch and diffusers")  # takes some seconds without other output
     run(config, origins, console)
