@@ -1,14 +1,14 @@
-"""`trainer.py preview CONFIG`: see what a run would generate, before anything is trained.
+"""`trainer.py preview CONFIG`: shows what a run would generate, before its encoder is trained.
 
-One contact sheet a class: the sources, then a row for each strength of the positives and for each near-OOD recipe. An
-image of a column starts from the source above it with the same noise in every row, so that rows differ by the recipe
-alone. Sheets and the provenance of their images stand in the run's directory under preview/.
+Draws one contact sheet per class: the sources, then a row for each strength of the positives and for each near-OOD
+recipe. All images of a column start from the source at its top with the same noise, so that rows differ by the recipe
+alone. Sheets and the provenance of their images are written to preview/ in the run's directory.
 
     --classes=a,b          classes to show (the first six; all: every one)
     --strengths=.2,.4      strengths of the positives (those of generation.strengths)
     --recipes=a,b          near-OOD recipes (those of near_ood.recipes; none: no near-OOD)
     --images=N             images a row (6)
-    --again=FILE           make images again from a JSON file of their provenance, beside nothing else
+    --again=FILE           only regenerate images, from a JSON file of their provenance
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from modules.training import stages
 from modules.training.job import Job
 
 CLASSES, IMAGES = 6, 6
-SHOWN_PX = 128  # side at which an image stands on a sheet, about; larger ones are shrunk to at most twice that
+SHOWN_PX = 128  # approximate side of an image on a sheet; larger images are shrunk to at most twice that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
     """Draw the sheets; returns their files.
 
     Raises:
-        ConfigError: an unknown flag, class or recipe, a strength that takes no step.
+        ConfigError: nothing is generated, an unknown flag, class or recipe, a strength that takes no denoising step.
         DataError: --again names no readable provenance, or one of another pipeline or of masks that are not read.
     """
     flags, overrides = split_flags(overrides, FLAGS["preview"])
@@ -70,12 +70,12 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
         raise ConfigError("command line: --again names no file; give one, such as --again=preview/provenance.json")
     asked = read_provenance(Path(flags["again"])) if "again" in flags else []
     shown = {v.recipe: 1.0 for v in variants if v.recipe != POSITIVE and not config.near_ood.recipes.get(v.recipe)}
-    if shown:  # what a recipe needs (masks, a grid that divides the image) is asked for before tokens are learned
+    if shown:  # check what a recipe needs (masks, a grid that divides the image) before tokens are learned
         config = with_settings(config, {"near_ood.recipes": config.near_ood.recipes | shown})
-    if _masked(config, variants) and not needs_masks(config):  # by a role that the run itself leaves out
+    if _masked(config, variants) and not needs_masks(config):  # needed by a role that the run itself does not generate
         config = with_settings(config, {"generation.near_ood_fraction": 0.5, **_exposed(config)})
     for variant in variants:
-        _alone(config, variant)  # a strength that takes no step is refused here, not after tokens were learned
+        _alone(config, variant)  # refuses a strength that takes no step now, not after tokens were learned
     with opened(config, origins, console, "preview") as job:
         with job.stage("data") as progress:
             stages.load_data(job, progress)
@@ -98,9 +98,9 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
 
 
 def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> dict[int, list[Request]]:
-    """By class, a request for each of its sources (train rows), as a run would make them under this variant alone.
+    """Class -> a request for each of its sources (train rows), as in a run that generates only this variant.
 
-    The k-th request has image index k, and so the same noise, in every variant.
+    The k-th request of a class has image index k in every variant, and therefore the same noise.
     """
     own = dataclasses.replace(job, config=_alone(job.config, variant))
     recipes, index = stages.job_recipes(own), 0
@@ -116,7 +116,7 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
 
 
 def _alone(config, variant: Variant):
-    """The config of a run that makes nothing but a variant; ConfigError where there can be no such run."""
+    """The config of a run that generates only this variant; ConfigError if such a run is invalid."""
     settings: dict[str, object] = {"generation.near_ood_fraction": float(variant.recipe != POSITIVE)}
     if variant.recipe == POSITIVE:
         settings["generation.strengths"] = {variant.strength: 1.0}
@@ -126,10 +126,10 @@ def _alone(config, variant: Variant):
 
 
 def read_provenance(file: Path) -> list[Request]:
-    """The requests of a JSON file: one, or a list of them, as reports, sheets and recipes write them.
+    """The requests in a JSON file, which holds one or a list of them, as written by reports and previews.
 
     Raises:
-        DataError: not readable, not JSON, or not the provenance of an image.
+        DataError: the file is not readable, not JSON, or not the provenance of images.
     """
     try:
         found = json.loads(file.read_text())
@@ -147,7 +147,7 @@ def read_provenance(file: Path) -> list[Request]:
 
 
 def _draw(job: Job, labels: list[int], variants: list[Variant], columns: int, progress) -> list[Path]:
-    """A sheet for each class; its images are made together, so that slots are busy."""
+    """Draw a sheet for each class; all images of a class are generated together to keep the slots busy."""
     sources = _sources(job, labels, variants, columns)
     wanted = {variant: requests_of(job, variant, sources) for variant in variants}
     files, provenance = [], []
@@ -167,9 +167,9 @@ def _draw(job: Job, labels: list[int], variants: list[Variant], columns: int, pr
 
 
 def _make_again(job: Job, asked: list[Request]) -> list[Path]:
-    """A sheet for each provenance: its source, and the image made again.
+    """Draw a sheet for each provenance, with its source and the regenerated image.
 
-    Rows and sheets of a preview number their images alike, so a file's name counts those of one index.
+    Image indices repeat across the rows and sheets of a preview, so files of the same index are numbered.
     """
     files: list[Path] = []
     earlier: Counter[int] = Counter()
@@ -185,7 +185,11 @@ def _make_again(job: Job, asked: list[Request]) -> list[Path]:
 
 
 def _check_sources(job: Job, asked: list[Request]) -> None:
-    """Refuse requests whose source, or the mask that they edit within, is not in the train split as it was read."""
+    """Refuse requests whose source, or the mask that they edit within, is not in the train split that was read.
+
+    Raises:
+        DataError: it is not.
+    """
     train = job.sets.train
     for request in asked:
         if not 0 <= request.source < len(train.items):
@@ -202,7 +206,7 @@ def _check_sources(job: Job, asked: list[Request]) -> None:
 
 
 def _images(job: Job, requests: list[Request]) -> list[torch.Tensor]:
-    """The images of requests in their order, uint8 [H, W, 3] at the size of a sheet."""
+    """The images of requests in the given order, each uint8 [H, W, 3] at the size shown on a sheet."""
     bank = PromptBank(job.pipeline, job.tokens, job.config.inversion.initializer)
     conditioning, generation = Conditioning(bank, job.config.run.seed), job.config.generation
     decoded_N3HW = make(
@@ -219,7 +223,7 @@ def _images(job: Job, requests: list[Request]) -> list[torch.Tensor]:
 
 
 def _sources(job: Job, labels: list[int], variants: list[Variant], columns: int) -> dict[int, list[int]]:
-    """Train rows of each class, `columns` of them or all; only such with an object mask where a variant needs one."""
+    """The first `columns` train rows of each class (or all), only those with an object mask if a variant needs one."""
     usable_D = job.sources.has_mask() if _masked(job.config, variants) else [True] * len(job.sets.train.items)
     of_class: dict[int, list[int]] = {label: [] for label in labels}
     for row, (label, usable) in enumerate(zip(job.sets.labels_D.tolist(), usable_D, strict=True)):
@@ -234,12 +238,12 @@ def _masked(config, variants: list[Variant]) -> bool:
 
 
 def _exposed(config) -> dict[str, object]:
-    """What near-OOD rows ask of cross-entropy: a rule of training, which a preview does not do."""
+    """The setting that near-OOD rows require under cross-entropy, to satisfy a rule that only concerns training."""
     return {"learning.outlier_exposure": 0.5} if config.learning.method == "cross_entropy" else {}
 
 
 def _shown_source(job: Job, row: int) -> torch.Tensor:
-    """A source at the size of a sheet, through the same resize as generated images."""
+    """A source image at the size shown on a sheet, resized in the same way as generated images."""
     x_13HW = to_vae_range(upload(job.sources.pixels_DHWC[row][None], job.device))
     return pixels(x_13HW, _shown(job.pipeline.resolution))[0].cpu()
 
@@ -253,7 +257,7 @@ def _scale(rows: list[list[torch.Tensor]]) -> int:
 
 
 def _file_name(name: str, label: int) -> str:
-    """A file name for a class: its letters and digits after its number, never a path of its own."""
+    """A file name for a class: its number, then its name with all but letters and digits replaced, so never a path."""
     return f"{label:03d}-" + "".join(c if c.isalnum() else "-" for c in name)[:40]
 
 
@@ -286,7 +290,7 @@ def _classes(flags: dict[str, str], classes: tuple[str, ...]) -> list[int]:
         return list(range(len(classes)))
     for name in asked:
         if name not in classes:
-            inside = [known for known in classes if name.lower() in known.lower()]  # gear: SpurGear
+            inside = [known for known in classes if name.lower() in known.lower()]  # "gear" suggests SpurGear
             close = inside or difflib.get_close_matches(name, classes, n=1)
             hint = (
                 f"did you mean {' or '.join(repr(known) for known in close[:3])}?"

@@ -1,8 +1,8 @@
-"""`trainer.py profile CONFIG`: where the milliseconds of a step go, and what would shorten it.
+"""`trainer.py profile CONFIG`: shows where the time of a step goes, and what would shorten it.
 
-Real steps are timed without a profiler; a few more run under one for the list of operations and a Chrome trace. Matrix
-product and copy are measured in the same run, so that utilization is a share of what this machine does at its best and
-not of a data sheet. profile.json and trace.json stand in the run's directory under profile/.
+Real steps are timed without a profiler; a few more run under one for the list of operations and a Chrome trace. A
+matrix product and a copy are measured in the same run, so that utilization is relative to the best this machine reaches
+and not to a data sheet. profile.json and trace.json are written to profile/ in the run's directory.
 
     --steps=N      steps to time (12)
 """
@@ -29,28 +29,28 @@ from modules.training.memory_plan import MemoryPlan, memory_plan
 from modules.training.timing import Ceilings, Timing, measure_ceilings, time_steps, window
 
 TOP = 12  # operations listed
-OPTIMIZER_PASSES = {"sgd": 5, "adamw": 7}  # fp32 reads and writes of a number: weight, gradient, moments
+OPTIMIZER_PASSES = {"sgd": 5, "adamw": 7}  # fp32 reads and writes per parameter: weight, gradient, moments
 
 
 @dataclasses.dataclass(frozen=True)
 class PartRow:
-    """One part of the work: its time, and how near its ceiling it comes."""
+    """One part of a step: its time, its rate, and that rate as a share of the ceiling."""
 
     name: str
-    ms: float  # a step
+    ms: float  # per step
     rate: float  # TFLOP/s or GiB/s
     of_ceiling: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """All that was found out about a step."""
+    """All measurements of a step, and the advice drawn from them."""
 
     timing: Timing
     trace: Trace
-    parts: list[PartRow]  # that compute
-    bandwidth: list[PartRow]  # that move bytes
-    ceilings: dict[str, Ceilings]  # learner, generator
+    parts: list[PartRow]  # parts that compute
+    bandwidth: list[PartRow]  # phases that move bytes
+    ceilings: dict[str, Ceilings]  # by "learner" and "generator"
     plan: MemoryPlan
     facts: Facts
     syncs: list[str] | None  # None on a CPU
@@ -58,7 +58,7 @@ class Profile:
 
 
 def command(path: str, overrides: list[str], console, run, step) -> dict:
-    """Time, trace, compare with ceilings, advise; returns what profile.json holds."""
+    """Time, trace, compare with ceilings, advise; returns the content of profile.json."""
     flags, overrides = split_flags(overrides, FLAGS["profile"])
     config, origins = load_config(path, overrides)
     least = number(flags, "steps", 12, low=2)
@@ -94,7 +94,7 @@ def _measure(job: Job, state, step, least: int, progress) -> Profile:
 
 
 def _report(found: Profile) -> dict:
-    """What profile.json holds."""
+    """The content of profile.json."""
     plan = found.plan
     return {
         "timing": dataclasses.asdict(found.timing),
@@ -112,18 +112,18 @@ def _report(found: Profile) -> dict:
 
 
 def _traced_steps(state) -> int:
-    """Steps that hold at least one tick: three, or more where a tick comes rarely; three where none ever comes."""
+    """Number of steps to trace: three, or more if needed to include a tick."""
     if state.generator is None or not state.config.generation.images_per_step:
         return 3
     generation = state.config.generation
     cost = sum(state.generator.recipes.request(i).cost for i in range(32)) / 32
-    if not cost:  # jigsaws alone
+    if not cost:  # jigsaws only, which take no tick
         return 3
     return max(3, math.ceil(generation.slots / (generation.images_per_step * cost)) + 1)
 
 
 def _ceilings(job: Job) -> dict[str, Ceilings]:
-    """Ceilings by the number formats this run computes in: generator, learner."""
+    """Ceilings of "learner" and, if there is a pipeline, "generator", each measured in the dtype it computes in."""
     dtypes = {"learner": job.runtime.precision.value}
     if job.pipeline is not None:
         dtypes["generator"] = job.pipeline.dtype
@@ -132,7 +132,7 @@ def _ceilings(job: Job) -> dict[str, Ceilings]:
 
 
 def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
-    """UNet, VAE decode and encoder: ms a step, TFLOP/s, share of the matrix ceiling."""
+    """UNet, VAE decode and encoder: ms per step, TFLOP/s, share of the matrix ceiling; other generation: ms alone."""
     rows = []
 
     def add(name: str, ms: float, flop: float, kind: str) -> None:
@@ -160,7 +160,7 @@ def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -
 
 
 def _bandwidth_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
-    """Phases that move bytes rather than compute: GiB/s of the bytes they cannot avoid, share of the copy ceiling."""
+    """Phases limited by memory traffic: GiB/s, counting the bytes they must move, and share of the copy ceiling."""
     pixels = round(batch_rows(job.config)) * job.config.data.image_size**2 * 3
     numbers = sum(p.numel() for p in state.encoder.parameters())
     passes = OPTIMIZER_PASSES.get(job.config.learning.optimizer.removesuffix("8bit"), 5)

@@ -1,4 +1,4 @@
-"""What a step is made of, operation by operation: torch's profiler over a few real steps, and the waits in them."""
+"""Lists the operations of a step by running torch's profiler over a few real steps, and finds the waits in them."""
 
 import os
 import warnings
@@ -22,17 +22,17 @@ class Operation:
     """A kernel on a GPU, an operator on a CPU."""
 
     name: str
-    ms: float  # a step, its own time without what it calls
-    calls: float  # a step
+    ms: float  # per step, without the operations it calls
+    calls: float  # per step
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A few profiled steps, per step."""
+    """The operations of a few profiled steps; all figures are means per step."""
 
-    operations: tuple[Operation, ...]  # the longest first, annotations left out
-    launches: float  # kernels or operators
-    busy_ms: float  # time in which the device had work, overlaps counted once; on a CPU the sum of all operators
+    operations: tuple[Operation, ...]  # the longest first, without annotations
+    launches: float  # of kernels or operators
+    busy_ms: float  # time in which the GPU had work, overlaps counted once; on a CPU the sum over all operators
 
 
 def trace_steps(state: State, step, count: int, path: Path) -> Trace:
@@ -76,13 +76,13 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def find_syncs(state: State, step, count: int) -> list[str] | None:
-    """Lines of code at which a step waits for the device ("file.py:12"), by torch's own alarm; None on a CPU."""
+    """Lines of code ("file.py:12") where a step waits for the GPU, from torch's sync debug mode; None on a CPU."""
     if not state.meter.on_gpu:
         return None
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")  # which warns of itself
+            torch.cuda.set_sync_debug_mode("warn")  # emits a warning about itself, which is filtered below
             for _ in range(count):
                 step(state)
     finally:
@@ -92,7 +92,7 @@ def find_syncs(state: State, step, count: int) -> list[str] | None:
 
 
 def short_name(name: str) -> str:
-    """A kernel's name without namespaces and template arguments, cut to a table's width."""
+    """A kernel's name without namespaces and template arguments, cut to the width of a table."""
     name = name.removeprefix("void ").split("<")[0].split("(")[0]
     for prefix in ("at::native::", "(anonymous namespace)::"):
         name = name.replace(prefix, "")

@@ -1,7 +1,8 @@
-"""`trainer.py train-pipeline CONFIG`: make a small Stable Diffusion pipeline from a captioned image set.
+"""`trainer.py train-pipeline CONFIG`: trains a small Stable Diffusion pipeline on a captioned image set.
 
-Stages: read the pack, train the VAE, encode every image once, train text encoder and UNet, export, draw sheets. Each
-training stage resumes exactly from its newest checkpoint; the finished pipeline stands in `<run>/pipeline`.
+Stages: read the images, train the VAE, encode every image once, train text encoder and UNet, export, draw sheets. Both
+training stages resume exactly from their newest checkpoints. The pipeline is written to training.out, by default
+`<run>/pipeline`.
 """
 
 import dataclasses
@@ -41,13 +42,13 @@ SHEET_ROWS, SHEET_COLUMNS = 6, 8
 
 
 def command(path: str, overrides: list[str], console, run, step) -> Path:
-    """Train, export and picture a pipeline; returns its folder.
+    """Train and export a pipeline and draw its sheets; returns its folder.
 
     Raises:
-        DataError: no image set, an image without any wording, images smaller than the pipeline's resolution, or other ones
-            than it began with.
+        DataError: no image set, an image without caption or label, images smaller than the pipeline's resolution, or
+            images other than those the training began with.
         NonFinite: a loss was not finite; the newest checkpoint is from before it.
-        Terminated: SIGTERM came; the stage under way was checkpointed first.
+        Terminated: a signal came; the current stage was checkpointed first.
     """
     config, origins = load_config(path, overrides, schema=PipelineConfig)
     workdir = Workdir(config, origins)
@@ -70,12 +71,12 @@ def command(path: str, overrides: list[str], console, run, step) -> Path:
 
 
 def _shown(overrides: list[str]) -> list[str]:
-    """What the record of a pipeline shows of its command: not where on a machine it ran."""
+    """The overrides recorded with a pipeline: all except those that name places on the machine."""
     return [override for override in overrides if not override.startswith(("run.dir=", "run.name=", "training.out="))]
 
 
 def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir, console) -> dict:
-    """Read the images, train both stages, write `folder`, curves and sheets; returns the figures of the training."""
+    """Read the images, train both stages, write `folder`, curves and sheets; returns the content of results.json."""
     workdir.write_json("environment.json", environment())
     device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
     if config.training.bf16 and not has_bf16(device):
@@ -128,7 +129,7 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
 
 
 def _vae(config: PipelineConfig, start: StableDiffusion | None, trainer: "_Trainer", pixels_NHWC: torch.Tensor):
-    """The VAE, trained from scratch, trained on or kept as it is, and the curve of its training."""
+    """(VAE, its training curve): trained from scratch, trained further, or kept as it is with an empty curve."""
     recipe, seed = config.training, config.run.seed
     if start is not None and not recipe.further_vae_steps:
         return start.vae, []
@@ -140,11 +141,11 @@ def _vae(config: PipelineConfig, start: StableDiffusion | None, trainer: "_Train
 
 
 def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusion | None:
-    """The pipeline that `training.start` names, in fp32; None: training starts from scratch.
+    """The pipeline named by `training.start`, in fp32 on `device`; None if training starts from scratch.
 
     Raises:
-        ConfigError: the pipeline is of another resolution than `shape.resolution`, or predicts something but noise, or its
-            VAE shall be trained on and is no AutoencoderKL.
+        ConfigError: its resolution is not `shape.resolution`, or it does not predict noise, or its VAE is to be trained
+            further and is not an AutoencoderKL.
         DataError: the folder or a part of it is missing or broken.
     """
     if not config.training.start:
@@ -171,8 +172,11 @@ def started_from(config: PipelineConfig, device: torch.device) -> StableDiffusio
 def chosen_items(index: Index, root: str) -> list:
     """The images to train on: split train or none, role id, pretrain or none; OOD images are for evaluation only.
 
+    Args:
+        root: the name of the image set, for messages.
+
     Raises:
-        DataError: there is none, or one has neither caption nor noun nor label; `root`, the set as it was named, is told.
+        DataError: there is none, or one has neither caption nor noun nor label.
     """
     items = [item for item in index.items if item.split in ("", "train") and item.role in ("", "id", "pretrain")]
     if not items:
@@ -189,7 +193,7 @@ def chosen_items(index: Index, root: str) -> list:
 
 
 def wordings(items) -> tuple[list[str], list[str], list[str]]:
-    """Caption, noun and object of each image; an image without a caption is "<template> <label>"."""
+    """(captions, nouns, objects) of the images; a missing caption is the first object template filled with the noun."""
     captions, nouns, objects = [], [], []
     for item in items:
         noun = item.noun or item.label.replace("_", " ").replace("-", " ").lower()
@@ -200,7 +204,7 @@ def wordings(items) -> tuple[list[str], list[str], list[str]]:
 
 
 def training_facts(config, arguments: str, index: Index, captions, images, tokenizer, start) -> dict:
-    """What `training.json` says of the pipeline's making; of one that was trained on, of its first making as well."""
+    """The content of `training.json`: how the pipeline was trained, and the same of the one it was started from."""
     words = {word for caption in captions for word in phrase_of(caption).lower().split()}
     words |= {word for template in OBJECT_TEMPLATES for word in fill(template, "object").lower().split()}
     data_hash = hashlib.sha256("".join(images.digests).encode()).hexdigest()
@@ -228,7 +232,7 @@ def training_facts(config, arguments: str, index: Index, captions, images, token
 
 @dataclass
 class _Curve:
-    """Mean loss of each interval of steps, and the sum of the interval under way."""
+    """The mean loss of each interval of steps, and the running sum of the current interval."""
 
     points: list = field(default_factory=list)  # [step, mean loss]
     total: float = 0.0
@@ -245,7 +249,7 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Trainer:
-    """Runs stages from their newest checkpoints to their ends."""
+    """Runs training stages, each from its newest checkpoint to its end."""
 
     config: PipelineConfig
     workdir: Workdir
@@ -253,7 +257,7 @@ class _Trainer:
     read: str  # sha256 of images, captions and the pipeline started from
 
     def train(self, name: str, stage, step) -> list[list]:
-        """Take `step` until the stage is done; returns its curve of [step, mean loss of the interval]."""
+        """Call `step` until the stage is done; returns its curve of [step, mean loss of the interval]."""
         curve = self._resume(name, stage)
         with self.console.stage(name) as progress:
             try:
@@ -292,10 +296,10 @@ class _Trainer:
         return _Curve(**tree["curve"])
 
     def _save(self, name: str, stage, curve: _Curve) -> None:
-        """A checkpoint; never one that is not finite.
+        """Save a checkpoint, but never a non-finite one.
 
         Raises:
-            NonFinite: the losses since the last figure are not.
+            NonFinite: a loss of the current or the last finished interval was not finite.
         """
         last = curve.points[-1][1] if curve.points else 0.0
         if not math.isfinite(curve.total + last):
@@ -310,9 +314,9 @@ class _Trainer:
 
 @torch.no_grad()
 def sheets(folder: Path, pixels_NHWC, captions: list[str], seed: int) -> dict[str, tuple[list, list[str]]]:
-    """Rows of images (uint8 HWC, on the CPU) with labels: reconstructions, and samples for captions.
+    """{"reconstructions", "samples"} -> (rows of uint8 HWC images on the CPU, their labels).
 
-    They are made by diffusers itself, where the pixels are.
+    They are computed by diffusers' own pipeline, on the device of `pixels_NHWC`.
     """
     from diffusers import StableDiffusionPipeline
 

@@ -1,8 +1,8 @@
-"""Trials of a comparison: what they are, whether they may start, and running them one after another.
+"""Plans the trials of a comparison, checks that they may start, and runs them one after another.
 
-A trial is one unmodified `run` command in a process of its own, in a directory that is a function of arm and seed. A
-trial that another process is at (a scheduler's job, a second `compare`, one that outlived a killed `compare`) is not
-started a second time: the others come first, then it is waited for.
+A trial is one unmodified `run` command in its own process, in a directory that follows from arm and seed. A trial that
+another process is running (a scheduler's job, a second `compare`, or one that outlived a killed `compare`) is not
+started a second time: the others are run first, then it is waited for.
 """
 
 import fcntl
@@ -21,12 +21,12 @@ from modules.settings import as_yaml, load_config
 
 TRAINER = Path(__file__).resolve().parents[2] / "trainer.py"
 CRASHED = 1  # exit code of a traceback
-IN_USE = StorageError.code  # of a trial that finds its directory locked, too
+IN_USE = StorageError.code  # exit code of a trial whose directory is locked, but also of other storage errors
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One arm at one seed: its settings, its run directory and the command that makes it."""
+    """One arm at one seed: its settings, its run directory and the command that runs it."""
 
     arm: str
     seed: int
@@ -42,14 +42,14 @@ class Planned:
 def plan(
     path: str, arms: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], long_steps: int = 0
 ) -> list[Planned]:
-    """Every trial, checked by all rules of settings before any is started; all arms of a seed before the next seed.
+    """All trials, with all arms of a seed before the next seed; the settings of each are checked before any is started.
 
     Args:
-        overrides: "section.key=value" of every trial; an arm's own settings come after them and so have the last word.
+        overrides: "section.key=value" for every trial; an arm's own settings come after them and take precedence.
         long_steps: optimizer steps of the `_long` arms.
 
     Raises:
-        ConfigError: as `arm_settings`; an arm whose settings contradict those of the config.
+        ConfigError: as `arm_settings`, or the settings of an arm contradict those of the config.
     """
     base, _ = load_config(path, overrides)
     shared = [override for override in overrides if not is_setting(override, "run.name")]
@@ -70,7 +70,7 @@ def plan(
 
 
 def refuse_other_settings(trials: list[Planned]) -> None:
-    """Raise ConfigError if any run directory holds a run of other settings: before anything is started or written."""
+    """Raise ConfigError, before anything is started or written, if any run directory holds a run of other settings."""
     from modules.workdir import changed_settings
 
     others = {trial.path: changed for trial in trials if (changed := changed_settings(trial.path, trial.config))}
@@ -84,10 +84,10 @@ def refuse_other_settings(trials: list[Planned]) -> None:
 
 
 def run_trials(trials: list[Planned], logs: Path, console) -> dict[str, tuple[int, str]]:
-    """Bring every trial to its end, one after another; {name: (exit code, last line)} of those that failed.
+    """Run every trial to its end, one after another; returns {name: (exit code, last line)} of those that failed.
 
     Raises:
-        Terminated, KeyboardInterrupt: after the trial under way has checkpointed.
+        Terminated, KeyboardInterrupt: after the current trial has checkpointed.
         StorageError: the logs cannot be written.
     """
     from modules.meter import Meter
@@ -111,13 +111,13 @@ def run_trials(trials: list[Planned], logs: Path, console) -> dict[str, tuple[in
 
 
 def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str]], console) -> bool:
-    """Bring one trial to its end; whether it got there, else it is put into `failures`."""
+    """Run one trial to its end; returns whether it finished, else adds it to `failures`."""
     if results := _results(trial):
         console.line(f"{trial.name:<24} finished before  {headline(results)}")
         return True
     with meter.stage(trial.name):
         begin, code = _size(log), run_trial(trial, log)
-        while code == IN_USE and not _results(trial) and (owner := holder(trial)):  # it was started a moment before
+        while code == IN_USE and not _results(trial) and (owner := holder(trial)):  # another process was faster
             console.line(f"{trial.name:<24} in use by process {owner}: waiting for it")
             wait_for(trial)
             if not _results(trial):
@@ -134,9 +134,9 @@ def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str
 
 
 def holder(trial: Planned) -> str:
-    """The process that is at a trial now; "" for none.
+    """The id of the process that is running a trial now; "" if there is none.
 
-    The lock is tried only where a process left its number in it, or a run about to start would find it taken.
+    The lock is tried only if a process has written its id to it; otherwise a run just starting could find it taken.
     """
     path = trial.path / ".lock"
     owner = path.read_text().strip() if path.exists() else ""
@@ -147,24 +147,27 @@ def holder(trial: Planned) -> str:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return owner
-    return ""  # the process was killed and could not take its number away
+    return ""  # the process was killed before it could remove its id
 
 
 def wait_for(trial: Planned) -> None:
-    """Return once no process holds the trial's directory; a signal ends the wait."""
+    """Wait until no process holds the lock of the trial's directory; a signal ends the wait."""
     with open(trial.path / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def run_trial(trial: Planned, log: Path) -> int:
-    """Exit code of a trial's command, its output appended to `log`; a signal counts as 128 + its number.
+    """Run a trial's command with its output appended to `log`; returns its exit code, 128 + number for a signal.
 
-    The command gets a session of its own, so that a Ctrl-C reaches it once, through here, as the SIGTERM that it answers
-    with a checkpoint.
+    The command runs detached from the terminal, so that Ctrl-C reaches it only through this function, as a SIGTERM,
+    which it answers with a checkpoint.
+
+    Raises:
+        StorageError: the log cannot be written.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        output = open(log, "ab")  # noqa: SIM115 - closed below, its failure is told apart from the command's
+        output = open(log, "ab")  # noqa: SIM115 - closed below; its failure must not be confused with the command's
     except OSError as error:
         raise StorageError(f"{log}: cannot be written ({error.strerror}); set run.dir to a place that can") from error
     with output:
@@ -179,12 +182,12 @@ def run_trial(trial: Planned, log: Path) -> int:
 
 
 def is_setting(override: str, name: str) -> bool:
-    """Whether a "section.key=value" of the command line sets `name`."""
+    """Whether the command-line override "section.key=value" sets `name`."""
     return override.partition("=")[0].strip() == name
 
 
 def headline(results: dict) -> str:
-    """Accuracy and near-OOD AUROC of a run in a few words."""
+    """Accuracy and near-OOD AUROC of a run as short text."""
     split = "test" if "test.accuracy" in results else "val"
     text = f"{split} accuracy {100 * results[f'{split}.accuracy']:5.1f} %"
     score = results["headline.score"]
@@ -203,7 +206,7 @@ def _size(log: Path) -> int:
 
 
 def _last_line(log: Path, begin: int) -> str:
-    """The last line beyond byte `begin` that says something: the message of a UserError, or that of a traceback."""
+    """The last non-empty line after byte `begin`: the message of a UserError, or the last line of a traceback."""
     with open(log, "rb") as file:
         file.seek(max(begin, os.path.getsize(log) - 4096))
         lines = file.read().decode(errors="replace").splitlines()

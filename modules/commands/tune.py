@@ -1,8 +1,8 @@
-"""`trainer.py tune CONFIG`: which ratio of generation to training this machine, this pipeline and this run can afford.
+"""`trainer.py tune CONFIG`: finds the ratio of generation to training that a run can afford on this machine.
 
-Every ratio (images_per_step) takes real steps from the same copy of the state, against the same step without generation,
-in which further real rows stand where generated ones would. Printed are a table, a recommendation with its rule, and the
-line of YAML to paste; tune.json and tune.png stand in the run's directory under tune/.
+For every ratio (images_per_step) real steps are timed from the same copy of the state, and compared with a step without
+generation, in which further real rows replace the generated ones. Prints a table, a recommendation with its rule, and
+the line of YAML to paste; tune.json and tune.png are written to tune/ in the run's directory.
 
     --quality[=STEPS]      train STEPS steps per ratio from the same start and judge them on val: accuracy against cost
     --presets[=a,b]        also measure other presets of the generator
@@ -27,11 +27,11 @@ from modules.training import stages
 QUALITY_STEPS = 60
 HEADER = ["img/step", "steps/s", "img/s", "gen %", "slower", "reuse", "age", "run", "GiB"]
 FIGURES = {"val_knn_accuracy": "val kNN", "val_near_ood_auroc": "AUROC"}
-NOISY = 0.15  # difference of equal measurements above which a user is told
+NOISY = 0.15  # relative difference of equal measurements above which the user is warned
 
 
 def command(path: str, overrides: list[str], console, run, step) -> dict:
-    """Measure, recommend, write; returns what tune.json holds.
+    """Measure, recommend, write; returns the content of tune.json.
 
     Raises:
         ConfigError: nothing is generated, an unknown flag or preset.
@@ -64,7 +64,7 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
 
 
 def _presets(flags: dict[str, str], config: Config) -> list[str]:
-    """The config's own preset, then others that are asked for."""
+    """The config's own preset, then the others asked for."""
     own, known = config.pipeline.preset, CHOICES["pipeline.preset"]
     if "presets" not in flags:
         return [own]

@@ -1,4 +1,4 @@
-"""From measured ratios to one recommendation, by a rule that is printed with it."""
+"""Recommends one of the measured ratios, by a rule that is printed with the recommendation."""
 
 from dataclasses import dataclass, replace
 from statistics import linear_regression
@@ -11,31 +11,31 @@ RULE = (
     "tune.max_slowdown times the step without generation, and whose images serve at most tune.max_reuse times (0: no bound)"
 )
 
-ROUNDING = 1e-9  # of a reuse: a table that says 4 keeps a bound of 4
+ROUNDING = 1e-9  # relative rounding error allowed in a reuse, so that one of exactly 4 satisfies a bound of 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """One ratio, measured or refused."""
+    """The measurements of one ratio, or the reason why it cannot be run."""
 
     images_per_step: float
     preset: str  # "" for the step without generation
     step_ms: float = 0.0
-    made_per_s: float = 0.0  # images finished a second
-    generation_share: float = 0.0  # of the step
-    slowdown: float = 0.0  # step time over that without generation
-    reuse: float = 0.0  # batches an image serves in, on average
-    age: float = 0.0  # mean age of the images held, in steps, once rings are full
-    hours: float = 0.0  # learning.steps steps
+    made_per_s: float = 0.0  # images finished per second
+    generation_share: float = 0.0  # generation's share of the step
+    slowdown: float = 0.0  # step time relative to the step without generation
+    reuse: float = 0.0  # mean number of batches an image is used in
+    age: float = 0.0  # mean age in steps of the stored images, once rings are full
+    hours: float = 0.0  # duration of learning.steps steps
     peak_gib: float = 0.0  # on a CPU: of the process so far
     steps_timed: int = 0
-    reason: str = ""  # why it cannot be run; empty if it was
+    reason: str = ""  # why it cannot be run; empty if it was measured
     quality: dict | None = None  # figures on val after a short run
-    spread: float = 0.0  # of the step without generation: slowest over fastest of equal windows, less 1
+    spread: float = 0.0  # only without generation: slowest / fastest of equal windows - 1
 
 
 def within(row: Row, bounds: Tune) -> list[str]:
-    """The bounds a row breaks, each with its figures; empty if it keeps them all."""
+    """The bounds that a row exceeds, each with its figures; empty if it keeps them all."""
     if row.reason:
         return ["cannot be run"]
     broken = []
@@ -49,7 +49,7 @@ def within(row: Row, bounds: Tune) -> list[str]:
 
 
 def recommend(rows: list[Row], bounds: Tune, preset: str) -> list[str]:
-    """The recommendation for the config's preset in lines of text, the YAML to paste among them; then other presets."""
+    """Lines of text: the rule, the recommendation for the config's preset with YAML to paste, then other presets."""
     measured = [row for row in rows if row.preset and not row.reason]
     own = [row for row in measured if row.preset == preset]
     lines = [f"rule: {RULE}"]
@@ -60,7 +60,7 @@ def recommend(rows: list[Row], bounds: Tune, preset: str) -> list[str]:
         why = f"; {beyond[0].images_per_step:g}: {', '.join(within(beyond[0], bounds))}" if beyond else ""
         lines.append(f"recommended: {_figures(best)}{why}")
         lines.append("paste below `generation:` of the config:")
-        lines.append(f"  images_per_step: {best.images_per_step:.12g}")  # the ratio that ran, not a rounded one
+        lines.append(f"  images_per_step: {best.images_per_step:.12g}")  # exactly the ratio measured, not rounded
         if judged := [row for row in allowed if row.quality]:
             lines.append(_accuracy_line(judged, best))
     elif own:
@@ -80,7 +80,7 @@ def recommend(rows: list[Row], bounds: Tune, preset: str) -> list[str]:
 
 
 def cost_of_an_image(rows: list[Row]) -> tuple[float, float]:
-    """(ms of a step without images, ms an image a step adds): the least-squares line through rows of one preset."""
+    """(ms of a step without images, ms added per image per step), by least squares through the rows of one preset."""
     slope, base = linear_regression([row.images_per_step for row in rows], [row.step_ms for row in rows])
     return base, slope
 
@@ -94,7 +94,7 @@ def _figures(row: Row) -> str:
 
 
 def _none_line(own: list[Row], bounds: Tune) -> str:
-    """Why no ratio is recommended, and the ratio nearest to one: time asks for less generation, reuse for more."""
+    """Why no ratio is recommended, and which is nearest: bounds on time favor less generation, one on reuse more."""
     in_time = [row for row in own if not within(row, replace(bounds, max_reuse=0.0))]
     if not in_time:
         nearest, ways = (

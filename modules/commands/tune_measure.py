@@ -1,7 +1,7 @@
-"""The measuring half of tune: real steps at each ratio, from copies of one state, in rounds.
+"""The measurements of tune: real steps at each ratio, started from copies of one state, in several rounds.
 
-Ratios and the step without generation take turns, and of several windows the fastest counts: on a machine that does
-other work beside, the least disturbed window is the nearest to the truth. How far equal windows lay apart is told.
+Ratios and the step without generation alternate, and the fastest of several windows counts: on a machine that also does
+other work, the least disturbed window is closest to the truth. The spread of equal windows is reported.
 """
 
 import gc
@@ -26,13 +26,13 @@ from modules.training.machine import choose_overlap
 from modules.training.timing import Timing, copied, time_steps, window
 
 ROUNDS = 3
-REFUSALS = (ConfigError, DataError, OutOfMemory, NonFinite)  # of one ratio or preset; SIGTERM and a full disk end all
+REFUSALS = (ConfigError, DataError, OutOfMemory, NonFinite)  # end one ratio or preset; a signal or full disk ends all
 QUALITY_WARMUP = 2  # steps of a short run that are not timed
 
 
 @dataclass
 class Candidate:
-    """A ratio under a preset: a state, the copy it starts every window from, and the settings of the window."""
+    """A ratio under a preset: a state, the copy that every window starts from, and the settings of the window."""
 
     job: Job
     state: State
@@ -40,7 +40,7 @@ class Candidate:
     config: Config
 
     def window(self, step, least: int, quality: int) -> Timing:
-        """A timed window, or with `quality` a whole short run, from the start."""
+        """Time a window of steps from the start state, or, if `quality` > 0, a whole short run of that many steps."""
         self.state.load_state_dict(copied(self.start))
         self.state.config = self.config
         if self.state.generator is not None:
@@ -71,7 +71,7 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
                         with named_memory("tune", candidate.config):
                             windows[rate].append(candidate.window(step, job.config.tune.steps, quality))
                             judged[rate] = _val_figures(candidate) if quality else None
-                    except REFUSALS as error:  # a row with its reason, not the end
+                    except REFUSALS as error:  # becomes a row with its reason and does not end the measurement
                         refused[rate] = str(error)
                 done += 1
                 progress(done, total, f"{preset}, {rate:g} images a step")
@@ -82,8 +82,8 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
             else:
                 rows.append(_row(job, preset, rate, fastest(windows[rate]), judged[rate]))
         candidates, candidate = {}, None
-        gc.collect()  # an engine and its tick hold each other: the next preset's slots are fitted to the memory there is
-        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        gc.collect()  # engine and tick form a reference cycle; the next preset's slots are fitted to the free memory
+        torch.cuda.empty_cache()  # does nothing if CUDA was never used
     baseline = _row(job, "", 0.0, fastest(baselines), figures)
     spread = max(timing.step_ms for timing in baselines) / baseline.step_ms - 1
     rows = [row if row.reason else replace(row, slowdown=row.step_ms / baseline.step_ms) for row in rows]
@@ -91,15 +91,15 @@ def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[
 
 
 def fastest(windows: list[Timing]) -> Timing:
-    """The least disturbed of equal windows."""
+    """The window with the shortest step: the least disturbed of equal windows."""
     return min(windows, key=lambda timing: timing.step_ms)
 
 
 def mean_age(generation, rate: float, num_classes: int) -> float:
-    """Mean age in steps of the images held once rings are full, 0 without generation.
+    """Mean age in steps of the stored images once rings are full; 0 without generation.
 
-    A ring of one role gets rate x share / C images a step, so an image leaves ring_size C / (rate x share) steps after
-    it came, or is unused beyond max_age; on average it is half as old.
+    A ring of one role receives rate x share / C images per step, so an image is replaced after ring_size C / (rate x
+    share) steps, or is no longer used after max_age steps; its mean age is half of that.
     """
     shares = [s for s in (1 - generation.near_ood_fraction, generation.near_ood_fraction) if s > 0]
     if not rate:
@@ -111,7 +111,7 @@ def mean_age(generation, rate: float, num_classes: int) -> float:
 
 
 def _plain(job: Job, quality: int) -> Candidate:
-    """The step without generation: as many rows, all of them real."""
+    """The candidate without generation: as many rows per batch, all of them real."""
     extra = job.config.learning.extra_real_rows + round(generated_rows(job.config))
     real = {
         "generation.synthetic_fraction": 0.0,
@@ -127,7 +127,7 @@ def _plain(job: Job, quality: int) -> Candidate:
 def _candidates(
     job: Job, step, preset: str, grid: list[float], quality: int
 ) -> tuple[dict[float, Candidate], dict[float, str]]:
-    """The ratios of a preset that can be run, all on one state, and why the others cannot."""
+    """({ratio: candidate}, {ratio: reason}): a preset's ratios that can be run, all on one state, and the others."""
     configs: dict[float, Config] = {}
     refused: dict[float, str] = {}
     for rate in grid:
@@ -152,7 +152,7 @@ def _candidates(
             state = stages.build(own, _silent)
             if not quality and state.generator is not None:
                 state.generator.warm_up()
-            choose_overlap(own, state, step)  # a run of this config would take the same mode
+            choose_overlap(own, state, step)  # as a run of this config would
         mode = own.choices["mode"]
         job.console.line(f"  generation and training: {mode.value} ({mode.reason})")
     except REFUSALS as error:
@@ -165,14 +165,14 @@ def _candidates(
 
 
 def _short(config: Config, quality: int) -> dict[str, object]:
-    """Settings that make a whole schedule of `quality` steps; none for timing alone."""
+    """Settings for a complete learning-rate schedule of `quality` steps; {} if `quality` is 0."""
     if not quality:
         return {}
     return {"learning.steps": quality, "learning.warmup_steps": min(config.learning.warmup_steps, quality // 5)}
 
 
 def _row(job: Job, preset: str, rate: float, timing: Timing, figures: dict | None) -> Row:
-    """What a window of steps says of a whole run at this ratio."""
+    """The row of a ratio, extrapolated from a window of steps to a whole run."""
     config = job.config
     return Row(
         images_per_step=rate,
@@ -190,7 +190,7 @@ def _row(job: Job, preset: str, rate: float, timing: Timing, figures: dict | Non
 
 
 def _val_figures(candidate: Candidate) -> dict[str, float]:
-    """kNN accuracy on val and, where classes are kept for it, near-OOD AUROC on val; never test."""
+    """kNN accuracy on val and, if there is near-OOD val data, near-OOD AUROC on val; never reads test."""
     sets, size = candidate.job.sets, candidate.config.evaluation.batch_size
     found = {
         name: embed_images(candidate.state.embed, sets.images[name].pixels_DHWC, size)
@@ -209,4 +209,4 @@ def _val_figures(candidate: Candidate) -> dict[str, float]:
 
 
 def _silent(done: int, total: int, note: str = "") -> None:
-    """No progress line for what is built many times."""
+    """A progress callback that prints nothing, for states that are built many times."""

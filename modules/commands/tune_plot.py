@@ -1,4 +1,4 @@
-"""The picture of a tuning: what each ratio costs, and with --quality what it brings."""
+"""The figure of tune: the cost of each ratio and, with --quality, its accuracy."""
 
 import io
 
@@ -16,7 +16,7 @@ PAPER_STYLE |= {"axes.facecolor": "white", "figure.facecolor": "white"}
 
 
 def tune_png(rows: list[Row], bounds: Tune, quality_steps: int) -> bytes:
-    """A PNG: step time split into generation and training by ratio, hours and reuse by ratio, val figures by hours."""
+    """A PNG with step time by ratio, split into generation and training; reuse by run time; val figures by run time."""
     measured = [row for row in rows if not row.reason]
     presets = list(dict.fromkeys(row.preset for row in measured if row.preset)) or [""]
     judged = [row for row in measured if row.quality]
@@ -58,7 +58,7 @@ def _step_times(axes: Axes, rows: list[Row], preset: str, bounds: Tune) -> None:
 
 
 def _reuse(axes: Axes, rows: list[Row], presets: list[str], bounds: Tune) -> None:
-    """Time of the run against how often an image serves: the two sides of the choice."""
+    """Plot how often an image is used over the time of the run: the two sides of the choice."""
     unit, scale = _time_unit(rows)
     for preset, color in zip(presets, (GENERATE, TRAIN, OUTSIDE, MUTED), strict=False):
         own = [row for row in rows if row.preset == preset]
@@ -105,6 +105,6 @@ def _name(axes: Axes, row: Row, x: float, y: float) -> None:
 
 
 def _time_unit(rows: list[Row]) -> tuple[str, float]:
-    """(unit, units an hour) in which the longest run is a readable number."""
+    """(unit, units per hour) in which the longest run is a readable number."""
     longest = max(row.hours for row in rows)
     return ("hours", 1.0) if longest >= 1.5 else ("minutes", 60.0) if longest >= 1.5 / 60 else ("seconds", 3600.0)
