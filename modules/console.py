@@ -7,7 +7,9 @@ batch system): the same information as plain lines, one per interval, nothing re
 import errno
 import os
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -49,7 +51,7 @@ class _Outliving(RichConsole):
 class Console:
     """Prints the progress and results of a run; holds the live display of the current stage."""
 
-    def __init__(self, stream=None):
+    def __init__(self, stream: TextIO | None = None):
         if stream is None and hasattr(sys.stdout, "reconfigure"):  # for class names that an ASCII terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")
         self.rich = _Outliving(file=stream, highlight=False, soft_wrap=True)
@@ -87,7 +89,7 @@ class Console:
         self.rich.print(Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False))
 
     @contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str) -> Iterator[Callable[..., None]]:
         """Context that displays a stage of the run; yields progress(done, total, note="")."""
         self._last_share = 0.0
         if not self.live:
@@ -150,7 +152,7 @@ class Console:
             table.add_row(*map(Text, row))
         self.rich.print(table)
 
-    def _plain_progress(self, name: str):
+    def _plain_progress(self, name: str) -> Callable[..., None]:
         def progress(done: int, total: int, note: str = "") -> None:
             share = done / max(1, total)
             if share < self._last_share:  # the next part of the same stage

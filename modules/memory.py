@@ -5,10 +5,12 @@ traceback: the innermost function listed in PARTS.
 """
 
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from modules.config import Config, PipelineConfig
 from modules.errors import OutOfMemory, first_line
 from modules.runtime import choose_device, choose_pipeline_dtype
 from modules.settings import flatten
@@ -59,7 +61,7 @@ WHOLE_RUN = (*GENERATOR, *LEARNER, "generation.ring_size", "data.shots_per_class
 
 
 @contextmanager
-def named_memory(stage: str, config):
+def named_memory(stage: str, config: Config | PipelineConfig) -> Iterator[None]:
     """Context that turns running out of memory into an error naming stage, part, and settings with their values.
 
     Raises:
@@ -87,7 +89,7 @@ def ran_out(error: BaseException | None) -> bool:
     return False
 
 
-def _explained(error: BaseException, stage: str, config) -> str:
+def _explained(error: BaseException, stage: str, config: Config | PipelineConfig) -> str:
     values = flatten(config)
     what, knobs = _part(error, values) or ("", STAGES.get(stage, WHOLE_RUN))
     where = f"stage {stage}: {what}" if what else f"stage {stage}"
@@ -104,7 +106,7 @@ def _explained(error: BaseException, stage: str, config) -> str:
     )
 
 
-def _half(config) -> str:
+def _half(config: Config | PipelineConfig) -> str:
     """The setting that halves the memory of the pipeline; "" if it computes in 16 bits already."""
     device = choose_device(config.run).value
     computes = choose_pipeline_dtype(config.pipeline, device).value

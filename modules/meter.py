@@ -7,6 +7,7 @@ read once they have completed, so a step never waits for its own measurement.
 import resource
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,7 +32,7 @@ class Meter:
         self._earlier_peak = 0  # bytes, peak before the last `restart_peak`
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         """Context whose time is added to the phase `name`."""
         with torch.profiler.record_function(name):
             if self.on_gpu:
@@ -47,7 +48,7 @@ class Meter:
                 self._add(name, time.perf_counter() - start)
 
     @contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str) -> Iterator[None]:
         """Context whose wall time, including the host's, is added to "stage.<name>"."""
         self._stage = (f"stage.{name}", time.perf_counter())
         yield
@@ -118,10 +119,10 @@ class Meter:
         self._interval[name] += seconds
 
 
-def timer(device: torch.device | str):
+def timer(device: torch.device | str) -> Callable[..., float]:
     """A function f(work, repeats, warmup) -> median ms of work(), for tuners, which must not read clocks themselves."""
 
-    def measure(work, repeats: int = 10, warmup: int = 3) -> float:
+    def measure(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
         on_gpu = torch.device(device).type == "cuda"
         for _ in range(warmup):
             work()

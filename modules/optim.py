@@ -178,7 +178,9 @@ class FiniteGuard:
         self._figures = torch.zeros(2, device=device)  # loss and gradient norm of that step
         self._captured: dict[str, torch.Tensor] = {}
 
-    def note(self, step: int, loss, norm, failed: torch.Tensor, capture: dict[str, torch.Tensor]) -> None:
+    def note(
+        self, step: int, loss: torch.Tensor, norm: torch.Tensor, failed: torch.Tensor, capture: dict[str, torch.Tensor]
+    ) -> None:
         """Record this step and copies of `capture` if it is the first with `failed` (bool scalar on the device)."""
         first = failed & (self._first < 0)
         self._first = torch.where(first, step, self._first)

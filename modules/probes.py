@@ -118,7 +118,7 @@ def _matmul(device: torch.device, dtype: torch.dtype) -> str:
     return _compare(a @ b, a.double() @ b.double(), dtype)
 
 
-def _attention_truth(q, k, v) -> torch.Tensor:
+def _attention_truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v in float64, for q, k, v of shape [rows, heads, tokens, width]."""
     q, k, v = (x.double() for x in (q, k, v))
     return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
@@ -181,7 +181,7 @@ def _triton(device: torch.device) -> str:
 def _compile(device: torch.device) -> str:
     (x,) = _normal(device, torch.float32, (64, 64))
 
-    def work(x):
+    def work(x: torch.Tensor) -> torch.Tensor:
         return F.silu(x) * 2 + x.mean(0)
 
     return _compare(torch.compile(work)(x), work(x.double()), torch.float32)

@@ -6,6 +6,7 @@ The message of each rule names the setting, its value, and what would be accepte
 import math
 from pathlib import Path
 
+from modules.config import Config, Controller, Generation, PipelineConfig, PipelineShape, Run
 from modules.errors import ConfigError
 from modules.ranges import CHOICES, RANGES
 
@@ -23,7 +24,7 @@ DIFFUSION_RECIPES = (
 FREE_RECIPES = ("jigsaw", "jigsaw_roundtrip")  # no UNet call
 
 
-def check_rules(config) -> None:
+def check_rules(config: Config | PipelineConfig) -> None:
     """Raise ConfigError for the first setting that is invalid, alone or in combination with others."""
     sections = vars(config)
     for name, known in CHOICES.items():
@@ -56,12 +57,12 @@ def check_rules(config) -> None:
         )
 
 
-def generates(config) -> bool:
+def generates(config: Config) -> bool:
     """Whether this run mixes generated rows into its batches."""
     return config.generation.synthetic_fraction > 0
 
 
-def idle_settings(config) -> tuple[str, ...]:
+def idle_settings(config: Config) -> tuple[str, ...]:
     """Names ("section.key") of changed settings that have no effect because nothing is generated."""
     if generates(config):
         return ()
@@ -73,35 +74,35 @@ def idle_settings(config) -> tuple[str, ...]:
     return tuple(names)
 
 
-def needs_masks(config) -> bool:
+def needs_masks(config: Config) -> bool:
     """Whether generation needs object masks of the train images."""
     negatives = config.generation.near_ood_fraction
     edits = config.generation.mask_edit != "none" and negatives < 1
     return generates(config) and (edits or (negatives > 0 and config.near_ood.recipes.get("mask_split", 0) > 0))
 
 
-def judged(config) -> bool:
+def judged(config: Config) -> bool:
     """Whether gate or controller judge generated images with the encoder that is being trained."""
     return config.gate.enabled or config.controller.enabled
 
 
-def used_strengths(generation) -> list[float]:
+def used_strengths(generation: Generation) -> list[float]:
     """Strengths of the positives whose weight is above 0."""
     return [float(strength) for strength, weight in generation.strengths.items() if weight > 0]
 
 
-def real_rows(config) -> int:
+def real_rows(config: Config) -> int:
     """Real rows per batch: P x K rows balanced over classes, plus learning.extra_real_rows."""
     learning = config.learning
     return learning.classes_per_batch * learning.rows_per_class + learning.extra_real_rows
 
 
-def batch_rows(config) -> float:
+def batch_rows(config: Config) -> float:
     """Mean rows per batch, real and generated; the encoder sees two views of each."""
     return real_rows(config) + generated_rows(config)
 
 
-def generated_rows(config) -> float:
+def generated_rows(config: Config) -> float:
     """Mean generated rows per batch: f P K / (1 - f), with f the synthetic_fraction and P K the balanced real rows."""
     fraction = config.generation.synthetic_fraction
     return config.learning.classes_per_batch * config.learning.rows_per_class * fraction / (1 - fraction)
@@ -112,12 +113,12 @@ def lowest_strength(steps: int) -> float:
     return float(f"{rounded_up(1 / steps):.3g}")
 
 
-def _get(config, name: str):
+def _get(config: Config | PipelineConfig, name: str) -> object:
     section, key = name.split(".")
     return getattr(getattr(config, section), key)
 
 
-def _check_range(name: str, value, low, high, ends: str) -> None:
+def _check_range(name: str, value: float, low: float | None, high: float | None, ends: str) -> None:
     too_low = low is not None and (value < low or (value == low and "(" in ends))
     too_high = high is not None and (value > high or (value == high and ")" in ends))
     if too_low or too_high:
@@ -126,7 +127,7 @@ def _check_range(name: str, value, low, high, ends: str) -> None:
         raise ConfigError(f"`{name}` is {value}; it must lie in {left}, {right}")
 
 
-def _check_place(run) -> None:
+def _check_place(run: Run) -> None:
     name = run.name
     if not run.dir.strip():
         raise ConfigError("`run.dir` is empty; name the folder that runs stand in, such as runs")
@@ -140,7 +141,7 @@ def _check_place(run) -> None:
         )
 
 
-def _check_shape(shape) -> None:
+def _check_shape(shape: PipelineShape) -> None:
     halvings = len(shape.vae_channels) + len(shape.unet_channels) - 2
     if halvings < 0 or shape.resolution % 2**halvings:
         raise ConfigError(
@@ -158,7 +159,7 @@ def _check_weights(name: str, weights: dict) -> None:
         raise ConfigError(f"`{name}` is {weights}; it needs at least one weight above 0 and none below")
 
 
-def _check_recipes(config) -> None:
+def _check_recipes(config: Config) -> None:
     _check_weights("near_ood.recipes", config.near_ood.recipes)
     _check_weights("generation.strengths", config.generation.strengths)
     _check_weights("generation.conditions", config.generation.conditions)
@@ -189,7 +190,7 @@ def _check_recipes(config) -> None:
         )
 
 
-def _check_band(controller) -> None:
+def _check_band(controller: Controller) -> None:
     if not controller.target_low < controller.target_high:
         raise ConfigError(
             f"`controller.target_low` is {controller.target_low} and `controller.target_high` {controller.target_high}; "
@@ -202,7 +203,7 @@ def _check_probe_rates(lrs: tuple[float, ...]) -> None:
         raise ConfigError(f"`probe.lrs` is {list(lrs)}; name at least one learning rate, each above 0")
 
 
-def _check_strengths(config) -> None:
+def _check_strengths(config: Config) -> None:
     steps = config.generation.num_inference_steps
     strengths = [("generation.strengths", strength) for strength in used_strengths(config.generation)]
     if any(w > 0 and r in DIFFUSION_RECIPES for r, w in config.near_ood.recipes.items()):
@@ -217,7 +218,7 @@ def _check_strengths(config) -> None:
             )
 
 
-def _check_feeding(config) -> None:
+def _check_feeding(config: Config) -> None:
     needed = generated_rows(config)
     rate, uses = config.generation.images_per_step, config.generation.max_uses
     if rate * uses < needed - 1e-9:
@@ -236,7 +237,7 @@ def rounded_up(value: float) -> float:
     return math.ceil(value / unit - 1e-12) * unit
 
 
-def _check_learning(config) -> None:
+def _check_learning(config: Config) -> None:
     learning, generation = config.learning, config.generation
     if learning.crop_scale[0] <= 0 or learning.crop_scale[0] > learning.crop_scale[1] or learning.crop_scale[1] > 1:
         raise ConfigError(f"`learning.crop_scale` is {list(learning.crop_scale)}; it must be a rising pair in (0, 1]")

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from kernels import backend
+from modules.config import Pipeline, Run
 from modules.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,7 +62,7 @@ class Runtime:
     threads: Choice  # CPU threads of torch
 
 
-def resolve_runtime(run, pipeline, trains_at: int | None = None) -> Runtime:
+def resolve_runtime(run: Run, pipeline: Pipeline, trains_at: int | None = None) -> Runtime:
     """The runtime for the config sections `run` and `pipeline`, every choice with its reason.
 
     Also sets torch's thread count, TF32 switch and default kernels, and the allocator of the process.
@@ -99,7 +101,7 @@ def resolve_runtime(run, pipeline, trains_at: int | None = None) -> Runtime:
     return Runtime(device, precision, pipeline_dtype, threads)
 
 
-def choose_device(run) -> Choice:
+def choose_device(run: Run) -> Choice:
     """The device that `run.device` resolves to.
 
     Raises:
@@ -116,7 +118,7 @@ def choose_device(run) -> Choice:
     return Choice(torch.device("cuda"), torch.cuda.get_device_name())
 
 
-def choose_pipeline_dtype(pipeline, device: torch.device) -> Choice:
+def choose_pipeline_dtype(pipeline: Pipeline, device: torch.device) -> Choice:
     """The dtype that `pipeline.dtype` resolves to on a device."""
     if pipeline.dtype == "auto":
         return auto_pipeline_dtype(device)
@@ -207,7 +209,7 @@ def stream_seed(seed: int, name: str, *identity: int | str) -> int:
 
 
 @contextmanager
-def seeded(seed: int, name: str, *identity: int | str):
+def seeded(seed: int, name: str, *identity: int | str) -> Iterator[None]:
     """Context in which torch's global CPU generator starts a named stream; its state is restored afterwards.
 
     For libraries that initialize weights and accept no generator.

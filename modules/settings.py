@@ -107,7 +107,7 @@ def to_yaml(config: Config, origins: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_yaml(value) -> str:
+def as_yaml(value: object) -> str:
     """The value of one setting as one line of YAML, as it can be written after `section.key=`."""
     value = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
@@ -120,7 +120,7 @@ class _GivenTwice(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses duplicate keys."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         first: dict[object, int] = {}
         scalars = (key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode))
         for key_node in (scalar for scalar in scalars if scalar.tag != TAG + "merge"):
@@ -132,7 +132,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, texts: set[str], name: str = ""):
+def _read_yaml(text: str, texts: set[str], name: str = "") -> object:
     """The value of a whole YAML file, or of the setting `name`; values of the settings in `texts` stay as written.
 
     YAML would read 0123 as 83, 12:30 as 750 and yes as true, which are all valid names for a run.
@@ -153,7 +153,7 @@ def _read_yaml(text: str, texts: set[str], name: str = ""):
         loader.dispose()
 
 
-def _pairs(node) -> list[tuple]:
+def _pairs(node: yaml.Node | None) -> list[tuple]:
     return node.value if isinstance(node, yaml.MappingNode) else []
 
 
@@ -165,7 +165,7 @@ def _texts(schema: type) -> set[str]:
     return {name for name in names if "on" not in CHOICES.get(name, ())}
 
 
-def _put(schema: type, values: dict, origins: dict, name: str, value, origin: str) -> None:
+def _put(schema: type, values: dict, origins: dict, name: str, value: object, origin: str) -> None:
     section_name, _, key = name.partition(".")
     sections = {s.name: s.type for s in dataclasses.fields(schema)}
     if section_name not in sections:
@@ -203,7 +203,7 @@ def _did_you_mean(word: str, known: list[str] | dict[str, str]) -> str:
     return f"; did you mean `{known[close[0]] if isinstance(known, dict) else close[0]}`?"
 
 
-def _coerce(value, kind, name: str, origin: str):
+def _coerce(value: object, kind, name: str, origin: str) -> object:
     """`value` converted to the annotated type `kind`; "1e-3", a string to PyYAML, is accepted as a float."""
     try:
         return _coerced(value, kind)
@@ -223,7 +223,7 @@ def _expected(kind) -> str:
     return WORDS[kind]
 
 
-def _coerced(value, kind):
+def _coerced(value: object, kind) -> object:
     origin = typing.get_origin(kind)
     if origin is tuple:
         inner = typing.get_args(kind)

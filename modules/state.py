@@ -139,7 +139,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def _pack(node, tensors: dict[str, torch.Tensor]):
+def _pack(node: object, tensors: dict[str, torch.Tensor]) -> object:
     """A tree as JSON values; its tensors are put into `tensors` under consecutive names (t0, t1, ...)."""
     if isinstance(node, torch.Tensor):
         name = f"t{len(tensors)}"
@@ -154,7 +154,7 @@ def _pack(node, tensors: dict[str, torch.Tensor]):
     raise TypeError(f"a checkpoint holds tensors, dicts, lists and plain values, not {type(node).__name__}")
 
 
-def _unpack(node, tensors: dict[str, torch.Tensor]):
+def _unpack(node: object, tensors: dict[str, torch.Tensor]) -> object:
     if not isinstance(node, dict):
         return node
     if "tensor" in node:

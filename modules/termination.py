@@ -10,7 +10,9 @@ An exception raised at once may land anywhere, even inside a library that conver
 """
 
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from modules.errors import Terminated
 
@@ -31,7 +33,7 @@ class Termination:
                 signal.signal(number, self._arrive)
 
     @contextmanager
-    def whole(self):
+    def whole(self) -> Iterator[None]:
         """Context whose body is not interrupted; a signal received meanwhile is raised when it ends.
 
         Raises:
@@ -50,7 +52,7 @@ class Termination:
         if self._asked and signal.getsignal(signal.SIGTERM) == self._arrive:
             raise self._terminated()
 
-    def _arrive(self, signum, frame) -> None:
+    def _arrive(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and (self._asked or not self._whole):
             raise KeyboardInterrupt
         if self._asked:  # already stopping: a second signal must not cut the checkpoint short

@@ -99,7 +99,7 @@ class Workdir:
         path = self.path / "results.json"
         return read_record(path) if path.exists() else None
 
-    def write_json(self, name: str, value) -> None:
+    def write_json(self, name: str, value: object) -> None:
         self._write_config()
         state.write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
 

@@ -9,12 +9,13 @@ written to check/check.json in the run's directory.
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
 from modules.commands.flags import FLAGS, split_flags
 from modules.commands.preparation import cached_tokens, load_generation, opened, print_card, thrown_away
-from modules.console import duration
+from modules.console import Console, duration
 from modules.data.views import VIEWS
 from modules.diffusion.generator import prefill_target
 from modules.diffusion.inversion import Inversion
@@ -24,7 +25,7 @@ from modules.probes import available_memory
 from modules.rules import batch_rows, generates
 from modules.settings import load_config
 from modules.training import stages
-from modules.training.job import Job
+from modules.training.job import Job, State
 from modules.training.memory_plan import HELD, MemoryPlan, memory_plan
 from modules.training.timing import Timing, time_steps, window
 
@@ -33,7 +34,9 @@ LISTED_FILES, LISTED_CLASSES = 20, 40
 ENCODER_FORWARD_SHARE = 1 / 3  # of the encoder's time in a training step: backward costs about twice the forward pass
 
 
-def command(path: str, overrides: list[str], console, run, step) -> dict:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[[State], None]
+) -> dict:
     """Check everything a run depends on; returns the content of check.json.
 
     Raises: as the stages of a run, for errors that prevent further checks; and at the end, after everything was
@@ -79,7 +82,7 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
     return report
 
 
-def _print_data(job: Job, on_bad_image: str, console) -> list[list[str]]:
+def _print_data(job: Job, on_bad_image: str, console: Console) -> list[list[str]]:
     """Print tables of sets and classes and the list of bad files; returns that list as [path, reason]."""
     sets = job.sets
     rows = []
@@ -123,7 +126,7 @@ def _class_counts(job: Job) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _print_memory(console, plan: MemoryPlan, room: tuple[int, int] | None) -> bool:
+def _print_memory(console: Console, plan: MemoryPlan, room: tuple[int, int] | None) -> bool:
     """Print the plan as a table; returns whether it fits (True if the system does not report free memory)."""
     rows = [[part.name, "" if part.kind == HELD else part.kind, _size(part.bytes), part.knobs] for part in plan.parts]
     how = "largest of training + largest of generation" if plan.overlapped else "the largest"
@@ -145,7 +148,7 @@ def _print_memory(console, plan: MemoryPlan, room: tuple[int, int] | None) -> bo
     return fits
 
 
-def _print_time(job: Job, step, console) -> dict[str, float]:
+def _print_time(job: Job, step: Callable[[State], None], console: Console) -> dict[str, float]:
     """Seconds of each stage, predicted from a few real steps; {} if these do not fit into memory."""
     try:
         with job.stage("time") as progress:
@@ -187,7 +190,7 @@ def _token_seconds(job: Job) -> float:
     return inversion.steps * timer(job.device)(inversion.step, repeats=repeats, warmup=warmup) / 1e3
 
 
-def _prefill_seconds(job: Job, state, timing: Timing) -> float:
+def _prefill_seconds(job: Job, state: State, timing: Timing) -> float:
     """Predicted seconds of filling the rings, at the rate at which the timed steps generated images."""
     generation = job.config.generation
     if state.generator is None or not timing.images:
@@ -204,7 +207,7 @@ def _feature_seconds(job: Job, timing: Timing) -> float:
     return images * both_ms * ENCODER_FORWARD_SHARE / views / 1e3
 
 
-def _verdict(console, bad: list, on_bad_image: str, fits: bool) -> None:
+def _verdict(console: Console, bad: list, on_bad_image: str, fits: bool) -> None:
     memory = "" if fits else "memory (see the plan)"
     if bad and on_bad_image == "fail":
         files = f"{len(bad)} bad files (mend them, or set data.on_bad_image=skip)"

@@ -8,12 +8,14 @@ while in use, and tokens are cached under a hash of what they were made from.
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.commands.arms import CLASSIC, DEFAULT_ARMS, GENERATING
 from modules.commands.flags import FLAGS, number, split_flags, words
 from modules.commands.trials import CRASHED, Planned, is_setting, plan, refuse_other_settings, run_trials
+from modules.console import Console
 from modules.errors import ConfigError, UserError
 
 DEFAULT_SEEDS = ("0", "1", "2")
@@ -49,7 +51,9 @@ class Asked:
     overrides: list[str]
 
 
-def command(path: str, arguments: list[str], console, run, step) -> None:
+def command(
+    path: str, arguments: list[str], console: Console, run: Callable[..., dict], step: Callable[..., None]
+) -> None:
     """Start or resume every trial, one after another, and compare the finished ones; or print their commands.
 
     Raises:
@@ -104,7 +108,7 @@ def parse(arguments: list[str]) -> Asked:
     return Asked(arms, tuple(map(int, seeds)), baseline, long_steps, "print-trials" in flags, overrides)
 
 
-def compare_finished(trials: list[Planned], asked: Asked, folder: Path, console) -> None:
+def compare_finished(trials: list[Planned], asked: Asked, folder: Path, console: Console) -> None:
     """Write and print the comparison of the finished trials among `trials`; warn instead if none is finished."""
     from modules.evaluation.compare import Trial, compare, find_trials, read_trials
     from modules.evaluation.compare_page import write_comparison

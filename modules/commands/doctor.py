@@ -5,17 +5,22 @@ Needs no config. Every accelerator is tested by the call that training would mak
     --device=cpu|cuda      the device to test (cuda if there is one)
 """
 
+from collections.abc import Callable
+
 from kernels import backend
 from modules.commands.flags import FLAGS, split_flags
 from modules.config import Pipeline, Run
+from modules.console import Console
 from modules.errors import ConfigError
 from modules.probes import Probe, accelerators, hardware
 from modules.ranges import CHOICES
-from modules.runtime import dtype_name, environment, resolve_runtime
+from modules.runtime import Runtime, dtype_name, environment, resolve_runtime
 from modules.training.timing import measure_ceilings
 
 
-def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[..., None]
+) -> list[Probe]:
     """Probe everything and print the results; returns the probes. `path` may be empty or a flag: there is no config.
 
     Raises:
@@ -59,6 +64,6 @@ def command(path: str, overrides: list[str], console, run, step) -> list[Probe]:
     return probes
 
 
-def _defaults(runtime) -> str:
+def _defaults(runtime: Runtime) -> str:
     parts = {"precision": runtime.precision, "pipeline": runtime.pipeline_dtype}
     return "; ".join(f"{name} {dtype_name(choice.value)} ({choice.reason})" for name, choice in parts.items())

@@ -8,6 +8,7 @@ exported, never its checkpoints, and do not change what it wrote.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 from modules.commands.evaluate_folder import judge_folder
 from modules.commands.flags import check_finished, check_run
 from modules.config import Config
+from modules.console import Console
 from modules.data.sets import ImageSets, load_sets
 from modules.data.views import plain_view
 from modules.errors import ConfigError, DataError
 from modules.evaluation.evaluate import Outcome, embed_sets, evaluate
+from modules.evaluation.features import Embed
 from modules.evaluation.stored import Detector, load_detector, save_detector, save_predictions
 from modules.learning.encoder import build_encoder
 from modules.memory import named_memory
@@ -34,7 +37,9 @@ ANYWHERE = {"data.on_bad_image", "data.max_pixels", "evaluation.batch_size"}
 ANYWHERE |= {f"run.{key}" for key in ("device", "precision", "threads", "kernels")}
 
 
-def command(path: str, overrides: list[str], console, run, step) -> Path:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[..., None]
+) -> Path:
     """Evaluate the run in `path` again, or judge the images of data.root; returns the folder written to.
 
     Raises:
@@ -81,7 +86,7 @@ def runtime_of(folder: Path, config: Config) -> Runtime:
     return runtime
 
 
-def load_embed(path: Path, config: Config, num_classes: int, runtime: Runtime):
+def load_embed(path: Path, config: Config, num_classes: int, runtime: Runtime) -> Embed:
     """The function embed(images_BHWC uint8) -> features_BF fp32 of an exported encoder, on the device of `runtime`.
 
     Raises:
@@ -113,7 +118,9 @@ def _trained_in_fp32(folder: Path) -> bool:
     return bool(computed) and computed[-1].get("precision") == "float32"
 
 
-def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detector, embed, console) -> Path:
+def evaluate_again(
+    folder: Path, config: Config, origins: dict, detector: Detector, embed: Embed, console: Console
+) -> Path:
     """Write probe, scores and intervals of the run's sets to <run>/evaluated/again; prints them beside the run's own.
 
     Generated images are not kept, so the binary ID/OOD head is trained on near-OOD val images, if there are any.
@@ -144,7 +151,7 @@ def evaluate_again(folder: Path, config: Config, origins: dict, detector: Detect
     return out
 
 
-def _warn_of_other_images(folder: Path, sets: ImageSets, console) -> None:
+def _warn_of_other_images(folder: Path, sets: ImageSets, console: Console) -> None:
     """Warn if images are not those that the run read; far-OOD images are exempt, because changing them is supported."""
     before = read_record(folder / "data.json").get("files", {})
     now = {name: images for name, images in sets.images.items() if name != "far_ood_test"}
@@ -162,7 +169,7 @@ def _warn_of_other_images(folder: Path, sets: ImageSets, console) -> None:
         )
 
 
-def _show_again(before: dict, outcome: Outcome, folder: Path, console) -> None:
+def _show_again(before: dict, outcome: Outcome, folder: Path, console: Console) -> None:
     now = outcome.results
     split = "test" if "test.accuracy" in now else "val"
     names = {f"{split}.{key}": key.replace("_", " ") for key in ("accuracy", "macro_accuracy", "knn_accuracy", "ece")}

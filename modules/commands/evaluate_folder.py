@@ -9,17 +9,18 @@ from collections import Counter
 from pathlib import Path
 
 from modules.config import Config
+from modules.console import Console
 from modules.data.images import Images, load_images
 from modules.data.sources import identity
 from modules.data.unlabeled import read_images
 from modules.errors import ConfigError
-from modules.evaluation.features import embed_images
+from modules.evaluation.features import Embed, embed_images
 from modules.evaluation.stored import Detector, Judgment
 from modules.memory import named_memory
 from modules.state import write_atomic
 
 
-def judge_folder(folder: Path, config: Config, detector: Detector, embed, console) -> Path:
+def judge_folder(folder: Path, config: Config, detector: Detector, embed: Embed, console: Console) -> Path:
     """Write class, probability, scores and decision of every image below data.root to <run>/evaluated/<root>-<hash>.
 
     Raises:
@@ -97,7 +98,7 @@ def as_csv(images: Images, judgment: Judgment, detector: Detector) -> str:
     return buffer.getvalue()
 
 
-def _show_summary(summary: dict, detector: Detector, console) -> None:
+def _show_summary(summary: dict, detector: Detector, console: Console) -> None:
     rows = [[name, str(count)] for name, count in summary["accepted_by_class"].items() if count]
     rows.append(["rejected", str(summary["images"] - summary["accepted"])])
     title = f"{summary['root']}: {summary['images']} images, accepted where {summary['score']} >= {summary['threshold']:.4g}"

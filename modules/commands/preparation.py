@@ -5,6 +5,7 @@ started or resumed before and after, and a verb can be repeated with any setting
 """
 
 import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from modules.workdir import Workdir
 
 
 @contextmanager
-def opened(config: Config, origins: dict[str, str], console, verb: str):
+def opened(config: Config, origins: dict[str, str], console: Console, verb: str) -> Iterator[Job]:
     """Context with a Job in the directory `<run.dir>/<run.name>/<verb>`; results of an earlier call are replaced."""
     looks = {"run.name": f"{config.run.name}/{verb}", "evaluation.judge_steps": 0}
     if verb != "check":  # check must fail where a run would; the others compute no intervals and accept few test groups
@@ -33,7 +34,7 @@ def opened(config: Config, origins: dict[str, str], console, verb: str):
         workdir.close()
 
 
-def load_generation(job: Job, progress, *, learn: bool) -> str:
+def load_generation(job: Job, progress: Callable[..., None], *, learn: bool) -> str:
     """Do stage tokens: pipeline, VAE moments of the train images, class tokens; returns where the tokens come from.
 
     Args:
@@ -55,7 +56,7 @@ def load_generation(job: Job, progress, *, learn: bool) -> str:
     return "read from the cache" if found else "not learned yet; at their initializer, which time does not depend on"
 
 
-def cached_tokens(job: Job):
+def cached_tokens(job: Job) -> token_files.Tokens | None:
     """The tokens that a run with this configuration would read from the cache, or None."""
     key = stages.token_key(job)
     return token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, job.pipeline.digest)
@@ -82,7 +83,7 @@ def print_card(job: Job) -> None:
     job.console.card(str(job.workdir.path), run_card(job))
 
 
-def thrown_away(job: Job, progress) -> State:
+def thrown_away(job: Job, progress: Callable[..., None]) -> State:
     """A throwaway state for timing: slots as busy as in a run, but rings not filled, since no time depends on them."""
     state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
     if state.generator is not None:

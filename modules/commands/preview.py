@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from kernels.pixels import pixels
 from kernels.staging import upload
 from modules.commands.flags import FLAGS, SWITCH, number, split_flags, words
 from modules.commands.preparation import load_generation, opened
+from modules.config import Config
+from modules.console import Console
 from modules.diffusion.conditioning import Conditioning
 from modules.diffusion.pipeline import to_vae_range
 from modules.diffusion.recipes import POSITIVE, near_ood_strength
@@ -53,7 +56,9 @@ class Variant:
         return self.recipe if self.recipe in FREE_RECIPES else f"{self.recipe} {self.strength:g}"
 
 
-def command(path: str, overrides: list[str], console, run, step) -> list[Path]:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[..., None]
+) -> list[Path]:
     """Draw the sheets; returns their files.
 
     Raises:
@@ -115,7 +120,7 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
     return found
 
 
-def _alone(config, variant: Variant):
+def _alone(config: Config, variant: Variant) -> Config:
     """The config of a run that generates only this variant; ConfigError if such a run is invalid."""
     settings: dict[str, object] = {"generation.near_ood_fraction": float(variant.recipe != POSITIVE)}
     if variant.recipe == POSITIVE:
@@ -146,7 +151,9 @@ def read_provenance(file: Path) -> list[Request]:
         ) from error
 
 
-def _draw(job: Job, labels: list[int], variants: list[Variant], columns: int, progress) -> list[Path]:
+def _draw(
+    job: Job, labels: list[int], variants: list[Variant], columns: int, progress: Callable[..., None]
+) -> list[Path]:
     """Draw a sheet for each class; all images of a class are generated together to keep the slots busy."""
     sources = _sources(job, labels, variants, columns)
     wanted = {variant: requests_of(job, variant, sources) for variant in variants}
@@ -232,12 +239,12 @@ def _sources(job: Job, labels: list[int], variants: list[Variant], columns: int)
     return of_class
 
 
-def _masked(config, variants: list[Variant]) -> bool:
+def _masked(config: Config, variants: list[Variant]) -> bool:
     """Whether a variant edits within object masks."""
     return config.generation.mask_edit != "none" or any(variant.recipe == "mask_split" for variant in variants)
 
 
-def _exposed(config) -> dict[str, object]:
+def _exposed(config: Config) -> dict[str, object]:
     """The setting that near-OOD rows require under cross-entropy, to satisfy a rule that only concerns training."""
     return {"learning.outlier_exposure": 0.5} if config.learning.method == "cross_entropy" else {}
 
@@ -261,7 +268,7 @@ def _file_name(name: str, label: int) -> str:
     return f"{label:03d}-" + "".join(c if c.isalnum() else "-" for c in name)[:40]
 
 
-def _variants(flags: dict[str, str], config) -> list[Variant]:
+def _variants(flags: dict[str, str], config: Config) -> list[Variant]:
     strengths = words(flags["strengths"]) if "strengths" in flags else used_strengths(config.generation)
     try:
         chosen = [float(strength) for strength in strengths]

@@ -9,6 +9,7 @@ and not to a data sheet. profile.json and trace.json are written to profile/ in 
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,7 @@ from modules.commands.advice import LAUNCH_BOUND, Advice, Facts, advise
 from modules.commands.flags import FLAGS, number, split_flags
 from modules.commands.preparation import load_generation, opened, print_card, thrown_away
 from modules.commands.profile_trace import Trace, find_syncs, trace_steps
+from modules.console import Console
 from modules.data.views import VIEWS
 from modules.learning.encoder import choose_arch
 from modules.phases import STEP_PHASES
@@ -24,7 +26,7 @@ from modules.rules import batch_rows, generated_rows
 from modules.runtime import DTYPES, auto_pipeline_dtype, auto_precision, environment
 from modules.settings import load_config
 from modules.training import costs, stages
-from modules.training.job import Job
+from modules.training.job import Job, State
 from modules.training.memory_plan import MemoryPlan, memory_plan
 from modules.training.timing import Ceilings, Timing, measure_ceilings, time_steps, window
 
@@ -57,7 +59,9 @@ class Profile:
     advices: list[Advice]
 
 
-def command(path: str, overrides: list[str], console, run, step) -> dict:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[[State], None]
+) -> dict:
     """Time, trace, compare with ceilings, advise; returns the content of profile.json."""
     flags, overrides = split_flags(overrides, FLAGS["profile"])
     config, origins = load_config(path, overrides)
@@ -78,7 +82,9 @@ def command(path: str, overrides: list[str], console, run, step) -> dict:
     return report
 
 
-def _measure(job: Job, state, step, least: int, progress) -> Profile:
+def _measure(
+    job: Job, state: State, step: Callable[[State], None], least: int, progress: Callable[..., None]
+) -> Profile:
     timing = time_steps(state, step, window(state, least))
     progress(1, 4, "timed")
     trace = trace_steps(state, step, _traced_steps(state), job.workdir.path / "trace.json")
@@ -111,7 +117,7 @@ def _report(found: Profile) -> dict:
     }
 
 
-def _traced_steps(state) -> int:
+def _traced_steps(state: State) -> int:
     """Number of steps to trace: three, or more if needed to include a tick."""
     if state.generator is None or not state.config.generation.images_per_step:
         return 3
@@ -131,7 +137,7 @@ def _ceilings(job: Job) -> dict[str, Ceilings]:
     return {name: measured[dtype] for name, dtype in dtypes.items()}
 
 
-def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
+def _part_rows(job: Job, state: State, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
     """UNet, VAE decode and encoder: ms per step, TFLOP/s, share of the matrix ceiling; other generation: ms alone."""
     rows = []
 
@@ -159,7 +165,7 @@ def _part_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -
     return rows
 
 
-def _bandwidth_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
+def _bandwidth_rows(job: Job, state: State, timing: Timing, ceilings: dict[str, Ceilings]) -> list[PartRow]:
     """Phases limited by memory traffic: GiB/s, counting the bytes they must move, and share of the copy ceiling."""
     pixels = round(batch_rows(job.config)) * job.config.data.image_size**2 * 3
     numbers = sum(p.numel() for p in state.encoder.parameters())
@@ -177,7 +183,9 @@ def _bandwidth_rows(job: Job, state, timing: Timing, ceilings: dict[str, Ceiling
     return rows
 
 
-def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], syncs) -> Facts:
+def _facts(
+    job: Job, state: State, timing: Timing, trace: Trace, parts: list[PartRow], syncs: list[str] | None
+) -> Facts:
     slots = None if state.generator is None else state.generator.slots
     names = {dtype: name for name, dtype in DTYPES.items()}
     return Facts(
@@ -203,7 +211,7 @@ def _facts(job: Job, state, timing: Timing, trace: Trace, parts: list[PartRow], 
     )
 
 
-def _print(console, found: Profile) -> None:
+def _print(console: Console, found: Profile) -> None:
     timing, trace, facts = found.timing, found.trace, found.facts
 
     def share(ms: float) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Trace:
     busy_ms: float  # time in which the GPU had work, overlaps counted once; on a CPU the sum over all operators
 
 
-def trace_steps(state: State, step, count: int, path: Path) -> Trace:
+def trace_steps(state: State, step: Callable[[State], None], count: int, path: Path) -> Trace:
     """Profile `count` steps and write them to `path` as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
     on_gpu = state.meter.on_gpu
     if not on_gpu:
@@ -75,7 +76,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def find_syncs(state: State, step, count: int) -> list[str] | None:
+def find_syncs(state: State, step: Callable[[State], None], count: int) -> list[str] | None:
     """Lines of code ("file.py:12") where a step waits for the GPU, from torch's sync debug mode; None on a CPU."""
     if not state.meter.on_gpu:
         return None

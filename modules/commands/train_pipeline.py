@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from safetensors import SafetensorError
 from modules import state
 from modules.config import Pipeline, PipelineConfig
 from modules.console import Console
-from modules.data.images import load_images
+from modules.data.images import Images, load_images
 from modules.data.index import read_raw
-from modules.data.items import Index
+from modules.data.items import Index, Item
 from modules.diffusion import train_pipeline as training
 from modules.diffusion.export_pipeline import export
 from modules.diffusion.pipeline import StableDiffusion, load_pipeline, to_vae_range
@@ -41,7 +42,9 @@ from modules.workdir import Workdir
 SHEET_ROWS, SHEET_COLUMNS = 6, 8
 
 
-def command(path: str, overrides: list[str], console, run, step) -> Path:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[..., None]
+) -> Path:
     """Train and export a pipeline and draw its sheets; returns its folder.
 
     Raises:
@@ -75,7 +78,7 @@ def _shown(overrides: list[str]) -> list[str]:
     return [override for override in overrides if not override.startswith(("run.dir=", "run.name=", "training.out="))]
 
 
-def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir, console) -> dict:
+def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir, console: Console) -> dict:
     """Read the images, train both stages, write `folder`, curves and sheets; returns the content of results.json."""
     workdir.write_json("environment.json", environment())
     device = resolve_runtime(config.run, Pipeline(dtype="fp32")).device.value
@@ -128,7 +131,9 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     return results
 
 
-def _vae(config: PipelineConfig, start: StableDiffusion | None, trainer: "_Trainer", pixels_NHWC: torch.Tensor):
+def _vae(
+    config: PipelineConfig, start: StableDiffusion | None, trainer: "_Trainer", pixels_NHWC: torch.Tensor
+) -> tuple[torch.nn.Module, list[list]]:
     """(VAE, its training curve): trained from scratch, trained further, or kept as it is with an empty curve."""
     recipe, seed = config.training, config.run.seed
     if start is not None and not recipe.further_vae_steps:
@@ -192,7 +197,7 @@ def chosen_items(index: Index, root: str) -> list:
     return items
 
 
-def wordings(items) -> tuple[list[str], list[str], list[str]]:
+def wordings(items: Sequence[Item]) -> tuple[list[str], list[str], list[str]]:
     """(captions, nouns, objects) of the images; a missing caption is the first object template filled with the noun."""
     captions, nouns, objects = [], [], []
     for item in items:
@@ -203,7 +208,15 @@ def wordings(items) -> tuple[list[str], list[str], list[str]]:
     return captions, nouns, objects
 
 
-def training_facts(config, arguments: str, index: Index, captions, images, tokenizer, start) -> dict:
+def training_facts(
+    config: PipelineConfig,
+    arguments: str,
+    index: Index,
+    captions: list[str],
+    images: Images,
+    tokenizer,
+    start: StableDiffusion | None,
+) -> dict:
     """The content of `training.json`: how the pipeline was trained, and the same of the one it was started from."""
     words = {word for caption in captions for word in phrase_of(caption).lower().split()}
     words |= {word for template in OBJECT_TEMPLATES for word in fill(template, "object").lower().split()}
@@ -256,7 +269,7 @@ class _Trainer:
     console: Console
     read: str  # sha256 of images, captions and the pipeline started from
 
-    def train(self, name: str, stage, step) -> list[list]:
+    def train(self, name: str, stage: training.Stage, step: Callable[[], float]) -> list[list]:
         """Call `step` until the stage is done; returns its curve of [step, mean loss of the interval]."""
         curve = self._resume(name, stage)
         with self.console.stage(name) as progress:
@@ -271,7 +284,7 @@ class _Trainer:
                 raise Terminated(text, stop.signum) from None
         return curve.points
 
-    def _after_step(self, name: str, stage, curve: _Curve, progress) -> None:
+    def _after_step(self, name: str, stage: training.Stage, curve: _Curve, progress: Callable[..., None]) -> None:
         run, last = self.config.run, stage.step == stage.steps
         if stage.step % run.log_every == 0 or last:
             mean = curve.close_interval(stage.step)
@@ -279,7 +292,7 @@ class _Trainer:
         if stage.step % run.checkpoint_every == 0 or last:
             self._save(name, stage, curve)
 
-    def _resume(self, name: str, stage) -> _Curve:
+    def _resume(self, name: str, stage: training.Stage) -> _Curve:
         found = state.load_newest(self.workdir.checkpoints / name)
         if found is None:
             return _Curve()
@@ -295,7 +308,7 @@ class _Trainer:
         self.console.line(f"  resumed at step {step} of {name}")
         return _Curve(**tree["curve"])
 
-    def _save(self, name: str, stage, curve: _Curve) -> None:
+    def _save(self, name: str, stage: training.Stage, curve: _Curve) -> None:
         """Save a checkpoint, but never a non-finite one.
 
         Raises:
@@ -313,7 +326,9 @@ class _Trainer:
 
 
 @torch.no_grad()
-def sheets(folder: Path, pixels_NHWC, captions: list[str], seed: int) -> dict[str, tuple[list, list[str]]]:
+def sheets(
+    folder: Path, pixels_NHWC: torch.Tensor, captions: list[str], seed: int
+) -> dict[str, tuple[list, list[str]]]:
     """{"reconstructions", "samples"} -> (rows of uint8 HWC images on the CPU, their labels).
 
     They are computed by diffusers' own pipeline, on the device of `pixels_NHWC`.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from modules.commands.arms import arm_settings
 from modules.config import Config
+from modules.console import Console
 from modules.errors import ConfigError, StorageError, Terminated
 from modules.records import read_record
 from modules.settings import as_yaml, load_config
@@ -83,7 +84,7 @@ def refuse_other_settings(trials: list[Planned]) -> None:
         )
 
 
-def run_trials(trials: list[Planned], logs: Path, console) -> dict[str, tuple[int, str]]:
+def run_trials(trials: list[Planned], logs: Path, console: Console) -> dict[str, tuple[int, str]]:
     """Run every trial to its end, one after another; returns {name: (exit code, last line)} of those that failed.
 
     Raises:
@@ -110,7 +111,7 @@ def run_trials(trials: list[Planned], logs: Path, console) -> dict[str, tuple[in
     return failures
 
 
-def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str]], console) -> bool:
+def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str]], console: Console) -> bool:
     """Run one trial to its end; returns whether it finished, else adds it to `failures`."""
     if results := _results(trial):
         console.line(f"{trial.name:<24} finished before  {headline(results)}")

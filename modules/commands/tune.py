@@ -9,13 +9,14 @@ the line of YAML to paste; tune.json and tune.png are written to tune/ in the ru
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from modules.commands.flags import FLAGS, number, split_flags, words
 from modules.commands.preparation import load_generation, opened, print_card
 from modules.commands.tune_choice import RULE, Row, recommend, within
 from modules.commands.tune_measure import measure
 from modules.config import Config
-from modules.console import duration
+from modules.console import Console, duration
 from modules.errors import ConfigError
 from modules.ranges import CHOICES
 from modules.rules import generates
@@ -23,6 +24,7 @@ from modules.runtime import environment
 from modules.settings import load_config
 from modules.state import write_atomic
 from modules.training import stages
+from modules.training.job import State
 
 QUALITY_STEPS = 60
 HEADER = ["img/step", "steps/s", "img/s", "gen %", "slower", "reuse", "age", "run", "GiB"]
@@ -30,7 +32,9 @@ FIGURES = {"val_knn_accuracy": "val kNN", "val_near_ood_auroc": "AUROC"}
 NOISY = 0.15  # relative difference of equal measurements above which the user is warned
 
 
-def command(path: str, overrides: list[str], console, run, step) -> dict:
+def command(
+    path: str, overrides: list[str], console: Console, run: Callable[..., dict], step: Callable[[State], None]
+) -> dict:
     """Measure, recommend, write; returns the content of tune.json.
 
     Raises:
@@ -86,7 +90,7 @@ def _report(config: Config, rows: list[Row], quality: int) -> dict:
     }
 
 
-def _print_table(console, rows: list[Row], preset: str, quality: int) -> None:
+def _print_table(console: Console, rows: list[Row], preset: str, quality: int) -> None:
     figures = list(next((row.quality for row in rows if row.quality), {}) or {})
     header = HEADER + [FIGURES[name] for name in figures]
     lines = []

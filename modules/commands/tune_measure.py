@@ -5,13 +5,14 @@ other work, the least disturbed window is closest to the truth. The spread of eq
 """
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from modules.commands.preparation import load_generation, variant
 from modules.commands.tune_choice import Row
-from modules.config import Config
+from modules.config import Config, Generation
 from modules.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.evaluation.metrics import ood_metrics
@@ -39,7 +40,7 @@ class Candidate:
     start: dict
     config: Config
 
-    def window(self, step, least: int, quality: int) -> Timing:
+    def window(self, step: Callable[[State], None], least: int, quality: int) -> Timing:
         """Time a window of steps from the start state, or, if `quality` > 0, a whole short run of that many steps."""
         self.state.load_state_dict(copied(self.start))
         self.state.config = self.config
@@ -50,7 +51,9 @@ class Candidate:
         return time_steps(self.state, step, window(self.state, least))
 
 
-def measure(job: Job, step, presets: list[str], quality: int, progress) -> list[Row]:
+def measure(
+    job: Job, step: Callable[[State], None], presets: list[str], quality: int, progress: Callable[..., None]
+) -> list[Row]:
     """A row for the step without generation, then one for each preset and ratio of tune.grid."""
     grid = sorted({rate for rate in job.config.tune.grid if rate > 0})
     rounds = 1 if quality else ROUNDS
@@ -95,7 +98,7 @@ def fastest(windows: list[Timing]) -> Timing:
     return min(windows, key=lambda timing: timing.step_ms)
 
 
-def mean_age(generation, rate: float, num_classes: int) -> float:
+def mean_age(generation: Generation, rate: float, num_classes: int) -> float:
     """Mean age in steps of the stored images once rings are full; 0 without generation.
 
     A ring of one role receives rate x share / C images per step, so an image is replaced after ring_size C / (rate x
@@ -125,7 +128,7 @@ def _plain(job: Job, quality: int) -> Candidate:
 
 
 def _candidates(
-    job: Job, step, preset: str, grid: list[float], quality: int
+    job: Job, step: Callable[[State], None], preset: str, grid: list[float], quality: int
 ) -> tuple[dict[float, Candidate], dict[float, str]]:
     """({ratio: candidate}, {ratio: reason}): a preset's ratios that can be run, all on one state, and the others."""
     configs: dict[float, Config] = {}

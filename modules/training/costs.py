@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from modules.config import Generation, Learning
 from modules.diffusion.attention import install
+from modules.diffusion.pipeline import StableDiffusion
 
 META = torch.device("meta")
 
@@ -44,7 +46,7 @@ def cost_of(work: Callable[[], object], held: Iterable[torch.Tensor]) -> Cost:
 
 
 @torch.no_grad()
-def unet_cost(pipeline, rows: int) -> Cost:
+def unet_cost(pipeline: StableDiffusion, rows: int) -> Cost:
     """One UNet call on `rows` latents, with the prompts' keys and values already computed, as in a tick."""
     unet = _on_paper(pipeline.unet, pipeline.dtype)
     size, width = pipeline.latent_size, pipeline.guidance_embedding_width
@@ -53,14 +55,14 @@ def unet_cost(pipeline, rows: int) -> Cost:
     kv_BTX = empty(rows, pipeline.num_tokens, install(unet))
     embedding_BW = empty(rows, width) if width else None
 
-    def work():
+    def work() -> None:
         unet(z_B4hw, t_B, None, timestep_cond=embedding_BW, cross_attention_kwargs={"kv": kv_BTX})
 
     return cost_of(work, [*unet.parameters(), z_B4hw, t_B, kv_BTX, *([embedding_BW] if width else [])])
 
 
 @torch.no_grad()
-def decode_cost(pipeline, rows: int) -> Cost:
+def decode_cost(pipeline: StableDiffusion, rows: int) -> Cost:
     """One call of the VAE decoder on `rows` latents."""
     vae, size = _on_paper(pipeline.vae, pipeline.dtype), pipeline.latent_size
     z_B4hw = torch.empty(rows, 4, size, size, dtype=pipeline.dtype, device=META)
@@ -72,7 +74,7 @@ def encoder_cost(encoder: torch.nn.Module, rows: int, size: int, dtype: torch.dt
     model = copy.deepcopy(encoder).to(META, dtype).train(training)
     x_B3HW = torch.empty(rows, 3, size, size, dtype=dtype, device=META)
 
-    def work():
+    def work() -> None:
         embeddings = model(x_B3HW, "embeddings")
         if training:
             embeddings.sum().backward()
@@ -81,7 +83,7 @@ def encoder_cost(encoder: torch.nn.Module, rows: int, size: int, dtype: torch.dt
         return cost_of(work, [*model.parameters(), *model.buffers(), x_B3HW])
 
 
-def key_value_columns(pipeline) -> int:
+def key_value_columns(pipeline: StableDiffusion) -> int:
     """X, the total width of a prompt's keys and values over all layers of the UNet."""
     return install(_on_paper(pipeline.unet, pipeline.dtype))
 
@@ -147,18 +149,18 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def prompt_bytes(pipeline) -> int:
+def prompt_bytes(pipeline: StableDiffusion) -> int:
     """Bytes of one prompt's keys and values in all cross-attention layers."""
     return pipeline.num_tokens * key_value_columns(pipeline) * pipeline.dtype.itemsize
 
 
-def prompt_cache_bytes(generation, num_classes: int, pipeline) -> int:
+def prompt_cache_bytes(generation: Generation, num_classes: int, pipeline: StableDiffusion) -> int:
     """Bytes of the keys and values of all prompts a run may use, at most generation.kv_cache_gib."""
     prompts = num_classes * len(generation.templates) * len(generation.conditions) + 1
     return min(prompts * prompt_bytes(pipeline), int(generation.kv_cache_gib * 2**30))
 
 
-def optimizer_bytes(encoder: torch.nn.Module, learning) -> int:
+def optimizer_bytes(encoder: torch.nn.Module, learning: Learning) -> int:
     """Bytes of the state that the optimizer set in the config section `learning` allocates at its first step."""
     if learning.optimizer == "sgd" and learning.momentum == 0:
         return 0

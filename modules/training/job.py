@@ -1,7 +1,7 @@
 """`Job`, what the stages of a run pass on to each other, and `State`, everything a training step reads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,7 @@ class Job:
     choices: dict[str, Choice] = field(default_factory=dict)  # how images are generated on this machine, see `machine`
     card: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.runtime = resolve_runtime(self.config.run, self.config.pipeline, self.config.data.image_size)
         self.device = self.runtime.device.value
         self.meter = Meter(self.device)
@@ -116,7 +116,7 @@ class Job:
             self.console.warn(text)
 
     @contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str) -> Iterator[Callable[..., None]]:
         """Run a stage: time it, show its progress, and name it in the error if memory runs out.
 
         Raises:

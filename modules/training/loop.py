@@ -1,8 +1,10 @@
 """Stage contrastive of a run: the training loop with metric rows and checkpoints; a stop loses no finished step."""
 
+from collections.abc import Callable
 from functools import partial
 
 from modules import state as checkpoints
+from modules.console import Console
 from modules.errors import StorageError, Terminated
 from modules.evaluation.features import embed_images, knn_accuracy
 from modules.termination import termination
@@ -12,7 +14,7 @@ from modules.training.timing import synchronize
 from modules.workdir import Workdir
 
 
-def train(job: Job, state: State, step, progress) -> None:
+def train(job: Job, state: State, step: Callable[[State], None], progress: Callable[..., None]) -> None:
     """Stage contrastive: train to the last step, writing metric rows and checkpoints of the whole state.
 
     Raises:
@@ -64,7 +66,7 @@ def _save(job: Job, state: State) -> None:
     checkpoints.save_checkpoint(folder, state.step, state.state_dict(), job.config.run.keep_checkpoints)
 
 
-def _or_warn(console, write, *what) -> None:
+def _or_warn(console: Console, write: Callable[..., None], *what: object) -> None:
     """Call write(*what), but only warn if storage fails: the run goes on, and the older checkpoint stays."""
     try:
         write(*what)

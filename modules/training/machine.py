@@ -11,6 +11,7 @@ import gc
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -131,7 +132,7 @@ def _as_it_is(job: Job, slots: Slots) -> dict[str, Choice]:
     }
 
 
-def choose_overlap(job: Job, state: State, step) -> None:
+def choose_overlap(job: Job, state: State, step: Callable[[State], None]) -> None:
     """Set the overlap mode of a state: the one this run chose before, else the one measured now on copies of the state.
 
     Raises:
@@ -162,7 +163,7 @@ def choose_overlap(job: Job, state: State, step) -> None:
 
 
 @contextmanager
-def unchanged(state: State, overlap: Overlap):
+def unchanged(state: State, overlap: Overlap) -> Iterator[State]:
     """A trial state that shares its parts with `state` but has its own meter; its changes are undone on exit."""
     trial = replace(state, meter=Meter(next(state.encoder.parameters()).device), overlap=overlap)
     state.meter.restart_peak(state.pool_bytes)  # the trial counts its own
@@ -182,7 +183,7 @@ def _swap_layers(job: Job) -> None:
 
 
 @contextmanager
-def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor):
+def _room_for_learner(job: Job, state: State, train_DHWC: torch.Tensor) -> Iterator[None]:
     """Reserve, while the slots are fitted, the device memory that training will need later.
 
     That is the memory of a step of the encoder, of the state that its optimizer allocates at the first step, and of the
@@ -279,7 +280,7 @@ def _read(job: Job) -> dict:
     return found if all(found.get(name) == value for name, value in _key(job).items()) else {}
 
 
-def _write(job: Job, **choices) -> None:
+def _write(job: Job, **choices: object) -> None:
     job.workdir.write_json(FILE, _read(job) | _key(job) | choices)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -10,20 +11,23 @@ from modules import state as checkpoints
 from modules.data.views import MEAN, STD
 from modules.diffusion.gate import REASONS
 from modules.diffusion.recipes import POSITIVE
+from modules.diffusion.requests import Request
 from modules.diffusion.suitability import judge_images, suitability
 from modules.evaluation.artifact import artifact_warning
+from modules.evaluation.evaluate import FeatureSet, Outcome
 from modules.evaluation.report import EmbeddingMap, Report, SheetRow, write_report
 from modules.evaluation.report_recipes import ALL, RecipeSheet, Shot
 from modules.evaluation.stored import save_detector, save_predictions
 from modules.learning.encoder import choose_arch
 from modules.phases import BESIDE
 from modules.runtime import environment
+from modules.training.job import Job, State
 
 SHOTS = 3  # images of each kind per class on the contact sheet
 RECIPE_SHOTS = 3  # example images of a recipe
 
 
-def export(job, state, outcome) -> None:
+def export(job: Job, state: State, outcome: Outcome) -> None:
     """Write predictions.safetensors and export/{encoder.safetensors,classes.json,preprocess.json,ood.safetensors}."""
     folder = job.workdir.path / "export"
     arch = choose_arch(job.config.encoder.arch, job.config.data.image_size).value
@@ -39,7 +43,7 @@ def export(job, state, outcome) -> None:
         save_predictions(job.workdir.path / "predictions.safetensors", outcome.predictions)
 
 
-def write_run_report(job, state, features, outcome, results: dict) -> None:
+def write_run_report(job: Job, state: State, features: dict[str, FeatureSet], outcome: Outcome, results: dict) -> None:
     """Write report.html of a run; also suitability to recipes.json and the gate's counts to gate.json."""
     config, sets = job.config, job.sets
     examples = state.generator.examples() if state.generator is not None else []
@@ -77,7 +81,7 @@ def write_run_report(job, state, features, outcome, results: dict) -> None:
     write_report(job.workdir.path / "report.html", report)
 
 
-def _notes(job, results: dict) -> tuple[str, ...]:
+def _notes(job: Job, results: dict) -> tuple[str, ...]:
     notes = []
     if "parts64" in job.sets.index.root:
         notes.append(
@@ -88,7 +92,7 @@ def _notes(job, results: dict) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _sheet(job, examples) -> tuple[SheetRow, ...]:
+def _sheet(job: Job, examples: list[tuple[torch.Tensor, Request]]) -> tuple[SheetRow, ...]:
     """Sources, positives and near-OOD images of each class; the sources are those of the positives, else negatives."""
     by_class = defaultdict(lambda: ([], []))
     for pixels, request in examples:
@@ -103,7 +107,7 @@ def _sheet(job, examples) -> tuple[SheetRow, ...]:
     return tuple(rows)
 
 
-def _recipe_sheets(job, examples) -> tuple[RecipeSheet, ...]:
+def _recipe_sheets(job: Job, examples: list[tuple[torch.Tensor, Request]]) -> tuple[RecipeSheet, ...]:
     """Example images of every recipe this run uses, spread over as many classes as possible, each with its source."""
     config = job.config
     made = {POSITIVE: False} if config.generation.near_ood_fraction < 1 else {}
@@ -136,7 +140,7 @@ def verdict_rows(counts: dict[str, dict[int, dict[str, int]]], classes: tuple[st
     return rows
 
 
-def _in_turns(found: list, key) -> list:
+def _in_turns(found: list, key: Callable[[Request], object]) -> list:
     """The same images reordered so that values of key(request) alternate: the first few cover as many as possible."""
     queues = defaultdict(list)
     for pixels, request in found:
@@ -145,12 +149,12 @@ def _in_turns(found: list, key) -> list:
     return [queue[i] for i in range(depth) for queue in queues.values() if i < len(queue)]
 
 
-def _shot(pixels, request) -> Shot:
+def _shot(pixels: torch.Tensor, request: Request) -> Shot:
     caption = request.recipe if not request.denoises else f"{request.recipe} {request.strength:g}"
     return Shot(pixels.cpu(), caption, json.dumps(asdict(request)))
 
 
-def _suitability(job, examples) -> list[dict]:
+def _suitability(job: Job, examples: list[tuple[torch.Tensor, Request]]) -> list[dict]:
     """Label agreement, diversity and distance to source by recipe and class, as rated by the judge.
 
     Generated images are compared with the train images, their sources. The judge was fitted to these; compared with
@@ -173,7 +177,7 @@ def _suitability(job, examples) -> list[dict]:
     )
 
 
-def _throughput(state) -> dict[str, int]:
+def _throughput(state: State) -> dict[str, int]:
     """Number of images that passed through each phase, from which images per second are computed."""
     images = {"augment": state.forward_rows, "encode": state.forward_rows, "backward": state.forward_rows}
     images["mix"] = state.forward_rows // 2

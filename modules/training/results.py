@@ -2,9 +2,11 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 
 import torch
 
+from modules.console import Console
 from modules.diffusion.roundtrip import roundtrip
 from modules.evaluation.artifact import artifact_doubt, artifact_light, artifact_warning
 from modules.evaluation.evaluate import FeatureSet, Outcome, evaluate
@@ -17,7 +19,9 @@ from modules.workdir import Workdir
 LIGHT_IMAGES = 256  # most val images used to check for the shortcut through decoder artifacts
 
 
-def evaluate_features(job: Job, state: State, features: dict[str, FeatureSet], progress) -> Outcome:
+def evaluate_features(
+    job: Job, state: State, features: dict[str, FeatureSet], progress: Callable[..., None]
+) -> Outcome:
     """Stage evaluate: fit readout and thresholds on train and val, then score test once."""
     config = job.config
     generated = {}
@@ -90,7 +94,7 @@ def write_results(job: Job, state: State, features: dict[str, FeatureSet], outco
     return results
 
 
-def show(results: dict, workdir: Workdir, console, note: str = "") -> None:
+def show(results: dict, workdir: Workdir, console: Console, note: str = "") -> None:
     """Print the closing table."""
 
     def percent(key: str) -> str:

@@ -4,11 +4,14 @@ A stage stores what later stages need in `Job` (data, pipeline, tokens); what a 
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from modules import state as checkpoints
+from modules.config import Config
+from modules.console import Console
 from modules.data.cache import digest_tensor, locked
 from modules.data.duplicates import describe_duplicates, near_duplicates
 from modules.data.mixer import Mixer, check_balance
@@ -48,7 +51,7 @@ REPORTED_IMAGES = JUDGED_PER_CLASS  # most val images per class used in the toke
 VAE_CHECK_IMAGES = 2  # train images that must encode and decode to finite pixels before the others are encoded
 
 
-def load_data(job: Job, progress) -> None:
+def load_data(job: Job, progress: Callable[..., None]) -> None:
     """Stage data: decode every image once, at the sizes for learning and generation, check the set, write data.json."""
     config = job.config
     if idle := idle_settings(config):
@@ -94,7 +97,7 @@ def _check_evaluation(job: Job) -> None:
     check_score_name(config.evaluation.score, head_source(negatives, groups.get("near_ood_val", ())) != "none")
 
 
-def generation_size(config) -> int:
+def generation_size(config: Config) -> int:
     """Pixels per side at which images are generated, found without reading weights.
 
     Raises:
@@ -103,7 +106,7 @@ def generation_size(config) -> int:
     return preset_resolution(config.pipeline.preset, own_resolution(config.pipeline), bool(config.pipeline.resolution))
 
 
-def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
+def learn_tokens(job: Job, progress: Callable[..., None], *, learn: bool = True) -> None:
     """Stage tokens: load the pipeline, encode every train image, get class tokens if `learn`, and get the judge."""
     config, sets = job.config, job.sets
     if not generates(config):
@@ -145,7 +148,7 @@ def learn_tokens(job: Job, progress, *, learn: bool = True) -> None:
         )
 
 
-def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress=None) -> torch.Tensor:
+def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress: Callable[..., None] = None) -> torch.Tensor:
     """VAE moments of `pixels_DHWC`, the train images or their mirror images; generation and inversion start from them.
 
     Raises:
@@ -210,7 +213,7 @@ def token_key(job: Job) -> str:
     return token_cache_key(job.pipeline, job.sources.pixels_DHWC, names, settings, seed, initializers(job))
 
 
-def _tokens(job: Job, progress):
+def _tokens(job: Job, progress: Callable[..., None]) -> token_files.Tokens:
     """Class tokens: the run's own copy if it has a checkpoint, else those of `_cached_or_learned`, copied into the run.
 
     Once steps were taken with this copy it is only read: rewriting it could destroy it if the process were killed.
@@ -225,14 +228,14 @@ def _tokens(job: Job, progress):
     return found
 
 
-def _cached_or_learned(job: Job, progress):
+def _cached_or_learned(job: Job, progress: Callable[..., None]) -> token_files.Tokens:
     """Class tokens from the cache, else learned now and stored there.
 
     If several processes need the same tokens, one learns them while the others wait, so that all use the same tokens.
     """
     key = token_key(job)
 
-    def cached():
+    def cached() -> token_files.Tokens | None:
         found = token_files.cached_tokens(job.cache_dir, key, job.sets.index.classes, job.pipeline.digest)
         if found is not None:
             job.console.line(f"  class tokens: read from the cache ({key[:16]})")
@@ -248,7 +251,7 @@ def _cached_or_learned(job: Job, progress):
     return found
 
 
-def _learn(job: Job, progress):
+def _learn(job: Job, progress: Callable[..., None]) -> token_files.Tokens:
     """Class tokens learned by textual inversion, resumed from a checkpoint if there is one."""
     settings, sets = job.config.inversion, job.sets
     planes = [job.sources.moments_D8hw]
@@ -281,7 +284,7 @@ def _learn(job: Job, progress):
     return inversion.tokens()
 
 
-def build(job: Job, progress) -> State:
+def build(job: Job, progress: Callable[..., None]) -> State:
     """The state that training starts from, new or restored from the newest checkpoint; also prints the run card."""
     config, sets, device = job.config, job.sets, job.device
     num_classes = len(sets.index.classes)
@@ -328,7 +331,7 @@ def roundtrip_images(job: Job) -> torch.Tensor:
     return torch.cat([decode_means(job.pipeline, part, job.config.data.image_size) for part in parts])
 
 
-def _load(folder: Path, part, console) -> bool:
+def _load(folder: Path, part: State | Inversion, console: Console) -> bool:
     """Restore `part` from the newest valid checkpoint in `folder`; returns whether there was one."""
     found = checkpoints.load_newest(folder)
     if found is None:

@@ -5,6 +5,7 @@ and are decoded in it as the ratio requires. Times are wall-clock, with the devi
 """
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +14,7 @@ import torch
 
 from kernels import backend
 from kernels.linear import frozen_linear
-from modules.meter import timer
+from modules.meter import Meter, timer
 from modules.runtime import dtype_name, stream
 from modules.training.job import State
 
@@ -56,7 +57,7 @@ def window(state: State, least: int) -> int:
     return turnover * math.ceil(least / turnover)
 
 
-def time_steps(state: State, step, count: int, warmup: int = WARMUP_STEPS) -> Timing:
+def time_steps(state: State, step: Callable[[State], None], count: int, warmup: int = WARMUP_STEPS) -> Timing:
     """Take `warmup` untimed steps, then time `count` steps."""
     meter = state.meter
     with parts_timed(state):
@@ -89,7 +90,7 @@ def synchronize(state: State) -> None:
 
 
 @contextmanager
-def parts_timed(state: State):
+def parts_timed(state: State) -> Iterator[None]:
     """Context in which the meter also times UNet, VAE decode and text encoder, as "part.<name>"."""
     if state.generator is None:
         yield
@@ -153,7 +154,7 @@ def _counts(state: State) -> tuple[int, int]:
     return counts["finished"], counts["ticks"]
 
 
-def _measured(method, meter, name: str):
+def _measured(method: Callable, meter: Meter, name: str) -> Callable:
     @wraps(method)
     def timed(*args, **kwargs):
         with meter.phase(name):
