@@ -65,7 +65,7 @@ class Runtime:
 def resolve_runtime(run: Run, pipeline: Pipeline, trains_at: int | None = None) -> Runtime:
     """The runtime for the config sections `run` and `pipeline`, every choice with its reason.
 
-    Also sets torch's thread count, TF32 switch and default kernels, and the allocator of the process.
+    Also applies it to the process: thread count, TF32 switch, default kernels and, on a CPU, options of malloc.
 
     Args:
         trains_at: pixels per side of the images that an encoder is trained on; None if none is trained.
