@@ -148,7 +148,7 @@ def learn_tokens(job: Job, progress: Callable[..., None], *, learn: bool = True)
         )
 
 
-def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress: Callable[..., None] = None) -> torch.Tensor:
+def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress: Callable[..., None] | None = None) -> torch.Tensor:
     """VAE moments of `pixels_DHWC`, the train images or their mirror images; generation and inversion start from them.
 
     Raises:
