@@ -108,7 +108,7 @@ def requests_of(job: Job, variant: Variant, sources: dict[int, list[int]]) -> di
     The k-th request of a class has image index k in every variant, and therefore the same noise.
     """
     own = dataclasses.replace(job, config=_alone(job.config, variant))
-    recipes, index = stages.job_recipes(own), 0
+    recipes, index = own.recipes(), 0
     found: dict[int, list[Request]] = {label: [] for label in sources}
     while any(len(found[label]) < len(rows) for label, rows in sources.items()):
         request = recipes.request(index)

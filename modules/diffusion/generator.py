@@ -48,15 +48,12 @@ class Generator:
         pipeline: StableDiffusion,
         plan: Plan,
         tokens: Tokens | None,
+        recipes: Recipes,
         sources: Sources,
         train_DHWC: torch.Tensor,
-        labels: list[int],
-        num_classes: int,
         reservoir: Reservoir,
         *,
         embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        has_mask: list[bool] | None = None,
-        keywords: tuple[tuple[str, ...], ...] = (),
         accelerate: Callable[[Slots], None] | None = None,
     ):
         """A generator with empty slots; `sizes` says how many slots and latents per decode fit, with reasons.
@@ -64,44 +61,28 @@ class Generator:
         Args:
             plan: what the preset makes of config section `generation`.
             tokens: learned class tokens; None: prompts use the initializer word.
+            recipes: the sequence of images to make; a controller of this generator adapts it.
             sources: the train split in the form that generation starts from.
             train_DHWC: the same images as stored for training, uint8, on the device.
             embed: returns the learner's features of stored images, for gate and controller.
-            has_mask: whether each train image has an object mask that is not empty; None: there are no masks.
-            keywords: words of each class, for the condition `keywords`.
             accelerate: makes an engine faster in place; see `fit_slots`.
 
         Raises:
             OutOfMemory: not even one slot, or the decode of one image, fits.
         """
         self.config, self.reservoir, self.embed = config, reservoir, embed
-        self.pipeline, self.sources, self.plan = pipeline, sources, plan
-        self.train_DHWC, self.labels, self.num_classes = train_DHWC, labels, num_classes
+        self.pipeline, self.sources, self.plan, self.recipes = pipeline, sources, plan, recipes
+        self.train_DHWC, self.num_classes = train_DHWC, recipes.num_classes
         generation, seed = plan.settings(config.generation), config.run.seed
         self.now = 0
         self.provenance: dict[int, Request] = {}  # image index -> request, at least of all images in the reservoir
-        self.grid = plan.grid(pipeline.scheduler)
         bank = PromptBank(pipeline, tokens, config.inversion.initializer)
         self.conditioning = Conditioning(bank, seed)
         bases = dict.fromkeys(config.near_ood.recipes, (config.near_ood.strength,))
         bases[POSITIVE] = tuple(used_strengths(generation))
         enabled = config.controller.enabled
-        self.controller = Controller(config.controller, num_classes, bases) if enabled else None
-        self.recipes = Recipes(
-            generation,
-            config.near_ood,
-            self.grid,
-            labels,
-            num_classes,
-            seed=seed,
-            resolution=pipeline.resolution,
-            preset=plan.preset,
-            pipeline=pipeline.digest,
-            tokens=self.conditioning.tokens,
-            has_mask=has_mask,
-            controller=self.controller,
-            keywords=keywords,
-        )
+        self.controller = Controller(config.controller, self.num_classes, bases) if enabled else None
+        recipes.controller = self.controller  # which adapts strengths and weights of what is requested
         self.gate = Gate(
             config.gate,
             store=self.store,
@@ -124,7 +105,7 @@ class Generator:
         self.gate.settle()
         if self.gate.due(step):
             rows = [self.embed(part) for part in self.train_DHWC.split(EMBED_ROWS)]
-            self.gate.refresh(torch.cat(rows), self.labels, self.num_classes)
+            self.gate.refresh(torch.cat(rows), self.recipes.labels, self.num_classes)
         if self.controller is not None:
             self.controller.update(step)
         self.slots.step(self.config.generation.images_per_step)
@@ -199,7 +180,7 @@ class Generator:
         return Slots(
             self.pipeline,
             self.sources,
-            [self.grid],
+            [self.recipes.grid],
             self.recipes.request,
             self.conditioning,
             self.gate.finish,

@@ -62,7 +62,7 @@ class Recipes:
                 no step, or a class has no usable source.
         """
         self.generation, self.near_ood, self.grid, self.seed = generation, near_ood, grid, seed
-        self.num_classes, self.controller, self.keywords = num_classes, controller, keywords
+        self.labels, self.num_classes, self.controller, self.keywords = labels, num_classes, controller, keywords
         self.fixed = {"resolution": resolution, "preset": preset, "pipeline": pipeline, "tokens": tokens}
         self.near_ood_fraction = Fraction(str(generation.near_ood_fraction))  # exactly the decimal in the config
         self.strengths = {float(s): w for s, w in generation.strengths.items() if w > 0}

@@ -14,10 +14,12 @@ from modules.console import Console
 from modules.data.mixer import Mixer
 from modules.data.sets import ImageSets
 from modules.data.views import plain_view
+from modules.diffusion.conditioning import tokens_digest
 from modules.diffusion.generator import Generator
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.presets import Plan
+from modules.diffusion.recipes import Recipes
 from modules.diffusion.slots import Sources
 from modules.diffusion.suitability import Judge
 from modules.diffusion.tokens import Tokens
@@ -108,6 +110,30 @@ class Job:
 
     def _write_environment(self) -> None:
         self.workdir.write_json("environment.json", environment())
+
+    def recipes(self) -> Recipes:
+        """The sequence of images that a run with this job's settings generates.
+
+        Raises:
+            ConfigError: as `Recipes`.
+        """
+        pipeline, tokens = self.pipeline, ""
+        if not self.config.inversion.class_agnostic:
+            tokens = "to be learned" if self.tokens is None else tokens_digest(self.tokens.vectors_CKE.float())
+        return Recipes(
+            self.plan.settings(self.config.generation),
+            self.config.near_ood,
+            self.plan.grid(pipeline.scheduler),
+            self.sets.labels_D.tolist(),
+            len(self.sets.index.classes),
+            seed=self.config.run.seed,
+            resolution=pipeline.resolution,
+            preset=self.plan.preset,
+            pipeline=pipeline.digest,
+            tokens=tokens,
+            has_mask=self.sources.has_mask(),
+            keywords=self.sets.index.keywords(),
+        )
 
     def warn_once(self, text: str) -> None:
         """Print a warning the first time only; texts that differ only in their numbers are the same warning."""

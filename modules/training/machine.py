@@ -83,14 +83,11 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
             job.pipeline,
             job.plan,
             job.tokens,
+            job.recipes(),
             job.sources,
             train_DHWC,
-            job.sets.labels_D.tolist(),
-            len(job.sets.index.classes),
             reservoir,
             embed=state.embed,
-            has_mask=job.sources.has_mask(),
-            keywords=job.sets.index.keywords(),
             accelerate=faster,
         )
     sizes = dict(zip(("slots", "decode_batch"), generator.sizes, strict=True))

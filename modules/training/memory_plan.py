@@ -15,7 +15,6 @@ from modules.learning.encoder import build_encoder
 from modules.rules import batch_rows
 from modules.training import costs
 from modules.training.job import Job
-from modules.training.stages import job_recipes
 
 PROVENANCE_BYTES = 900  # size of one request as JSON, measured
 HELD, WORKING = "held", "working"
@@ -119,7 +118,7 @@ def _generation_parts(job: Job) -> list[Part]:
     generation, size, count = config.generation, config.data.image_size, len(sets.train.items)
     latent = 4 * pipeline.latent_size**2
     rings = len(sets.index.classes) * 2 * generation.ring_size
-    recipes = job_recipes(job)
+    recipes = job.recipes()
     stochastic = recipes.grid.num_inference_steps * recipes.grid.stochastic
     rows = generation.slots * (1 + (recipes.guided and not pipeline.guidance_embedding_width))
     planes = 2 + stochastic + 3 * recipes.masked  # z, x0_prev; noise of every step; mask, z0 and eps of masked edits

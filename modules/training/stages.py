@@ -19,14 +19,12 @@ from modules.data.reservoir import Reservoir
 from modules.data.sets import JUDGED_PER_CLASS, load_sets
 from modules.diffusion import tokens as token_files
 from modules.diffusion.attention import install
-from modules.diffusion.conditioning import tokens_digest
 from modules.diffusion.frozen import freeze_layers
 from modules.diffusion.inversion import Inversion, token_cache_key
 from modules.diffusion.overlap import Overlap
 from modules.diffusion.pipeline import load_pipeline, own_resolution
 from modules.diffusion.presets import plan, preset_resolution
 from modules.diffusion.prompts import KEYWORDS, check_generation, class_initializers, trained_words
-from modules.diffusion.recipes import Recipes
 from modules.diffusion.roundtrip import decode_means
 from modules.diffusion.slots import Sources
 from modules.diffusion.token_report import token_report
@@ -129,7 +127,7 @@ def learn_tokens(job: Job, progress: Callable[..., None], *, learn: bool = True)
     moments = _train_moments(job, stored.pixels_DHWC, progress)
     masks = None if stored.masks_DHW is None else stored.masks_DHW.to(job.device)
     job.sources = Sources(moments, stored.pixels_DHWC, masks)  # pixels stay on the host: 1,000 at 512 px take .8 GB
-    job_recipes(job)  # refuses what cannot be generated now, not after hours of learning tokens
+    job.recipes()  # refuses what cannot be generated now, not after hours of learning tokens
     if learn and not config.inversion.class_agnostic:
         job.tokens = _tokens(job, progress)
         job.inversion_rows = _token_report(job)
@@ -172,31 +170,6 @@ def _token_report(job: Job) -> list[dict]:
     if rows:
         moments = job.pipeline.encode_moments(val.pixels_DHWC[rows].to(job.device))
     return token_report(job.pipeline, job.tokens, moments, labels_D[rows], draws=REPORTED_IMAGES)
-
-
-def job_recipes(job: Job) -> Recipes:
-    """The sequence of images that a run with this job's settings generates.
-
-    Raises:
-        ConfigError: as `Recipes`.
-    """
-    pipeline, tokens = job.pipeline, ""
-    if not job.config.inversion.class_agnostic:
-        tokens = "to be learned" if job.tokens is None else tokens_digest(job.tokens.vectors_CKE.float())
-    return Recipes(
-        job.plan.settings(job.config.generation),
-        job.config.near_ood,
-        job.plan.grid(pipeline.scheduler),
-        job.sets.labels_D.tolist(),
-        len(job.sets.index.classes),
-        seed=job.config.run.seed,
-        resolution=pipeline.resolution,
-        preset=job.plan.preset,
-        pipeline=pipeline.digest,
-        tokens=tokens,
-        has_mask=job.sources.has_mask(),
-        keywords=job.sets.index.keywords(),
-    )
 
 
 def initializers(job: Job) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from modules.config import Config
 from modules.data.reservoir import Reservoir
 from modules.diffusion.generator import Generator, prefill_target
 from modules.diffusion.presets import plan
+from modules.diffusion.recipes import Recipes
 from modules.diffusion.slots import Sources
 from modules.errors import ConfigError
 from modules.settings import with_settings
@@ -40,15 +41,18 @@ def build(embed=None, **settings) -> Generator:
     generation = config.generation
     reservoir = Reservoir(CLASSES, generation.ring_size, SIZE, "cpu", generation.max_uses, generation.max_age)
     sources = Sources(pipeline.encode_moments(pixels), pixels)
+    preset = plan(config.pipeline.preset, config.generation, pipeline)
+    settings, grid = preset.settings(generation), preset.grid(pipeline.scheduler)
+    fixed = {"seed": config.run.seed, "resolution": side, "pipeline": pipeline.digest}
+    recipes = Recipes(settings, config.near_ood, grid, LABELS, CLASSES, **fixed)
     return Generator(
         config,
         pipeline,
-        plan(config.pipeline.preset, config.generation, pipeline),
+        preset,
         None,
+        recipes,
         sources,
         stored,
-        LABELS,
-        CLASSES,
         reservoir,
         embed=embed,
     )
