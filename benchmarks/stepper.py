@@ -45,7 +45,7 @@ class Stepper:
 
     @property
     def train_images(self) -> int:
-        return len(self.state.generator.labels)
+        return len(self.state.generator.recipes.labels)
 
     def steps(self, images: float) -> int:
         """The number of steps in a block at a ratio."""
