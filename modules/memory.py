@@ -93,17 +93,11 @@ def _explained(error: BaseException, stage: str, config: Config | PipelineConfig
     values = flatten(config)
     what, knobs = _part(error, values) or ("", STAGES.get(stage, WHOLE_RUN))
     where = f"stage {stage}: {what}" if what else f"stage {stage}"
-    if HALF in knobs:
-        knobs = [_half(config) if knob == HALF else knob for knob in knobs]
+    knobs = [_half(config) if knob == HALF else knob for knob in knobs]
     lower = [f"{name} ({values[name]})" if values.get(name) else name for name in knobs if name and "=" not in name]
     ways = [f"lower {', '.join(lower)}"] * bool(lower) + [f"set {knob}" for knob in knobs if "=" in knob]
-    return "; ".join(
-        [
-            f"{where} does not fit ({first_line(error)})",
-            *[", or ".join(ways)] * bool(ways),
-            "`check` lists what a run holds",
-        ]
-    )
+    told = [f"{where} does not fit ({first_line(error)})", ", or ".join(ways), "`check` lists what a run holds"]
+    return "; ".join(filter(None, told))
 
 
 def _half(config: Config | PipelineConfig) -> str:

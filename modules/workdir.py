@@ -67,9 +67,7 @@ class Workdir:
             raise StorageError(
                 f"{self.path}: in use by process {owner}; wait for it, or set run.name to start another run beside it"
             ) from None
-        with contextlib.suppress(
-            OSError
-        ):  # on a full disk the lock holds without the process id, and a finished run can still be shown
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without it, and a finished run can be shown
             self._lock_file.truncate(0)
             self._lock_file.write(str(os.getpid()).encode())
         if replacing and changed_settings(self.path, config):
