@@ -16,7 +16,6 @@ from modules.diffusion.controller import Controller
 from modules.diffusion.fit import fit_slots
 from modules.diffusion.gate import Gate
 from modules.diffusion.pipeline import StableDiffusion
-from modules.diffusion.presets import Plan
 from modules.diffusion.recipes import POSITIVE, Recipes
 from modules.diffusion.requests import Request
 from modules.diffusion.slots import Slots, Sources
@@ -46,7 +45,6 @@ class Generator:
         self,
         config: Config,
         pipeline: StableDiffusion,
-        plan: Plan,
         tokens: Tokens | None,
         recipes: Recipes,
         sources: Sources,
@@ -59,7 +57,6 @@ class Generator:
         """A generator with empty slots; `sizes` says how many slots and latents per decode fit, with reasons.
 
         Args:
-            plan: what the preset makes of config section `generation`.
             tokens: learned class tokens; None: prompts use the initializer word.
             recipes: the sequence of images to make; a controller of this generator adapts it.
             sources: the train split in the form that generation starts from.
@@ -71,9 +68,9 @@ class Generator:
             OutOfMemory: not even one slot, or the decode of one image, fits.
         """
         self.config, self.reservoir, self.embed = config, reservoir, embed
-        self.pipeline, self.sources, self.plan, self.recipes = pipeline, sources, plan, recipes
+        self.pipeline, self.sources, self.recipes = pipeline, sources, recipes
         self.train_DHWC, self.num_classes = train_DHWC, recipes.num_classes
-        generation, seed = plan.settings(config.generation), config.run.seed
+        generation, seed = config.generation, config.run.seed
         self.now = 0
         self.provenance: dict[int, Request] = {}  # image index -> request, at least of all images in the reservoir
         bank = PromptBank(pipeline, tokens, config.inversion.initializer)
@@ -180,7 +177,7 @@ class Generator:
         return Slots(
             self.pipeline,
             self.sources,
-            [self.recipes.grid],
+            self.recipes.grids.every,
             self.recipes.request,
             self.conditioning,
             self.gate.finish,
@@ -199,9 +196,8 @@ class Generator:
 
         None: `Slots` decides and takes a row for each slot or none at all.
         """
-        if self.plan.guided_steps >= self.plan.num_inference_steps or self.pipeline.guidance_embedding_width:
-            return None
-        if not self.recipes.guided:
+        throughout = all(grid.guided_steps >= grid.num_inference_steps for grid in self.recipes.grids.every)
+        if throughout or self.pipeline.guidance_embedding_width or not self.recipes.guided:
             return None
         requests = [self.recipes.request(index) for index in range(SHARE_IMAGES)]
         guided = sum(max(0, r.guided_steps - r.start) for r in requests if r.denoises and r.guidance_scale != 1)

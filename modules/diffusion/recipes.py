@@ -17,7 +17,7 @@ from modules.config import Generation, NearOOD
 from modules.diffusion.controller import Controller
 from modules.diffusion.prompts import KEYWORDS
 from modules.diffusion.requests import Prompt, Request
-from modules.diffusion.schedule import Grid
+from modules.diffusion.schedule import Grids
 from modules.errors import ConfigError
 from modules.rules import FREE_RECIPES
 from modules.runtime import stream
@@ -35,7 +35,7 @@ class Recipes:
         self,
         generation: Generation,
         near_ood: NearOOD,
-        grid: Grid,
+        grids: Grids,
         labels: Sequence[int],
         num_classes: int,
         *,
@@ -61,7 +61,7 @@ class Recipes:
             ConfigError: a recipe lacks the masks, tokens, second class or dividing grid that it needs, a strength takes
                 no step, or a class has no usable source.
         """
-        self.generation, self.near_ood, self.grid, self.seed = generation, near_ood, grid, seed
+        self.generation, self.near_ood, self.grids, self.seed = generation, near_ood, grids, seed
         self.labels, self.num_classes, self.controller, self.keywords = labels, num_classes, controller, keywords
         self.fixed = {"resolution": resolution, "preset": preset, "pipeline": pipeline, "tokens": tokens}
         self.near_ood_fraction = Fraction(str(generation.near_ood_fraction))  # exactly the decimal in the config
@@ -105,17 +105,17 @@ class Recipes:
             return Request(**request, jigsaw_grid=self.near_ood.jigsaw_grid)
         base = pick(self.strengths, u) if recipe == POSITIVE else near_ood_strength(recipe, self.near_ood)
         strength = base if recipe == "mask_split" else self._strength(recipe, label, base)
-        start = self.grid.start(strength)
+        grid, start = self.grids.at(strength)
         return Request(
             **request,
             prompt=self._prompt(recipe, label, draw),
             strength=strength,
             start=start,
-            t0=self.grid.timesteps[start],
-            sqrt_abar=self.grid.amplitude(start),
-            solver=self.grid.solver,
-            num_inference_steps=self.grid.num_inference_steps,
-            guided_steps=self.grid.guided_steps,
+            t0=grid.timesteps[start],
+            sqrt_abar=grid.amplitude(start),
+            solver=grid.solver,
+            num_inference_steps=grid.num_inference_steps,
+            guided_steps=grid.guided_steps,
             guidance_scale=(
                 self.near_ood.negative_guidance if recipe == "negative_guidance" else self.generation.guidance_scale
             ),
@@ -154,8 +154,7 @@ class Recipes:
     def _strength(self, recipe: str, label: int, base: float) -> float:
         if self.controller is None:
             return base
-        lowest = (1 + 1e-9) / self.grid.num_inference_steps  # without 1e-9, int(T_n (1 / T_n)) is 0 for T_n such as 49
-        return min(1.0, max(lowest, self.controller.strength(recipe, label, base)))
+        return min(1.0, max(self.grids.lowest_strength, self.controller.strength(recipe, label, base)))
 
     def _prompt(self, recipe: str, label: int, draw: torch.Generator) -> Prompt:
         """The prompt of a recipe; template, condition, mixing partner and weight come from the image's own stream."""
@@ -187,9 +186,9 @@ class Recipes:
     def _check(self, resolution: int, tokens: str) -> None:
         used = [name for name in self.recipes if self.near_ood_fraction > 0]
         for strength in self.strengths if self.near_ood_fraction < 1 else ():
-            self.grid.start(strength)
+            self.grids.at(strength)
         if any(name not in FREE_RECIPES for name in used):
-            self.grid.start(self.near_ood.strength)
+            self.grids.at(self.near_ood.strength)
         for name in used:
             if name in TOKEN_RECIPES and not tokens:
                 raise ConfigError(

@@ -75,6 +75,37 @@ class Grid:
         return float(self.steps_N8[index, 0])
 
 
+@dataclass(frozen=True)
+class Grids:
+    """Which time grid an image takes, and from which step on, by its strength.
+
+    A strength s is counted in steps of the grid `full`: n = min(int(T_n s), T_n) of them, at least one. An image takes
+    these n steps, or what `shorter` has in their place.
+    """
+
+    full: Grid
+    shorter: tuple[tuple[Grid, int], ...] = ()  # the n-th: a grid and its first step, which replace n steps of `full`
+
+    def at(self, strength: float) -> tuple[Grid, int]:
+        """The grid of a strength in (0, 1], and the index of the first step taken on it.
+
+        Raises:
+            ConfigError: as `Grid.start`.
+        """
+        start = self.full.start(strength)
+        return self.shorter[self.full.num_inference_steps - start - 1] if self.shorter else (self.full, start)
+
+    @property
+    def every(self) -> list[Grid]:
+        """All grids that some strength takes."""
+        return list({grid.key: grid for grid, _ in self.shorter}.values()) or [self.full]
+
+    @property
+    def lowest_strength(self) -> float:
+        """A strength that takes one step of `full`; 1 / T_n rounded up, as int(T_n (1 / T_n)) is 0 for T_n such as 49."""
+        return (1 + 1e-9) / self.full.num_inference_steps
+
+
 def time_grid(scheduler: dict, solver: str, num_inference_steps: int, guided_steps: int | None = None) -> Grid:
     """The grid of T_n steps that diffusers' scheduler for `solver` takes with a pipeline's scheduler config.
 

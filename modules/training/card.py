@@ -35,7 +35,7 @@ def run_card(job: Job) -> list[tuple[str, str, str]]:
         ("generation", f"{generation.images_per_step:g} images a step",
          f"{100 * generation.synthetic_fraction:.0f} % of a batch, so each serves {reuse:.1f} times, those of the prefill apart"),
         ("preset", plan.preset, "; ".join(plan.reasons)),
-        ("solver", f"{plan.solver}, {plan.num_inference_steps} steps", f"guidance {plan.guidance_scale:g}"),
+        ("solver", plan.sampler, f"guidance {plan.guidance_scale:g}"),
         *((name.replace("_", " "), str(choice.value), choice.reason) for name, choice in choices.items()),
         ("positives", _shares(generation.strengths, "strength "), "shares of the positives"),
         ("near-OOD", _shares(config.near_ood.recipes),

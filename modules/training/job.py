@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -121,9 +121,9 @@ class Job:
         if not self.config.inversion.class_agnostic:
             tokens = "to be learned" if self.tokens is None else tokens_digest(self.tokens.vectors_CKE.float())
         return Recipes(
-            self.plan.settings(self.config.generation),
+            replace(self.config.generation, guidance_scale=self.plan.guidance_scale),
             self.config.near_ood,
-            self.plan.grid(pipeline.scheduler),
+            self.plan.grids(pipeline.scheduler),
             self.sets.labels_D.tolist(),
             len(self.sets.index.classes),
             seed=self.config.run.seed,

@@ -81,7 +81,6 @@ def build_generator(job: Job, state: State, train_DHWC: torch.Tensor, reservoir:
         generator = Generator(
             with_settings(job.config, {f"generation.{name}": value for name, value in asked.items()}),
             job.pipeline,
-            job.plan,
             job.tokens,
             job.recipes(),
             job.sources,

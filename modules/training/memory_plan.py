@@ -119,7 +119,7 @@ def _generation_parts(job: Job) -> list[Part]:
     latent = 4 * pipeline.latent_size**2
     rings = len(sets.index.classes) * 2 * generation.ring_size
     recipes = job.recipes()
-    stochastic = recipes.grid.num_inference_steps * recipes.grid.stochastic
+    stochastic = max(grid.num_inference_steps * grid.stochastic for grid in recipes.grids.every)
     rows = generation.slots * (1 + (recipes.guided and not pipeline.guidance_embedding_width))
     planes = 2 + stochastic + 3 * recipes.masked  # z, x0_prev; noise of every step; mask, z0 and eps of masked edits
     slots = (generation.slots * planes + generation.slots + generation.decode_batch) * latent * 4

@@ -90,6 +90,7 @@ def test_what_is_found_before_compiling_is_all_that_a_compiled_engine_times(monk
     for setting in (bench.setting, bench._fast()):
         assert bench._built(setting, compile_setting="on", tune=True).compiled.reason == "on"
     assert not timed and bench.found == found
+    assert bench._fast().calls(bench.pipeline.scheduler) == (10, 7), "as many as the preset takes at this strength"
 
 
 def test_where_guidance_ends_early_a_call_has_fewer_unconditional_rows(pipeline):

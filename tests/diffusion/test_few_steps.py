@@ -56,7 +56,7 @@ def assert_sampled_as(pipeline, folder) -> None:
     told = load(folder)
     ours, theirs = (plan("turbo", SETTINGS, one) for one in (pipeline, told))
     assert (ours.solver, ours.num_inference_steps) == (theirs.solver, theirs.num_inference_steps)
-    grids = ours.grid(pipeline.scheduler), theirs.grid(told.scheduler)
+    grids = ours.grids(pipeline.scheduler).full, theirs.grids(told.scheduler).full
     assert grids[0].timesteps == grids[1].timesteps and torch.equal(grids[0].steps_N8, grids[1].steps_N8)
     assert pipeline.family == told.family and pipeline.prediction_type == told.prediction_type
 

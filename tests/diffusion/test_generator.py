@@ -1,5 +1,7 @@
 """The generator as a whole: rings filled, the rate kept, provenance of all it holds, and a state that goes on exactly."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,13 +44,13 @@ def build(embed=None, **settings) -> Generator:
     reservoir = Reservoir(CLASSES, generation.ring_size, SIZE, "cpu", generation.max_uses, generation.max_age)
     sources = Sources(pipeline.encode_moments(pixels), pixels)
     preset = plan(config.pipeline.preset, config.generation, pipeline)
-    settings, grid = preset.settings(generation), preset.grid(pipeline.scheduler)
+    settings = dataclasses.replace(generation, guidance_scale=preset.guidance_scale)
+    grids = preset.grids(pipeline.scheduler)
     fixed = {"seed": config.run.seed, "resolution": side, "pipeline": pipeline.digest}
-    recipes = Recipes(settings, config.near_ood, grid, LABELS, CLASSES, **fixed)
+    recipes = Recipes(settings, config.near_ood, grids, LABELS, CLASSES, **fixed)
     return Generator(
         config,
         pipeline,
-        preset,
         None,
         recipes,
         sources,

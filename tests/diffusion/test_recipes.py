@@ -13,7 +13,7 @@ from modules.diffusion.prompts import check_keywords, check_prompts, drawn_promp
 from modules.diffusion.recipes import Recipes, pick
 from modules.diffusion.remake import make
 from modules.diffusion.requests import Prompt, Request
-from modules.diffusion.schedule import time_grid
+from modules.diffusion.schedule import Grids, time_grid
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
 from modules.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ def recipes(generation=(), near_ood=(), grid=GRID, labels=LABELS, num_classes=3,
     return Recipes(
         dataclasses.replace(config.Generation(), **dict(generation)),
         dataclasses.replace(config.NearOOD(), **dict(near_ood)),
-        grid,
+        Grids(grid),
         labels,
         num_classes,
         **({"seed": 3, "resolution": 32, "tokens": "t"} | other),
