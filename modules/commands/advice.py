@@ -7,7 +7,8 @@ change costs apart from time (staler images, other images), and a saving that ch
 from dataclasses import dataclass
 
 from modules.config import Config
-from modules.rules import rounded_up, used_strengths
+from modules.diffusion.presets import unet_rows
+from modules.rules import rounded_up
 
 LAUNCH_BOUND = 0.85  # share of a step with work for the GPU below which it counts as waiting for the host
 LOW_UTILIZATION = 0.35  # share of the matrix ceiling below which more rows per call are likely to help
@@ -31,6 +32,7 @@ class Facts:
     auto_precision: str  # what `auto` resolves to on this device: fp32 if it is slow in 16 bits
     auto_pipeline_dtype: str
     kl_decoder: bool  # the VAE is an AutoencoderKL
+    family: str = ""  # of the pipeline; "": nothing is generated
     views: str = "torch"  # implementation of the augmentations: torch | triton
     busy: float = 1.0  # share of a step in which the GPU has work
     unet_utilization: float = 1.0  # share of the matrix ceiling
@@ -51,7 +53,7 @@ class Advice:
 
 def advise(facts: Facts, count: int = 3) -> list[Advice]:
     """The `count` changes with the largest expected saving (saves_ms x likely), in falling order."""
-    rules = (_ratio, _solver, _guidance, _decoder, _launches, _slots, _overlap, _waits, _precision, _pipeline_dtype,
+    rules = (_ratio, _preset, _guidance, _decoder, _launches, _slots, _overlap, _waits, _precision, _pipeline_dtype,
              _channels_last, _augmentation, _optimizer, _threads, _smaller_encoder, _smaller_images)  # fmt: skip
     found = [advice for rule in rules if (advice := rule(facts)) is not None and advice.saves_ms > 0]
     return sorted(found, key=lambda advice: -advice.saves_ms * advice.likely)[:count]
@@ -74,19 +76,23 @@ def _ratio(facts: Facts) -> Advice | None:
     )
 
 
-def _solver(facts: Facts) -> Advice | None:
-    generation, unet_ms = facts.config.generation, facts.part_ms.get("unet", 0.0)
-    half = generation.num_inference_steps // 2
-    if generation.solver not in ("ddim", "euler") or not unet_ms:
+def _preset(facts: Facts) -> Advice | None:
+    config, unet_ms = facts.config, facts.part_ms.get("unet", 0.0)
+    if config.pipeline.preset != "exact" or facts.family not in ("sd1", "sd2") or not unet_ms:
         return None
-    if int(half * min(used_strengths(generation))) < 2:
-        return None
+    generation, negatives = config.generation, config.generation.near_ood_fraction
+    shares = [((1 - negatives) * weight, float(strength)) for strength, weight in generation.strengths.items()]
+    shares.append((negatives * sum(generation.strengths.values()), config.near_ood.strength))
+    exact, fast = (
+        sum(share * unet_rows(preset, generation, strength) for share, strength in shares)
+        for preset in ("exact", "fast")
+    )
     return Advice(
-        f"generation.solver dpmpp_2m with num_inference_steps {half}",
-        f"the UNet takes {_percent(unet_ms, facts)} of a step; a second-order solver needs about half the calls, and the "
-        "images differ slightly: compare with preview",
-        unet_ms / 2,
-        0.8,
+        "pipeline.preset fast",
+        f"the UNet takes {_percent(unet_ms, facts)} of a step; another solver needs about {100 * fast / exact:.0f} % of "
+        "its rows, and the images differ slightly: compare with preview",
+        unet_ms * (1 - fast / exact),
+        0.7,
     )
 
 

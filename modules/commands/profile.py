@@ -203,6 +203,7 @@ def _facts(
         auto_pipeline_dtype=names[auto_pipeline_dtype(job.device).value],
         views=backend.choose("views", device=job.device).name,
         kl_decoder=job.pipeline is not None and type(job.pipeline.vae).__name__ == "AutoencoderKL",
+        family="" if job.pipeline is None else job.pipeline.family,
         busy=min(1.0, trace.busy_ms / timing.step_ms) if state.meter.on_gpu else 1.0,
         unet_utilization=parts[0].of_ceiling if slots is not None else 1.0,
         syncs=tuple(syncs or ()),

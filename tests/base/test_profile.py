@@ -161,6 +161,7 @@ FACTS = Facts(
     auto_precision="bf16",
     auto_pipeline_dtype="fp16",
     kl_decoder=True,
+    family="sd1",
     busy=0.97,
     unet_utilization=0.5,
 )
@@ -177,7 +178,7 @@ def test_the_largest_likely_saving_comes_first():
     found = advise(FACTS)
     gains = [advice.saves_ms * advice.likely for advice in found]
     assert len(found) == 3 and gains == sorted(gains, reverse=True)
-    assert found[0].change == "generation.solver dpmpp_2m with num_inference_steps 10"  # half of 45 ms at .8
+    assert found[0].change == "pipeline.preset fast"  # 17 of 46 rows, see below, at .7
 
 
 def test_ratio_goes_no_lower_than_max_uses_allows():
@@ -203,8 +204,8 @@ def test_recipes_without_a_unet_call_are_traced_for_three_steps():
 @pytest.mark.parametrize(
     ("name", "saves", "on", "off"),
     [
-        ("generation.solver", 22.5, {}, {"settings": {"generation.solver": "dpmpp_2m"}}),
-        ("generation.solver", 22.5, {}, {"settings": {"generation.strengths": {0.1: 1.0}}}),
+        ("pipeline.preset", 45 * 29 / 46, {}, {"settings": {"pipeline.preset": "fast"}}),  # (6 + 11) of (16 + 30) rows
+        ("pipeline.preset", 45 * 29 / 46, {}, {"family": "turbo"}),
         ("generation.guidance_scale", 22.5, {}, {"unconditional_rows": 0}),
         ("generation.guidance_scale", 22.5, {}, {"settings": {"near_ood.recipes": {"negative_guidance": 1.0}}}),
         ("pipeline.vae:", 11.28, {}, {"kl_decoder": False}),
