@@ -44,6 +44,7 @@ class Workdir:
     Raises:
         StorageError: not writable, or locked by another process.
         ConfigError: the directory holds a run of other settings.
+        DataError: as `changed_settings`, or inputs.json is damaged.
     """
 
     def __init__(self, config: Config, origins: dict[str, str], *, replacing: bool = False):
@@ -70,9 +71,9 @@ class Workdir:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without it, and a finished run can be shown
             self._lock_file.truncate(0)
             self._lock_file.write(str(os.getpid()).encode())
-        if replacing and changed_settings(self.path, config):
-            (self.path / "config.yaml").unlink()
-            shutil.rmtree(self.checkpoints, ignore_errors=True)  # half-learned tokens of other settings
+        if replacing and _holds_other(self.path, config):
+            # half-learned tokens; config.yaml stays, so that what a kill leaves of them is still known as another's
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         self._refuse_other_settings(config)
         self._remove_leftovers()
         self.goes_on = _holds_work(self.path)  # whether this command continues earlier work
@@ -186,12 +187,15 @@ class Workdir:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _refuse_other_settings(self, config: Config) -> None:
-        if changed := changed_settings(self.path, config):
+        try:
+            if changed := changed_settings(self.path, config):
+                raise ConfigError(
+                    f"{self.path}: holds a run of other settings ({'; '.join(changed)}); set run.name to start another "
+                    "run, or restore the settings to go on with this one"
+                )
+        except (ConfigError, DataError):
             self.close()
-            raise ConfigError(
-                f"{self.path}: holds a run of other settings ({'; '.join(changed)}); set run.name to start another "
-                "run, or restore the settings to go on with this one"
-            )
+            raise
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
@@ -199,11 +203,13 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 
     Empty if there is no work to resume yet (so that a command which failed at a mistyped path can be corrected), or if
     only settings differ that do not change results.
+
+    Raises:
+        DataError: there is work, but config.yaml is missing or damaged.
     """
-    if not (path / "config.yaml").exists() or not _holds_work(path):
+    if not _holds_work(path):
         return []
-    old = yaml.safe_load((path / "config.yaml").read_text())
-    changed = []
+    old, changed = _read_settings(path / "config.yaml"), []
     for name, value in flatten(config).items():
         section, key = name.split(".")
         before = old.get(section, {}).get(key)
@@ -211,6 +217,32 @@ def changed_settings(path: Path, config: Config) -> list[str]:
         if before != value and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS):
             changed.append(f"{name} was {before!r}, now {value!r}")
     return changed
+
+
+def _read_settings(path: Path) -> dict[str, dict]:
+    """{section: {key: value}} of the config.yaml of a run.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
+            raise ValueError("it holds no sections")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({' '.join(str(error).split())}), so the settings that this run began with are not "
+            "known; restore it, or set run.name to begin another run"
+        ) from error
+    return found
+
+
+def _holds_other(path: Path, config: Config) -> bool:
+    """Whether `path` holds work of other settings, or of settings that are not known."""
+    try:
+        return bool(changed_settings(path, config))
+    except DataError:
+        return True
 
 
 def _holds_work(path: Path) -> bool:

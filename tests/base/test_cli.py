@@ -17,6 +17,7 @@ import trainer
 from modules.diffusion.tokens import FILE
 from modules.errors import StorageError, Terminated
 from modules.learning.backbones import build_backbone
+from modules.settings import load_config, to_yaml
 from modules.state import safetensors_bytes
 from modules.termination import behind, termination
 from tests.base.tinyset import contents, finished_run, shared_folder, write_config
@@ -207,6 +208,7 @@ def test_no_valid_checkpoint_left(tmp_path, capsys):
     path = write_config(tmp_path, generation={"synthetic_fraction": 0})
     manifest = tmp_path / "runs" / "tiny" / "checkpoints" / "contrastive" / "step-00000004" / "manifest.json"
     put(manifest, json.dumps({"step": 4, "files": {"tensors.safetensors": "0"}}))
+    put(tmp_path / "runs" / "tiny" / "config.yaml", to_yaml(*load_config(path)))
     refused(capsys, path, [], 6, "step-00000004", "no valid checkpoint is left", "delete the checkpoints folder")
     assert manifest.exists(), "nothing is deleted for the user"
 

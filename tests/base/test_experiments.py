@@ -9,6 +9,7 @@ import pytest
 from benchmarks import grocery_pack, sweep
 from modules.errors import ConfigError
 from modules.runtime import environment
+from modules.settings import to_yaml
 from tests.base.tinyset import write_config
 
 
@@ -31,6 +32,7 @@ def test_a_sweep_writes_a_row_a_val_metric_and_repeats_no_finished_trial(tmp_pat
         planned.path.mkdir(parents=True)
         results = {"val.accuracy": 0.25, "test.accuracy": 0.5, "cost.seconds": 3.0, "learning.steps": 8}
         (planned.path / "results.json").write_text(json.dumps(results))
+        (planned.path / "config.yaml").write_text(to_yaml(planned.config, {}))
         (planned.path / "environment.json").write_text(json.dumps(environment()))
         return 0
 

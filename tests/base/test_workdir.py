@@ -141,6 +141,36 @@ def test_a_look_replaces_an_earlier_one_but_never_one_under_way(config):
     assert "lr: 0.2" in (path / "config.yaml").read_text() and not (path / "checkpoints").exists()
 
 
+def test_a_look_replaced_halfway_is_not_taken_for_the_new_one(config, monkeypatch):
+    """Killed while it removes an earlier look, the next of the same settings removes the rest, and goes on with none."""
+
+    def die(folder, **options):
+        raise KeyboardInterrupt
+
+    begun(config)
+    other = with_settings(config, {"learning.lr": 0.2})
+    with monkeypatch.context() as patched:
+        patched.setattr("modules.workdir.shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            Workdir(other, {}, replacing=True)
+    workdir = Workdir(other, {}, replacing=True)
+    assert not workdir.goes_on and not workdir.checkpoints.exists()
+    workdir.close()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"hello", b"run: {a: [", b"run:\n- 1\n", b"\xff\xfe"])
+def test_work_of_unknown_settings_is_refused(config, content):
+    """Without its config.yaml a run would go on under any settings at all."""
+    path = begun(config).path / "config.yaml"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="config.yaml: cannot be read .* are not known; restore it, or set run.name"):
+        opened(config)
+    Workdir(config, {}, replacing=True).close()
+    opened(config).close()
+
+
 def test_every_changed_setting_is_named(config):
     begun(config)
     with pytest.raises(ConfigError, match=r"run.seed was 0, now 3; learning.lr was 0.1, now 0.2"):
