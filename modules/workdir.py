@@ -156,12 +156,27 @@ class Workdir:
         self._waiting.clear()
 
     def rows(self) -> list[dict]:
-        """All metric rows so far; an incomplete last line (power loss) is dropped."""
+        """All metric rows so far; an incomplete last line (power loss) is dropped.
+
+        Raises:
+            DataError: a line before it is damaged.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = []
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    raise ValueError("it has no step")
+            except ValueError as error:
+                raise DataError(
+                    f"{path}: line {number} is no metric row ({error}); delete that line, and the same command goes on: "
+                    "only the learning curves lack what it held"
+                ) from error
+            rows.append(row)
+        return rows
 
     def cut_rows(self, step: int) -> None:
         """Drop metric rows after `step`, because those steps will be taken again."""

@@ -270,6 +270,22 @@ def test_metric_rows_beyond_the_resumed_step_are_cut(config):
     workdir.close()
 
 
+@pytest.mark.parametrize("line", [b"hello", b"\0" * 40, b"\xff\xfe", b"[]", b"{}", b"\r", b'{"step": "two"}', b""])
+def test_a_damaged_metric_row_is_named_with_its_line(config, line):
+    workdir = opened(config)
+    for step in (2, 4):
+        workdir.log({"step": step})
+    path = workdir.path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, line, second, b""]))
+    with pytest.raises(DataError, match=r"metrics.jsonl: line 2 is no metric row .*; delete that line"):
+        workdir.cut_rows(4)
+    path.write_bytes(b"\n".join([first, second, b""]))
+    workdir.cut_rows(4)
+    assert [row["step"] for row in workdir.rows()] == [2, 4]
+    workdir.close()
+
+
 @pytest.mark.parametrize("content", ["", '{"test.accuracy": 0.', "[1, 2]"])
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
