@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, step: int, tree: dict, keep: int = 2) -> Path:
         _fsync(folder)
     except (OSError, SafetensorError) as error:  # safetensors raises its own exception on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        older = any(folder.glob(f"{PREFIX}*"))
+        older = bool(_checkpoints(folder))
         then = "goes on from the checkpoint before" if older else "begins this stage anew, as there is none before it"
         raise StorageError(
             f"{folder}: the checkpoint of step {step} could not be written ({error}); free some disk space or set "
@@ -74,7 +74,7 @@ def load_newest(folder: Path) -> tuple[int, dict, list[str]] | None:
         StorageError: there are checkpoints, but none is valid.
     """
     invalid = []
-    for path in sorted(Path(folder).glob(f"{PREFIX}*"), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         tree, reason = _read(path)
         if tree is not None:
             complaints = [f"{found}; an older checkpoint is used" for found in invalid]
@@ -96,11 +96,11 @@ def purge(folder: Path, step: int, keep: int) -> None:
     folder = Path(folder)
     for path in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-    paths, newest = sorted(folder.glob(f"{PREFIX}*")), f"{PREFIX}{step:08d}"
+    paths, newest = _checkpoints(folder), f"{PREFIX}{step:08d}"
     kept = [path for path in paths if path.name <= newest][-keep:]
     for path in paths:
         if path not in kept:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted now (NFS) is no reason to end a run
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -162,6 +162,11 @@ def _unpack(node: object, tensors: dict[str, torch.Tensor]) -> object:
     if "dict" in node:
         return {key: _unpack(value, tensors) for key, value in node["dict"]}
     return [_unpack(value, tensors) for value in node["list"]]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint in `folder`, by step; other names, such as a copy's, are the user's."""
+    return sorted(path for path in Path(folder).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
 
 
 def _read(path: Path) -> tuple[dict | None, str]:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_damaged_checkpoints_beyond_the_resumed_step_do_not_count_among_those_ke
     step, _, complaints = state.load_newest(tmp_path)
     assert (step, complaints) == (6, [])
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"][-keep:]
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(tmp_path):
+    shutil.copytree(state.save_checkpoint(tmp_path, 4, TREE), tmp_path / "step-00000004.bak")
+    (tmp_path / "step-notes").write_text("mine")
+    assert state.load_newest(tmp_path)[0] == 4
+    for step in (6, 8):
+        state.save_checkpoint(tmp_path, step, TREE, keep=1)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004.bak", "step-00000008", "step-notes"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path):
+    (tmp_path / "step-00000002").write_text("a file in its place, for which rmtree fails as it may on NFS")
+    for step in (4, 6):
+        state.save_checkpoint(tmp_path, step, TREE, keep=1)
+    assert state.load_newest(tmp_path)[0] == 6 and (tmp_path / "step-00000002").is_file()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "no manifest", "garbage manifest"])
