@@ -159,6 +159,14 @@ def _check_weights(name: str, weights: dict) -> None:
         raise ConfigError(f"`{name}` is {weights}; it needs at least one weight above 0 and none below")
 
 
+def _is_number(key: object) -> bool:
+    """Whether a key of a setting is a number; to YAML 5e-1 is a text."""
+    try:
+        return not isinstance(key, bool) and math.isfinite(float(key))
+    except (TypeError, ValueError):
+        return False
+
+
 def _check_recipes(config: Config) -> None:
     _check_weights("near_ood.recipes", config.near_ood.recipes)
     _check_weights("generation.strengths", config.generation.strengths)
@@ -169,6 +177,9 @@ def _check_recipes(config: Config) -> None:
                 f"`generation.conditions` holds {word!r}, a {type(word).__name__} to YAML and no word; quote the word, "
                 "as in {'no': 1.0}"
             )
+    for strength in config.generation.strengths:
+        if not _is_number(strength):
+            raise ConfigError(f"`generation.strengths` holds {strength!r}; a strength is a number in (0, 1]")
     for recipe in config.near_ood.recipes:
         if recipe not in DIFFUSION_RECIPES + FREE_RECIPES:
             raise ConfigError(
