@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import typing
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from modules.rules import check_rules
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 TAG = "tag:yaml.org,2002:"  # prefix of the tag by which YAML gives the type of a scalar
 PLACES = ("run.dir", "run.cache_dir", "training.out")  # output paths, whose ~ is expanded here
+ODD_NUMBER = re.compile(r"[-+]?0[0-9_]+|[^:]+(:[^:]+)+")  # what YAML reads to base 8 or 60
 NO_TEXT = {TAG + name for name in ("int", "float", "bool", "timestamp")}
 
 
@@ -135,7 +137,8 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(text: str, texts: set[str], name: str = "") -> object:
     """The value of a whole YAML file, or of the setting `name`; values of the settings in `texts` stay as written.
 
-    YAML would read 0123 as 83, 12:30 as 750 and yes as true, which are all valid names for a run.
+    YAML would read 0123 as 83, 12:30 as 750 and yes as true, which are all valid names for a run. Numbers are not read to
+    base 8 or 60 either: seed 010 is 10, not 8.
     """
     loader = _Loader(text)
     try:
@@ -144,7 +147,9 @@ def _read_yaml(text: str, texts: set[str], name: str = "") -> object:
             (f"{section.value}.{key.value}", value) for section, content in _pairs(node) for key, value in _pairs(content)
         ]  # fmt: skip
         for setting, value in pairs:
-            if value is not None and setting in texts and value.tag in NO_TEXT:
+            if value is None or value.tag not in NO_TEXT:
+                continue
+            if setting in texts or (value.tag in (TAG + "int", TAG + "float") and ODD_NUMBER.fullmatch(value.value)):
                 value.tag = TAG + "str"
         return None if node is None else loader.construct_document(node)
     except (ValueError, LookupError, AttributeError) as error:  # raised by PyYAML on an invalid date or number

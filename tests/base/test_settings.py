@@ -59,6 +59,21 @@ def test_a_text_stays_as_it_is_written(tmp_path, name):
         assert load_config(path, [f"run.name={nothing}"])[0].run.name == "mine"
 
 
+@pytest.mark.parametrize(("written", "meant"), [("010", 10), ("007", 7), ("09", 9), ("0", 0), ("0x10", 16)])
+def test_a_number_with_leading_zeros_is_not_octal(tmp_path, written, meant):
+    """Seeds made by `seq -w` would else be others than they say, and two of them the same."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"run: {{seed: {written}}}\n")
+    assert load_config(path)[0].run.seed == meant
+    assert load_config(path, [f"run.seed={written}"])[0].run.seed == meant
+
+
+@pytest.mark.parametrize("setting", ["run.seed=1:30", "learning.lr=1:30", "learning.lr=1:30.5"])
+def test_a_time_of_day_is_no_number(file, setting):
+    with pytest.raises(ConfigError, match=r"is '1:30(\.5)?'; expected a( whole)? number"):
+        load_config(file, [setting])
+
+
 def test_the_home_is_meant_by_a_tilde_wherever_a_place_is_named(file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config, _ = load_config(file, ["run.dir=~/runs", "run.cache_dir=~/cache", "data.root=~/parts"])
