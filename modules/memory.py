@@ -36,6 +36,7 @@ PARTS = {  # function -> what it does, and the settings that make it smaller: a 
         ("inversion.batch_size", "pipeline.resolution", HALF),
     ),
     "modules.diffusion.token_report.token_report": ("the report of the class tokens", ("pipeline.resolution", HALF)),
+    "modules.learning.encoder.build_encoder": ("the encoder", ("encoder.width",)),
     "modules.learning.judge.load_judge": ("the judge", ("data.image_size", "evaluation.judge_steps=0")),
     "modules.training.stages.roundtrip_images": (
         "decoding the train images (generation.roundtrip_fraction)",

@@ -20,6 +20,7 @@ from modules.data.views import VIEWS
 from modules.diffusion.generator import prefill_target
 from modules.diffusion.inversion import Inversion
 from modules.errors import DataError, OutOfMemory
+from modules.memory import named_memory
 from modules.meter import timer
 from modules.probes import available_memory
 from modules.rules import batch_rows, generates
@@ -53,7 +54,8 @@ def command(
             with job.stage("tokens") as progress:
                 console.line(f"  class tokens: {load_generation(job, progress, learn=False)}")
         print_card(job)
-        plan = memory_plan(job)
+        with named_memory("plan", asked):
+            plan = memory_plan(job)
         room = available_memory(job.device)
         fits = _print_memory(console, plan, room)
         report = {

@@ -153,6 +153,14 @@ def test_out_of_memory_in_the_timed_steps_is_a_line(tmp_path):
     )
 
 
+def test_out_of_memory_in_the_plan_is_a_line_too(tmp_path, capsys):
+    """An encoder that not even the plan can hold; `run`, `tune` and `profile` end with the same code."""
+    path = write_config(tmp_path, encoder={"width": 1_000_000}, generation={"synthetic_fraction": 0})
+    assert trainer.main(["check", str(path), "--untimed"]) == OutOfMemory.code
+    found = capsys.readouterr().err
+    assert "error: stage plan: the encoder does not fit" in found and "lower encoder.width (1000000)" in found
+
+
 def test_settings_of_what_is_not_generated_are_said_to_do_nothing(tmp_path):
     path, said = write_config(tmp_path, near_ood={"strength": 0.75, "noise": 2.0}, gate={"enabled": "true"}), []
     for fraction in ("0", "0.4"):
