@@ -51,9 +51,10 @@ def check_rules(config: Config | PipelineConfig) -> None:
     _check_learning(config)
     resamples, beyond = config.evaluation.bootstrap, (1 - config.evaluation.confidence) / 2
     if 0 < resamples * beyond < 1 - 1e-9:
+        least = math.ceil(1 / beyond - 1e-9)
         raise ConfigError(
             f"`evaluation.bootstrap` is {resamples}: too few for the ends of a {config.evaluation.confidence:.12g} interval; "
-            f"set it to {math.ceil(1 / beyond - 1e-9)} or more, as 1000, or to 0 for no intervals"
+            f"set it to {least} or more, as {max(1000, 10 * least)}, or to 0 for no intervals"
         )
 
 

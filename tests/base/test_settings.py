@@ -153,8 +153,9 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("data.num_classes=-2", r"`data.num_classes` is -2; it must lie in \[0, inf\)"),
         (
             "evaluation.bootstrap=39",
-            r"`evaluation.bootstrap` is 39: too few for the ends of a 0.95 interval; set it to 40",
+            r"`evaluation.bootstrap` is 39: too few for the ends of a 0.95 interval; set it to 40 or more, as 1000,",
         ),
+        ("evaluation.confidence=0.999", "set it to 2000 or more, as 20000,"),
         ("run.dir=", r"`run.dir` is empty"),
         ("run.name=.", r"`run.name` is '.'; it must name a directory below run.dir"),
         ("run.name=cache", r"`run.name` is 'cache', but runs/cache holds the class tokens"),
