@@ -7,6 +7,7 @@ started a second time: the others are run first, then it is waited for.
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from modules.settings import as_yaml, load_config
 
 TRAINER = Path(__file__).resolve().parents[2] / "trainer.py"
 CRASHED = 1  # exit code of a traceback
+KILLED = 128 + signal.SIGKILL
 IN_USE = StorageError.code  # exit code of a trial whose directory is locked, but also of other storage errors
 
 
@@ -129,6 +131,8 @@ def _finish(trial: Planned, log: Path, meter, failures: dict[str, tuple[int, str
         console.line(f"{trial.name:<24} {seconds}  {headline(results)}")
         return True
     last = _last_line(log, begin)
+    if code == KILLED:
+        last = f"killed, as by a system that is short of memory; its last line was: {last}"
     failures[trial.name] = (code or CRASHED, last)
     console.warn(f"{trial.name:<15} {seconds}  exit code {code}: {last} ({log})")
     return False

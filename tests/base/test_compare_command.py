@@ -259,8 +259,8 @@ def test_a_failed_trial_is_named_and_the_rest_go_on(grid, tmp_path, capsys):
         call("--arms", "ce,supcon", "--seeds", "0,1")
     assert caught.value.code == 1, "a traceback is worse than a signal"
     assert (
-        "2 of 4 trials did not finish: supcon-s0 (exit code 1: tiny.zip: does not exist); ce-s1 (exit code 137"
-        in str(caught.value)
+        "2 of 4 trials did not finish: supcon-s0 (exit code 1: tiny.zip: does not exist); ce-s1 (exit code 137: killed, as "
+        "by a system that is short of memory; its last line was: " in str(caught.value)
     )
     assert started(folder) == ["ce-s0", "supcon-s0", "ce-s1", "supcon-s1"]
     found = json.loads((tmp_path / "runs/tiny/compare.json").read_text())
