@@ -49,7 +49,8 @@ def command(
 
     Raises:
         DataError: no image set, an image without caption or label, images smaller than the pipeline's resolution, or
-            images other than those the training began with.
+            images other than those the training began with; or the pipeline was finished before and is gone or changed.
+        StorageError: the pipeline could not be written, or another process wrote to the same folder.
         NonFinite: a loss was not finite; the newest checkpoint is from before it.
         Terminated: a signal came; the current stage was checkpointed first.
     """
@@ -57,7 +58,12 @@ def command(
     workdir = Workdir(config, origins)
     try:
         folder = Path(config.training.out or workdir.path / "pipeline")
-        if workdir.results() is not None:
+        if (before := workdir.results()) is not None:
+            if not _holds(folder, before.get("sha256", {})):
+                raise DataError(
+                    f"{folder}: is no longer the pipeline that was trained here; restore it, or delete {workdir.path} to "
+                    "train it again"
+                )
             console.line(f"{folder}: finished; delete {workdir.path} to train it again")
             return folder
         with named_memory("pipeline", config):
@@ -125,10 +131,23 @@ def _make(config: PipelineConfig, folder: Path, arguments: str, workdir: Workdir
     state.write_atomic(workdir.path / "curves.png", curves_png(curves))
     for name, (rows, labels) in sheets(folder, pixels, captions, config.run.seed).items():
         state.write_atomic(workdir.path / f"{name}.png", sheet_png(rows, labels))
+    if not _holds(folder, digests):
+        raise StorageError(
+            f"{folder}: another process has written to it meanwhile; set training.out to a folder of its own under another "
+            "run.name, or end the other and start the same command again: training is done and kept"
+        )
     results = {"train.unet_loss": unet_curve[-1][1], "sha256": digests}
     if vae_curve:
         results["train.vae_psnr_db"] = 10 * math.log10(4 / vae_curve[-1][1])
     return results
+
+
+def _holds(folder: Path, digests: dict[str, str]) -> bool:
+    """Whether the weight files of a pipeline are still those that were written: relative path -> sha256."""
+    try:
+        return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digests[name] for name in digests)
+    except OSError:
+        return False
 
 
 def _vae(

@@ -157,6 +157,40 @@ def test_a_disk_too_full_for_the_pipeline_costs_no_training(root, tmp_path, monk
     assert not (tmp_path / "tiny" / "results.json").exists()
 
 
+@pytest.mark.parametrize("harm", ["gone", "changed"])
+def test_a_finished_pipeline_that_is_gone_or_changed_is_not_called_finished(harm, root, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "tiny")
+    train(root, tmp_path)
+    pipeline = tmp_path / "tiny" / "pipeline"
+    if harm == "gone":
+        shutil.rmtree(pipeline)
+    else:
+        (pipeline / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"of another training")
+    with pytest.raises(
+        DataError, match=r"pipeline: is no longer the pipeline .*; restore it, or delete .*tiny to train"
+    ):
+        train(root, tmp_path)
+
+
+def test_two_trainings_into_one_folder_are_not_both_called_finished(root, tmp_path, monkeypatch):
+    """The other one exports while this one draws its sheets: the folder holds parts of both, or the other's."""
+    out = f"training.out={tmp_path / 'out'}"
+    draw = train_pipeline.sheets
+
+    def other_meanwhile(*arguments):
+        monkeypatch.setattr(train_pipeline, "sheets", draw)
+        train(root, tmp_path, out, "run.name=other", "run.seed=1")
+        return draw(*arguments)
+
+    monkeypatch.setattr(train_pipeline, "sheets", other_meanwhile)
+    with pytest.raises(StorageError, match="out: another process has written to it meanwhile; set training.out"):
+        train(root, tmp_path, out)
+    assert not (tmp_path / "tiny" / "results.json").exists() and (tmp_path / "other" / "results.json").exists()
+    train(root, tmp_path, out)
+    with pytest.raises(DataError, match="is no longer the pipeline"):
+        train(root, tmp_path, out, "run.name=other", "run.seed=1")
+
+
 def test_a_finished_pipeline_is_trained_on_with_its_vae_as_it_was(root, whole, tmp_path):
     first = whole / "pipeline"
     further = train(root, tmp_path, f"training.start={first}", "training.unet_steps=2") / "pipeline"
