@@ -122,7 +122,7 @@ class Files:
             DataError: one is a symbolic link (which may leave the root, form a cycle, or show images under two labels),
                 a name is not UTF-8, or the folder cannot be read.
         """
-        found = [e for e in self._entries(path) if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+        found = [e for e in self._entries(path) if _is_folder(e) and not e.name.startswith((".", "__MACOSX"))]
         for entry in found:
             if entry.is_symlink():
                 raise DataError(
@@ -137,7 +137,7 @@ class Files:
             DataError: a name is not UTF-8 (as may come from an old archive or a Latin-1 share), or the folder cannot be
                 read.
         """
-        names = [e.name for e in self._entries(path) if not e.is_dir() and not e.name.startswith(".")]
+        names = [e.name for e in self._entries(path) if not _is_folder(e) and not e.name.startswith(".")]
         return self._utf8(path, names)
 
     def _entries(self, path: str) -> list[os.DirEntry]:
@@ -175,3 +175,11 @@ class Files:
             self._links[folder] = os.path.realpath(os.path.join(self._real_root, folder))
         full = os.path.join(self._links[folder], name)
         return os.path.realpath(full) if os.path.islink(full) else full
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry, or what it links to, is a folder; a link that leads nowhere is a file, which will be missing."""
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle, or a target that cannot be looked at
+        return False

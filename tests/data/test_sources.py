@@ -243,6 +243,13 @@ def test_a_link_in_a_circle_is_refused(tmp_path):
     refused("symbolic link to a folder", tmp_path)
 
 
+@pytest.mark.parametrize("target", ["itself.png", "nowhere.png"])
+def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path, target):
+    class_folders(tmp_path, {"bolt": 1, "nut": 1})
+    os.symlink(target, tmp_path / "bolt" / "itself.png")
+    refused(r"bolt/itself.png is missing", tmp_path)
+
+
 def test_a_link_inside_the_root_is_an_image_like_others(tmp_path):
     class_folders(tmp_path, {"bolt": 1, "nut": 1})
     os.symlink(tmp_path / "bolt" / "00.png", tmp_path / "bolt" / "copy.png")
