@@ -73,10 +73,26 @@ def plan(
 
 
 def refuse_other_settings(trials: list[Planned]) -> None:
-    """Raise ConfigError, before anything is started or written, if any run directory holds a run of other settings."""
+    """Look at every run directory before anything is started or written.
+
+    Raises:
+        ConfigError: one holds a run of other settings.
+        DataError: as `changed_settings`.
+        StorageError: one may not be read, as another user's.
+    """
     from modules.workdir import changed_settings
 
-    others = {trial.path: changed for trial in trials if (changed := changed_settings(trial.path, trial.config))}
+    others = {}
+    for trial in trials:
+        try:
+            holder(trial)
+            if changed := changed_settings(trial.path, trial.config):
+                others[trial.path] = changed
+        except OSError as error:
+            raise StorageError(
+                f"{trial.path}: cannot be read ({error.strerror}); nothing was started. Give yourself the right to, or set "
+                "run.name or run.dir to begin another comparison"
+            ) from error
     if others:
         path, changed = next(iter(others.items()))
         more = f", and so do {len(others) - 1} more" if len(others) > 1 else ""

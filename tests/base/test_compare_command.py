@@ -298,6 +298,17 @@ def test_trials_of_other_settings_are_refused_before_anything_is_started(grid, t
     assert tree(tmp_path / "runs") == before and started(folder) == ["ce-s0", "supcon-s0"]
 
 
+def test_a_trial_of_another_user_is_an_error_of_storage(grid, monkeypatch):
+    def locked_away(trial):
+        raise PermissionError(13, "Permission denied")
+
+    call, folder = grid
+    monkeypatch.setattr(trials, "holder", locked_away)
+    with pytest.raises(StorageError, match=r"ce-s0: cannot be read \(Permission denied\); nothing was started"):
+        call("--arms", "ce", "--seeds", "0")
+    assert started(folder) == []
+
+
 def test_a_trial_another_process_is_at_is_left_to_it_and_waited_for(grid, tmp_path, capsys):
     """As after `compare` was killed and its trial went on, or beside a scheduler that runs the same grid."""
     call, folder = grid
