@@ -100,19 +100,17 @@ def find_trials(folder: Path) -> list[Trial]:
 def read_trials(trials: Iterable[Trial]) -> tuple[list[Finished], list[tuple[Trial, str]]]:
     """(finished trials, unfinished ones with the reason), both in the order given.
 
-    Raises DataError if a finished trial's files cannot be read or its config.yaml has another seed than its name.
+    Raises DataError if a finished trial's files are missing or cannot be read, or if its config.yaml has another seed
+    than its name.
     """
     finished, unfinished = [], []
     for trial in trials:
-        lacking = [
-            name
-            for name in ("results.json", "predictions.safetensors", "config.yaml")
-            if not (trial.path / name).exists()
-        ]
-        if lacking:
-            reason = f"no {lacking[0]}" if trial.path.is_dir() else "not started"
-            unfinished.append((trial, reason))
+        if not (trial.path / "results.json").exists():
+            unfinished.append((trial, "no results.json" if trial.path.is_dir() else "not started"))
             continue
+        for name in ("predictions.safetensors", "config.yaml"):
+            if not (trial.path / name).exists():
+                raise DataError(f"{trial.path}: is finished but has no {name}; move it away and run the trial again")
         settings = _flat(yaml.safe_load((trial.path / "config.yaml").read_text()))
         if settings.get("run.seed") != trial.seed:
             raise DataError(

@@ -123,7 +123,8 @@ def load_detector(path: Path) -> Detector:
     unknown = [name for name in names if name not in SCORES]
     if unknown:
         raise DataError(
-            f"{path}: holds the score {unknown[0]!r}, known are {', '.join(SCORES)}; evaluate the run again"
+            f"{path}: holds the score {unknown[0]!r}, known are {', '.join(SCORES)}; restore it, or move the run away and "
+            "make it again"
         )
     states = {name: {} for name in names}
     for key, value in tensors.items():
@@ -149,10 +150,12 @@ def _load(path: Path, names: tuple[str, ...], header: tuple[str, ...]) -> tuple[
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors ({error}); evaluate the run again") from error
+        raise DataError(
+            f"{path}: cannot be read as safetensors ({error}); restore it, or move the run away and make it again"
+        ) from error
     lacking = [name for name in names if name not in tensors] + [name for name in header if name not in metadata]
     if lacking:
-        raise DataError(f"{path}: lacks {', '.join(lacking)}; evaluate the run again")
+        raise DataError(f"{path}: lacks {', '.join(lacking)}; restore it, or move the run away and make it again")
     return tensors, metadata
 
 

@@ -83,6 +83,20 @@ def test_trials_are_found_by_name_and_unfinished_ones_named(folder):
         find_trials(folder / "cache")
 
 
+@pytest.mark.parametrize(
+    ("name", "harm"), [("predictions.safetensors", None), ("predictions.safetensors", b"x"), ("config.yaml", None)]
+)
+def test_a_finished_trial_without_its_files_is_no_unfinished_one(tmp_path, name, harm):
+    """The same command would not run it again, because it is finished: the comparison would lack it for good."""
+    write_run(tmp_path, "a", 0, 0.1)
+    path = tmp_path / "a-s0" / name
+    path.unlink()
+    if harm is not None:
+        path.write_bytes(harm)
+    with pytest.raises(DataError, match=f"{name}.*; .*move (it|the run) away and"):
+        read_trials(find_trials(tmp_path))
+
+
 def test_means_and_spreads_are_those_of_the_runs(folder, comparison):
     values = [
         json.loads((folder / f"supcon-s{seed}" / "results.json").read_text())["test.accuracy"] for seed in range(3)
