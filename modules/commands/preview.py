@@ -134,7 +134,7 @@ def read_provenance(file: Path) -> list[Request]:
     """The requests in a JSON file, which holds one or a list of them, as written by reports and previews.
 
     Raises:
-        DataError: the file is not readable, not JSON, or not the provenance of images.
+        DataError: the file is not readable, not JSON, empty, or not the provenance of images.
     """
     try:
         found = json.loads(file.read_text())
@@ -142,6 +142,8 @@ def read_provenance(file: Path) -> list[Request]:
         raise DataError(
             f"{file}: not a readable JSON file ({error}); --again takes the provenance of images"
         ) from error
+    if found == []:
+        raise DataError(f"{file}: holds no image; --again takes the provenance of one or more")
     try:
         return [Request.from_dict(values) for values in (found if isinstance(found, list) else [found])]
     except (TypeError, KeyError) as error:

@@ -110,6 +110,7 @@ def test_provenance_of_another_pipeline_or_no_provenance(drawn, tmp_path):
         (provenance[0] | {"tokens": "1" * 64}, "class tokens 1111"),
         (provenance[0] | {"source": 999}, "its source is row 999, the train split has 24 images"),
         ({"image": 3}, "not the provenance of an image"),
+        ([], "holds no image"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):
