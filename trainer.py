@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     from modules.errors import UserError
     from modules.termination import behind, termination
 
-    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments[:2]):
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     verb, *rest = arguments

@@ -8,6 +8,7 @@ written to check/check.json in the run's directory.
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from modules.console import Console, duration
 from modules.data.views import VIEWS
 from modules.diffusion.generator import prefill_target
 from modules.diffusion.inversion import Inversion
-from modules.errors import DataError, OutOfMemory
+from modules.errors import DataError, OutOfMemory, StorageError
 from modules.memory import named_memory
 from modules.meter import timer
 from modules.probes import available_memory
@@ -41,7 +42,8 @@ def command(
     """Check everything a run depends on; returns the content of check.json.
 
     Raises: as the stages of a run, for errors that prevent further checks; and at the end, after everything was
-    reported, for what would stop a run: DataError for bad files, OutOfMemory if the plan does not fit.
+    reported, for what would stop a run: StorageError for a cache folder that cannot be written, DataError for bad
+    files, OutOfMemory if the plan does not fit.
     """
     flags, overrides = split_flags(overrides, FLAGS["check"])
     asked, origins = load_config(path, overrides)
@@ -80,6 +82,7 @@ def command(
             report["seconds"] = _print_time(job, step, console)
         job.workdir.write_json("check.json", report)
         console.line(f"written: {job.workdir.path / 'check.json'}")
+        _check_cache(job)
         _verdict(console, bad, asked.data.on_bad_image, fits)
     return report
 
@@ -217,6 +220,18 @@ def _verdict(console: Console, bad: list, on_bad_image: str, fits: bool) -> None
     if memory:
         raise OutOfMemory(f"check: a run would stop at {memory}")
     console.line("nothing found that would stop a run")
+
+
+def _check_cache(job: Job) -> None:
+    """Raise StorageError if the folder for class tokens and judge, of a run that generates, cannot be written."""
+    if not generates(job.config):
+        return
+    found = next(folder for folder in (job.cache_dir, *job.cache_dir.parents) if os.path.exists(folder))
+    if not (found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
+        raise StorageError(
+            f"{job.cache_dir}: class tokens could not be kept there, as {found} is no folder that can be written; set "
+            "run.cache_dir to another"
+        )
 
 
 def _size(count: int) -> str:

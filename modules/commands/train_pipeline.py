@@ -353,7 +353,9 @@ def sheets(
     They are computed by diffusers' own pipeline, on the device of `pixels_NHWC`.
     """
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     pipe.to(pixels_NHWC.device).set_progress_bar_config(disable=True)
     draw = torch.randperm(len(pixels_NHWC), generator=stream(seed, "sheets"))[: SHEET_ROWS * SHEET_COLUMNS]

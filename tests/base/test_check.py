@@ -13,7 +13,7 @@ from modules import state as checkpoints
 from modules.commands import check
 from modules.console import Console
 from modules.diffusion.attention import layers_of
-from modules.errors import ConfigError, DataError, OutOfMemory
+from modules.errors import ConfigError, DataError, OutOfMemory, StorageError
 from modules.settings import with_settings
 from modules.training import stages
 from modules.training.job import Job
@@ -159,6 +159,14 @@ def test_out_of_memory_in_the_plan_is_a_line_too(tmp_path, capsys):
     assert trainer.main(["check", str(path), "--untimed"]) == OutOfMemory.code
     found = capsys.readouterr().err
     assert "error: stage plan: the encoder does not fit" in found and "lower encoder.width (1000000)" in found
+
+
+def test_a_cache_folder_that_cannot_be_written_is_found_before_a_run_stops_at_it(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    path = write_config(tmp_path, run={"cache_dir": str(tmp_path / "file" / "cache")})
+    with pytest.raises(StorageError, match=r"file/cache: class tokens could not be kept there, .*set run.cache_dir"):
+        check.command(path, ["--untimed"], Console(io.StringIO()), None, trainer.step)
+    check.command(path, ["--untimed", "generation.synthetic_fraction=0"], Console(io.StringIO()), None, trainer.step)
 
 
 def test_settings_of_what_is_not_generated_are_said_to_do_nothing(tmp_path):

@@ -249,7 +249,7 @@ def test_what_fails_while_sigterm_is_obeyed_keeps_its_own_name():
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
-    [([], 2, "usage:"), (["help"], 0, "usage:"), (["run", "--help"], 0, "usage:"), (["rnu", "x"], 2, "unknown verb 'rnu'"),
+    [([], 2, "usage:"), (["help"], 0, "usage:"), (["run", "--help"], 0, "usage:"), (["run", "x.yaml", "--help"], 0, "usage:"), (["rnu", "x"], 2, "unknown verb 'rnu'"),
      (["run"], 2, "run needs a CONFIG")],
 )  # fmt: skip
 def test_usage(arguments, code, said, capsys):
