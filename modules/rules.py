@@ -82,7 +82,7 @@ def needs_masks(config: Config) -> bool:
     return generates(config) and (edits or (negatives > 0 and config.near_ood.recipes.get("mask_split", 0) > 0))
 
 
-def judged(config: Config) -> bool:
+def screened(config: Config) -> bool:
     """Whether gate or controller judge generated images with the encoder that is being trained."""
     return config.gate.enabled or config.controller.enabled
 

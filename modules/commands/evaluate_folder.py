@@ -15,7 +15,7 @@ from modules.data.sources import identity
 from modules.data.unlabeled import read_images
 from modules.errors import ConfigError
 from modules.evaluation.features import Embed, embed_images
-from modules.evaluation.stored import Detector, Judgment
+from modules.evaluation.stored import Decision, Detector
 from modules.memory import named_memory
 from modules.state import write_atomic
 
@@ -39,27 +39,27 @@ def judge_folder(folder: Path, config: Config, detector: Detector, embed: Embed,
         console.line(f"  {note}")
     with named_memory("judge", config), console.stage("judge") as progress:
         features_DF = embed_images(embed, images.pixels_DHWC, config.evaluation.batch_size, progress)
-        judgment = detector.judge(features_DF)
-    summary = summarize(images, judgment, detector) | {"root": config.data.root, "skipped": len(images.skipped)}
+        decision = detector.decide(features_DF)
+    summary = summarize(images, decision, detector) | {"root": config.data.root, "skipped": len(images.skipped)}
     root = identity(config.data.root)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.stem) + "-" + hashlib.sha256(str(root).encode()).hexdigest()[:8]
     out = folder / "evaluated" / name
-    write_atomic(out / "predictions.csv", as_csv(images, judgment, detector))
+    write_atomic(out / "predictions.csv", as_csv(images, decision, detector))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     _show_summary(summary, detector, console)
     console.line(f"written: {out / 'predictions.csv'}, {out / 'summary.json'}")
     return out
 
 
-def summarize(images: Images, judgment: Judgment, detector: Detector) -> dict:
+def summarize(images: Images, decision: Decision, detector: Detector) -> dict:
     """Counts of accepted images by predicted class, and, if there are labels, how often the decisions are right.
 
     `known` are images labeled with a class of the encoder (accuracy of all, share accepted), `other` those with another
     label (share accepted, which should be small); images without a label count in neither.
     """
     labels = [item.label for item in images.items]
-    predicted = [detector.classes[row] for row in judgment.labels_D.tolist()]
-    accepted = judgment.accepted_D.tolist()
+    predicted = [detector.classes[row] for row in decision.labels_D.tolist()]
+    accepted = decision.accepted_D.tolist()
     by_class = Counter(name for name, kept in zip(predicted, accepted, strict=True) if kept)
     known = [row for row, label in enumerate(labels) if label in detector.classes]
     other = [row for row, label in enumerate(labels) if label and label not in detector.classes]
@@ -79,20 +79,20 @@ def summarize(images: Images, judgment: Judgment, detector: Detector) -> dict:
     return summary
 
 
-def as_csv(images: Images, judgment: Judgment, detector: Detector) -> str:
+def as_csv(images: Images, decision: Decision, detector: Detector) -> str:
     """CSV with one line per image: path, label, predicted, probability, accepted (1 or 0), then every score."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["path", "label", "predicted", "probability", "accepted", *judgment.scores])
+    writer.writerow(["path", "label", "predicted", "probability", "accepted", *decision.scores])
     for row, item in enumerate(images.items):
         writer.writerow(
             [
                 item.path,
                 item.label,
-                detector.classes[judgment.labels_D[row]],
-                f"{judgment.confidence_D[row].item():.6g}",
-                int(judgment.accepted_D[row]),
-                *(f"{values_D[row].item():.6g}" for values_D in judgment.scores.values()),
+                detector.classes[decision.labels_D[row]],
+                f"{decision.confidence_D[row].item():.6g}",
+                int(decision.accepted_D[row]),
+                *(f"{values_D[row].item():.6g}" for values_D in decision.scores.values()),
             ]
         )
     return buffer.getvalue()

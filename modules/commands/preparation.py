@@ -12,7 +12,7 @@ from dataclasses import replace
 from modules.config import Config
 from modules.console import Console
 from modules.diffusion import tokens as token_files
-from modules.rules import generates, judged
+from modules.rules import generates, screened
 from modules.settings import with_settings
 from modules.training import stages
 from modules.training.card import run_card
@@ -88,7 +88,7 @@ def thrown_away(job: Job, progress: Callable[..., None]) -> State:
     state = stages.build(variant(job, {"generation.prefill": 0.0}), progress)
     if state.generator is not None:
         state.generator.warm_up()
-        if job.device.type == "cuda" and job.config.generation.mode != "sequential" and not judged(job.config):
+        if job.device.type == "cuda" and job.config.generation.mode != "sequential" and not screened(job.config):
             job.console.line(
                 "  generation and training are timed one after the other; a run may take them side by side"
             )

@@ -83,7 +83,7 @@ class ImageSets:
             )
         return train
 
-    def judged(self) -> tuple[Images, list[int]]:
+    def val_at_generation(self) -> tuple[Images, list[int]]:
         """The val images at the size of generation, and the rows of those that were not enlarged to it."""
         val = self.at_generation["val"]
         return val, [row for row, side in enumerate(val.sides) if side >= self.generation_size]

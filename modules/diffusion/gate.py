@@ -109,7 +109,7 @@ def broken_codes(pixels_N3HW: torch.Tensor, stored_NHWC: torch.Tensor, sources_N
     return code_N
 
 
-def judge(
+def verdicts(
     features_NE: torch.Tensor, labels_N: torch.Tensor, is_ood_N: torch.Tensor, known: ClassStatistics, far_floor: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [N] into REASONS, likeness to the source's class [N], and whether that class is the nearest [N].
@@ -207,7 +207,9 @@ class Gate:
             labels_N = upload([r.label for r in requests], device)
             is_ood_N = upload([r.is_ood for r in requests], device)
             features_NE = self.embed(stored_NHWC)
-            judged_N, likeness_N, is_nearest_N = judge(features_NE, labels_N, is_ood_N, self.known, self.cfg.far_floor)
+            judged_N, likeness_N, is_nearest_N = verdicts(
+                features_NE, labels_N, is_ood_N, self.known, self.cfg.far_floor
+            )
         else:
             judged_N = torch.full_like(code_N, REASONS.index(UNJUDGED))
         code_N = torch.where(code_N > 0, code_N, judged_N)

@@ -21,7 +21,7 @@ from modules.diffusion.requests import Request
 from modules.diffusion.slots import Slots, Sources
 from modules.diffusion.tokens import PromptBank, Tokens
 from modules.errors import ConfigError
-from modules.rules import judged, used_strengths
+from modules.rules import screened, used_strengths
 
 EMBED_ROWS = 256  # train images embedded at once when class statistics are refreshed
 PREFILL_PATIENCE = 40  # prefill gives up after this many images made per image wanted
@@ -86,7 +86,7 @@ class Generator:
             sources_DHWC=train_DHWC,
             accept=self._accept,
             retry=lambda request: self.slots.retry(request),
-            embed=embed if judged(config) else None,
+            embed=embed if screened(config) else None,
             observe=self.controller.observe if self.controller else None,
         )
         self.slots, *self.sizes = fit_slots(self._engine, generation.slots, generation.decode_batch, accelerate)

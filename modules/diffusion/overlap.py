@@ -69,14 +69,14 @@ class Overlap:
             torch.cuda.current_stream().wait_stream(self.side)
 
 
-def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float], judged: bool = False) -> Choice:
+def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float], screened: bool = False) -> Choice:
     """The mode to run in, and why.
 
     Args:
         asked: generation.mode: auto | sequential | stream.
         measure: returns the milliseconds of a step in a mode, on copies of the state, or infinity if memory runs out;
             called only for auto on a GPU.
-        judged: whether gate or controller judge images with the encoder that is being trained. It must not change while
+        screened: whether gate or controller judge images with the encoder that is being trained. It must not change while
             they do, so generation then stays sequential.
 
     Raises:
@@ -84,7 +84,7 @@ def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float
     """
     if asked == "stream" and device.type != "cuda":
         raise ConfigError("generation.mode is stream, which needs a CUDA GPU; set it to auto or sequential")
-    if asked == "stream" and judged:
+    if asked == "stream" and screened:
         raise ConfigError(
             "generation.mode is stream, but gate or controller judge images by the encoder that is being trained; set "
             "generation.mode to auto, or gate.enabled and controller.enabled to false"
@@ -93,7 +93,7 @@ def choose_mode(asked: str, device: torch.device, measure: Callable[[str], float
         return Choice(asked, "generation.mode")
     if device.type != "cuda":
         return Choice("sequential", "auto: a CPU has no streams")
-    if judged:
+    if screened:
         return Choice("sequential", "auto: gate or controller read the encoder while images are made")
     times = {mode: measure(mode) for mode in MODES}
     best = min(times, key=times.get)

@@ -50,7 +50,7 @@ def artifact_light(
         _probe_auroc(real_DF[fit_D], decoded_DF[fit_D], real_DF[~fit_D], decoded_DF[~fit_D])
         for fit_D in (in_first_D, ~in_first_D)
     ]
-    scores = [detector.judge(features_DF).scores[detector.headline] for features_DF in (real_DF, decoded_DF)]
+    scores = [detector.decide(features_DF).scores[detector.headline] for features_DF in (real_DF, decoded_DF)]
     return {
         "artifact.probe_auroc": sum(aurocs) / 2,
         "artifact.score_auroc": _auroc(*scores),

@@ -43,7 +43,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Judgment:
+class Decision:
     """A detector's output for a set of images."""
 
     labels_D: Tensor  # int64, most probable class
@@ -62,12 +62,12 @@ class Detector:
     thresholds: dict[str, float]  # score -> threshold that accepts 95 % of ID val images
     headline: str
 
-    def judge(self, features_DF: Tensor) -> Judgment:
+    def decide(self, features_DF: Tensor) -> Decision:
         """Class, its probability, every score and the decision, for raw features (float32)."""
         logits_DC = self.readout.logits(features_DF)
         confidence_D, labels_D = logits_DC.softmax(dim=1).max(dim=1)
         scores = apply_scores(self.states, features_DF, logits_DC)
-        return Judgment(labels_D, confidence_D, scores, scores[self.headline] >= self.thresholds[self.headline])
+        return Decision(labels_D, confidence_D, scores, scores[self.headline] >= self.thresholds[self.headline])
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:

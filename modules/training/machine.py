@@ -32,7 +32,7 @@ from modules.errors import OutOfMemory
 from modules.memory import ran_out
 from modules.meter import Meter, timer
 from modules.records import read_record
-from modules.rules import batch_rows, judged
+from modules.rules import batch_rows, screened
 from modules.runtime import Choice
 from modules.settings import flatten, with_settings
 from modules.training import costs
@@ -151,7 +151,7 @@ def choose_overlap(job: Job, state: State, step: Callable[[State], None]) -> Non
             torch.cuda.empty_cache()
             return math.inf
 
-        choice = choose_mode(job.config.generation.mode, job.device, measure, judged(job.config))
+        choice = choose_mode(job.config.generation.mode, job.device, measure, screened(job.config))
         _write(job, mode=[choice.value, choice.reason])
     state.overlap = Overlap(choice.value, job.device, state.meter.phase)
     job.choices["mode"] = choice

@@ -53,7 +53,7 @@ def evaluate_features(
 
 def _artifact_light(job: Job, state: State, val: FeatureSet, outcome: Outcome) -> dict:
     """How well the features separate val images from their VAE reconstructions (see evaluation/artifact.py)."""
-    stored, large = job.sets.judged()
+    stored, large = job.sets.val_at_generation()
     large = large[:: -(-len(large) // LIGHT_IMAGES)] if large else []
     if not large:
         return {}

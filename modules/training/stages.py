@@ -160,7 +160,7 @@ def _train_moments(job: Job, pixels_DHWC: torch.Tensor, progress: Callable[..., 
 
 def _token_report(job: Job) -> list[dict]:
     """Quality of each class token, measured on a few val images per class, which inversion has not seen."""
-    sets, (val, large) = job.sets, job.sets.judged()
+    sets, (val, large) = job.sets, job.sets.val_at_generation()
     labels_D = torch.tensor(sets.index.label_ids(val.items))
     if small := len(labels_D) - len(large):
         job.console.line(f"  token report: {small} val images under {sets.generation_size} px are left out")

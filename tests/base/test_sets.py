@@ -104,7 +104,7 @@ def test_no_train_split_is_an_error(tmp_path):
 def test_generation_starts_from_the_train_images_row_for_row(sets, pack):
     assert sets.at_generation == {} and sets.generation_size is None
     same = load_sets(settings(pack), 0, masks=False, generation_size=SIZE)
-    assert same.sources() is same.train and same.judged()[0] is same.images["val"]
+    assert same.sources() is same.train and same.val_at_generation()[0] is same.images["val"]
     smaller = load_sets(settings(pack), 0, masks=False, generation_size=16)
     assert torch.equal(smaller.train.pixels_DHWC, sets.train.pixels_DHWC) and smaller.digest == sets.digest
     assert smaller.sources().items == sets.train.items and smaller.sources().pixels_DHWC.shape == (24, 16, 16, 3)
@@ -114,7 +114,7 @@ def test_some_val_images_of_each_class_are_kept_at_the_size_of_generation(tmp_pa
     monkeypatch.setattr("modules.data.sets.JUDGED_IMAGES", 1)
     class_folders(tmp_path, {"bolt": 80, "nut": 80})
     sets = load_sets(settings(tmp_path, val_fraction=0.2), 0, masks=False, generation_size=8)
-    val, rows = sets.judged()
+    val, rows = sets.val_at_generation()
     labels = [item.label for item in val.items]
     assert min(len(sets.images["val"].items) // 2, JUDGED_PER_CLASS) == JUDGED_PER_CLASS
     assert labels.count("bolt") == labels.count("nut") == JUDGED_PER_CLASS and len(rows) == len(labels)

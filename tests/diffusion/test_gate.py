@@ -15,7 +15,7 @@ from modules.diffusion.gate import (
     Gate,
     broken_codes,
     class_statistics,
-    judge,
+    verdicts,
 )
 from modules.diffusion.requests import Request
 from modules.state import load_newest, save_checkpoint
@@ -107,10 +107,10 @@ def test_features_that_are_never_negative_still_tell_classes_apart():
     assert (raw @ raw.T).min() > 0.97
     known = class_statistics(features, labels, 4, 0.05, 0.5)
     everyone = torch.arange(32) < 0
-    codes, likeness, nearest = judge(features, torch.tensor(labels), everyone, known, -0.2)
+    codes, likeness, nearest = verdicts(features, torch.tensor(labels), everyone, known, -0.2)
     assert nearest.all() and (codes == 0).float().mean() > 0.9
     torch.testing.assert_close(likeness.mean(), torch.tensor(1.0), atol=0.05, rtol=0)
-    _, foreign, _ = judge(features.roll(8, 0), torch.tensor(labels), everyone, known, -0.2)
+    _, foreign, _ = verdicts(features.roll(8, 0), torch.tensor(labels), everyone, known, -0.2)
     assert foreign.max() < 0, "an image of another class is less like this one than the mean of all images is"
 
 
@@ -140,14 +140,14 @@ def test_verdicts_by_hand():
         ([-0.5, -0.5, 0.5], 0, True, "too_far"),
     ]
     features, labels, is_ood, expected = zip(*cases, strict=True)
-    codes, likeness, nearest = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), known, -0.2)
+    codes, likeness, nearest = verdicts(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), known, -0.2)
     assert [REASONS[code] for code in codes] == list(expected)
     assert likeness[0] == pytest.approx(1 / 1.01**0.5 / 0.5) and nearest.tolist()[:3] == [True, False, True]
     looser = axes(2, [0.2, 0.2], ood=[0.9, 0.95])
-    codes = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), looser, -0.2)[0]
+    codes = verdicts(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), looser, -0.2)[0]
     assert [REASONS[code] for code in codes[3:6]] == ["accepted", "accepted", "too_close"], "a quantile of their own"
     unlearned = axes(2, [0.9, 0.8], typical=-0.01)
-    likeness = judge(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), unlearned, -0.2)[1]
+    likeness = verdicts(torch.tensor(features), torch.tensor(labels), torch.tensor(is_ood), unlearned, -0.2)[1]
     assert likeness[0] == pytest.approx(1 / 1.01**0.5 / LEAST_TYPICAL), "no division by what has not been learned"
 
 

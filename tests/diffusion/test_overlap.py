@@ -65,7 +65,7 @@ def test_modes_and_their_reasons():
     assert choose_mode("auto", CPU, never).reason == "auto: a CPU has no streams"
     assert choose_mode("sequential", GPU, never) == choose_mode("sequential", CPU, never)
     assert choose_mode("stream", GPU, never).value == "stream"
-    assert choose_mode("auto", GPU, never, judged=True).value == "sequential"
+    assert choose_mode("auto", GPU, never, screened=True).value == "sequential"
     measured = choose_mode("auto", GPU, {"sequential": 61.24, "stream": 55.0}.get)
     assert measured.value == "stream" and measured.reason == "auto: sequential 61.2 ms a step, stream 55.0 ms a step"
     assert choose_mode("auto", GPU, {"sequential": 50.0, "stream": 55.0}.get).value == "sequential"
@@ -77,7 +77,7 @@ def test_streams_that_cannot_run_are_refused():
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         choose_mode("stream", CPU, never)
     with pytest.raises(ConfigError, match="by the encoder that is being trained"):
-        choose_mode("stream", GPU, never, judged=True)
+        choose_mode("stream", GPU, never, screened=True)
 
 
 @pytest.mark.gpu

@@ -160,12 +160,12 @@ def test_an_exported_detector_judges_as_the_run_did(tmp_path, outcome):
     save_detector(path, outcome.detector)
     detector = load_detector(path)
     given = sets()
-    judged = detector.judge(given["test"].features_DF)
+    judged = detector.decide(given["test"].features_DF)
     rows = outcome.predictions.rows("id")
     for name in SCORES:
         assert torch.equal(judged.scores[name], outcome.predictions.scores[name][rows]), name
     assert float((judged.labels_D == given["test"].labels_D).double().mean()) == outcome.results["test.accuracy"]
-    assert float(detector.judge(given["val"].features_DF).accepted_D.double().mean()) >= 0.95
-    assert float(detector.judge(given["far_ood_test"].features_DF).accepted_D.double().mean()) < 0.6
+    assert float(detector.decide(given["val"].features_DF).accepted_D.double().mean()) >= 0.95
+    assert float(detector.decide(given["far_ood_test"].features_DF).accepted_D.double().mean()) < 0.6
     with pytest.raises(DataError, match="lacks"):
         load_predictions(path)
