@@ -156,8 +156,8 @@ def _check_shape(shape: PipelineShape) -> None:
 
 
 def _check_weights(name: str, weights: dict) -> None:
-    if not all(0 <= w < math.inf for w in weights.values()) or not 0 < sum(weights.values()) < math.inf:
-        raise ConfigError(f"`{name}` is {weights}; it needs at least one weight above 0, none below, and none infinite")
+    if any(w < 0 for w in weights.values()) or not 0 < sum(weights.values()) < math.inf:
+        raise ConfigError(f"`{name}` is {weights}; it needs at least one weight above 0, none below, and a finite sum")
 
 
 def _is_number(key: object) -> bool:

@@ -28,6 +28,7 @@ from modules.diffusion.pipeline import StableDiffusion, to_vae_range
 from modules.diffusion.requests import Request
 from modules.diffusion.schedule import Grid, StepTable
 from modules.diffusion.tick import Tick
+from modules.errors import DataError
 from modules.runtime import stream
 
 
@@ -307,9 +308,14 @@ class Slots:
             self.counts["finished"] += len(batch)
             self.finish(pixels_N3HW[: len(batch)], [request for _, request in batch])
 
+    def _grids(self) -> list[list]:
+        """The grids in the order of their rows in the table, which the state of slots in flight counts in."""
+        return [list(key) for key in self.table.grids]
+
     def state_dict(self) -> dict:
         """Everything that later ticks read, as tensors and plain values."""
         return {
+            "grids": self._grids(),
             "in_flight": self.in_flight.state_dict(),
             "ready_Q4hw": self.ready_Q4hw,
             "ready": [[row, request.as_dict()] for row, request in self.ready],
@@ -323,7 +329,17 @@ class Slots:
         } | self.pace.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a `state_dict`; on a CPU the engine then continues bit for bit."""
+        """Restore a `state_dict`; on a CPU the engine then continues bit for bit.
+
+        Raises:
+            DataError: the state is of other time grids, as those of another version of this program may be.
+        """
+        grids = self._grids()
+        if state.get("grids", grids if len(grids) == 1 else None) != grids:  # older states of one grid do not name it
+            raise DataError(
+                "the images in flight in this run's checkpoint are on other time grids than this version of the program "
+                "uses; go on with the version that began the run, or set run.name to begin another"
+            )
         self.in_flight.load_state_dict(state["in_flight"])
         self.ready_Q4hw.copy_(state["ready_Q4hw"])
         self.ready = deque((row, Request.from_dict(values)) for row, values in state["ready"])

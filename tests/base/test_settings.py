@@ -133,6 +133,7 @@ def test_resolved_yaml_reads_back_as_the_same_config(file):
         ("near_ood.mix=[0.6, 0.4]", r"`near_ood.mix` is \[0.6, 0.4\]; it must be a rising pair inside \(0, 1\)"),
         ("near_ood.recipes={dream: 1}", r"names 'dream'; choose from strength"),
         ("near_ood.recipes={strength: 0}", r"at least one weight above 0"),
+        ("near_ood.recipes={strength: 1.0e+308, foreign: 1.0e+308}", r"none below, and a finite sum"),
         ("generation.templates=[a photo]", r"needs exactly one \{\}"),
         ("generation.templates=['a {} of a {}']", r"needs exactly one \{\}"),
         ("generation.templates=['a {name}']", r"needs exactly one \{\}"),

@@ -9,6 +9,7 @@ from modules.data.masks import latent_edit_mask
 from modules.data.synthetic import jigsaw
 from modules.diffusion.requests import Prompt
 from modules.diffusion.schedule import alphas_cumprod
+from modules.errors import DataError
 from modules.runtime import stream
 from modules.state import load_newest, save_checkpoint
 from tests.diffusion.engine import Engine
@@ -272,6 +273,16 @@ def test_resuming_in_flight_equals_never_having_stopped(solver, tmp_path):
     for request in resumed.order:
         assert torch.equal(stopped.finished[request.image_index], resumed.finished[request.image_index])
     assert stopped.slots.counts == resumed.slots.counts
+
+
+def test_slots_in_flight_on_other_grids_are_refused():
+    """The rows they stand at would mean other steps here."""
+    state = Engine("ddim", 8).slots.state_dict()
+    for solver, count in (("ddim", 10), ("dpmpp_2m", 8)):
+        with pytest.raises(DataError, match="on other time grids than this version .* set run.name"):
+            Engine(solver, count).slots.load_state_dict(state)
+    del state["grids"]  # as written before grids were named
+    Engine("ddim", 8).slots.load_state_dict(state)
 
 
 @pytest.mark.gpu
