@@ -109,6 +109,11 @@ def generated_rows(config: Config) -> float:
     return config.learning.classes_per_batch * config.learning.rows_per_class * fraction / (1 - fraction)
 
 
+def steps_taken(num_inference_steps: int, strength: float) -> int:
+    """The steps n = min(int(T_n s), T_n) that an image of strength s takes on a grid of T_n steps, as in diffusers."""
+    return min(int(num_inference_steps * strength), num_inference_steps)
+
+
 def lowest_strength(steps: int) -> float:
     """The lowest strength that takes at least one of `steps` denoising steps: 1 / steps, rounded up to three digits."""
     return float(f"{rounded_up(1 / steps):.3g}")
@@ -223,7 +228,7 @@ def _check_strengths(config: Config) -> None:
     for name, strength in strengths:
         if not isinstance(strength, int | float) or not 0 < strength <= 1:
             raise ConfigError(f"`{name}` holds {strength!r}; a strength lies in (0, 1]")
-        if int(steps * strength) == 0:
+        if steps_taken(steps, strength) == 0:
             raise ConfigError(
                 f"`{name}` {strength} of generation.num_inference_steps {steps} is int({steps} x {strength}) = 0 "
                 f"denoising steps, which returns the source image; use a strength of at least {lowest_strength(steps):g}"

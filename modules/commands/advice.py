@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from modules.config import Config
 from modules.diffusion.presets import unet_rows
-from modules.rules import rounded_up
+from modules.diffusion.recipes import near_ood_strength
+from modules.rules import FREE_RECIPES, rounded_up
 
 LAUNCH_BOUND = 0.85  # share of a step with work for the GPU below which it counts as waiting for the host
 LOW_UTILIZATION = 0.35  # share of the matrix ceiling below which more rows per call are likely to help
@@ -80,13 +81,7 @@ def _preset(facts: Facts) -> Advice | None:
     config, unet_ms = facts.config, facts.part_ms.get("unet", 0.0)
     if config.pipeline.preset != "exact" or facts.family not in ("sd1", "sd2") or not unet_ms:
         return None
-    generation, negatives = config.generation, config.generation.near_ood_fraction
-    shares = [((1 - negatives) * weight, float(strength)) for strength, weight in generation.strengths.items()]
-    shares.append((negatives * sum(generation.strengths.values()), config.near_ood.strength))
-    exact, fast = (
-        sum(share * unet_rows(preset, generation, strength) for share, strength in shares)
-        for preset in ("exact", "fast")
-    )
+    exact, fast = (_rows_an_image(config, preset) for preset in ("exact", "fast"))
     return Advice(
         "pipeline.preset fast",
         f"the UNet takes {_percent(unet_ms, facts)} of a step; another solver needs about {100 * fast / exact:.0f} % of "
@@ -94,6 +89,18 @@ def _preset(facts: Facts) -> Advice | None:
         unet_ms * (1 - fast / exact),
         0.7,
     )
+
+
+def _rows_an_image(config: Config, preset: str) -> float:
+    """The UNet rows that an image takes under preset exact or fast, the mean over recipes and strengths."""
+    generation, recipes = config.generation, config.near_ood.recipes
+    positives = {float(strength): weight for strength, weight in generation.strengths.items()}
+    negatives = [
+        (w, near_ood_strength(name, config.near_ood)) for name, w in recipes.items() if name not in FREE_RECIPES
+    ]
+    of_positive = sum(w * unet_rows(preset, generation, s) for s, w in positives.items()) / sum(positives.values())
+    of_negative = sum(w * unet_rows(preset, generation, s) for w, s in negatives) / sum(recipes.values())
+    return of_positive + generation.near_ood_fraction * (of_negative - of_positive)
 
 
 def _guidance(facts: Facts) -> Advice | None:

@@ -2,8 +2,8 @@
 
 Only an online generator can do this. Positives should be recognized, but not trivially; near-OOD images should come
 close to a class without belonging to it. So for each class and recipe the strength is adjusted to keep the mean
-likeness to the source's class (gate.verdicts; real images have 1) within a band. Classes whose positives are mistaken for
-other classes get more images; recipes whose negatives the learner already rejects get fewer.
+likeness to the source's class (gate.verdicts; real images have 1) within a band. Classes whose positives are mistaken
+for other classes get more images; recipes whose negatives the learner already rejects get fewer.
 
 It is a plain integrating controller with a dead band, slow and bounded rather than clever, because images reach the
 learner some steps after they were requested. Its whole state is a few dicts and is part of the checkpoint.

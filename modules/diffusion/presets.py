@@ -12,7 +12,7 @@ from modules.config import Generation
 from modules.diffusion.pipeline import StableDiffusion
 from modules.diffusion.schedule import Grid, Grids, time_grid
 from modules.errors import ConfigError
-from modules.rules import used_strengths
+from modules.rules import steps_taken, used_strengths
 
 FAST_SOLVER = "dpmpp_2m"
 FAST_SHARE = 0.4  # steps of fast per step of exact: 10 instead of 25, though never fewer than LEAST_STEPS
@@ -87,13 +87,9 @@ def _fewer(steps: int) -> tuple[int, int]:
     return fewer, int(UNGUIDED_SHARE * fewer)
 
 
-def _steps(generation: Generation, strength: float) -> int:
-    return min(int(generation.num_inference_steps * strength), generation.num_inference_steps)
-
-
 def unet_rows(preset: str, generation: Generation, strength: float) -> int:
     """The UNet rows that an image of a strength takes under preset exact or fast: two for every guided step."""
-    steps, unguided = _steps(generation, strength), 0
+    steps, unguided = steps_taken(generation.num_inference_steps, strength), 0
     if preset == "fast":
         steps, unguided = _fewer(steps)
     return steps + (steps - unguided) * (generation.guidance_scale != 1)
@@ -101,7 +97,7 @@ def unet_rows(preset: str, generation: Generation, strength: float) -> int:
 
 def _of_strength(generation: Generation, strength: float) -> str:
     """What fast makes of a strength, in words."""
-    steps = _steps(generation, strength)
+    steps = steps_taken(generation.num_inference_steps, strength)
     fewer, unguided = _fewer(steps)
     guided = f"the last {unguided} without guidance" if unguided else "all guided"
     return f"strength {strength:g} in {fewer} steps of {FAST_SOLVER} for {steps} of {generation.solver}, {guided}"
@@ -115,13 +111,13 @@ def _shorter(scheduler: dict, full: Grid) -> tuple[tuple[Grid, int], ...]:
     """
     most, found = full.num_inference_steps, []
     finest = min(2 * most, scheduler.get("num_train_timesteps", 1000))
-    timesteps = {count: time_grid(scheduler, FAST_SOLVER, count).timesteps for count in range(1, finest + 1)}
+    grids = {count: time_grid(scheduler, FAST_SOLVER, count) for count in range(1, finest + 1)}
     for steps in range(1, most + 1):
         fewer, unguided = _fewer(steps)
         begin = full.timesteps[most - steps]
-        away = {count: abs(timesteps[count][count - fewer] - begin) for count in range(fewer, finest + 1)}
+        away = {count: abs(grids[count].timesteps[count - fewer] - begin) for count in range(fewer, finest + 1)}
         count = min(away, key=away.get)
-        found.append((time_grid(scheduler, FAST_SOLVER, count, count - unguided), count - fewer))
+        found.append((replace(grids[count], guided_steps=count - unguided), count - fewer))
     return tuple(found)
 
 

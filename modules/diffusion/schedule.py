@@ -23,7 +23,7 @@ import torch
 
 from modules.errors import ConfigError, DataError
 from modules.ranges import CHOICES
-from modules.rules import lowest_strength
+from modules.rules import lowest_strength, steps_taken
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d", "alpha_next", "sigma_next")
 IDLE = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -58,7 +58,7 @@ class Grid:
         Raises:
             ConfigError: n is 0, which would return the source image.
         """
-        count = min(int(self.num_inference_steps * strength), self.num_inference_steps)
+        count = steps_taken(self.num_inference_steps, strength)
         if count < 1:
             remedy = "raise generation.num_inference_steps"
             if self.most_steps and int(self.most_steps * strength) < 1:

@@ -206,6 +206,7 @@ def test_recipes_without_a_unet_call_are_traced_for_three_steps():
     [
         ("pipeline.preset", 45 * 29 / 46, {}, {"settings": {"pipeline.preset": "fast"}}),  # (6 + 11) of (16 + 30) rows
         ("pipeline.preset", 45 * 29 / 46, {}, {"family": "turbo"}),
+        ("pipeline.preset", 45 * 10 / 16, {"settings": {"near_ood.recipes": {"jigsaw": 1.0}}}, {"part_ms": {}}),
         ("generation.guidance_scale", 22.5, {}, {"unconditional_rows": 0}),
         ("generation.guidance_scale", 22.5, {}, {"settings": {"near_ood.recipes": {"negative_guidance": 1.0}}}),
         ("pipeline.vae:", 11.28, {}, {"kl_decoder": False}),
